@@ -1,0 +1,1 @@
+"""The ``mergekit-arm`` command: one file per subcommand."""

@@ -1,0 +1,31 @@
+"""Errors that a user can act on.
+
+Both derive from ``click.ClickException`` and from nothing that pydantic would wrap
+(``ValueError``, ``AssertionError``): raised while mergekit plans or executes a merge,
+they end its commands with one line, the exit status below, and no traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import click
+
+
+class InputError(click.ClickException):
+    """The user's input cannot work: exit status 2. The message names what, where and the remedy."""
+
+    exit_code = 2
+
+
+class Failure(click.ClickException):
+    """The input was fine but the work could not be finished: exit status 1."""
+
+    exit_code = 1
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the closest of ``known``, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
