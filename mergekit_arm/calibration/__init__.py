@@ -1,0 +1,1 @@
+"""Measure a model: text → token blocks, which inputs, the forward loop."""

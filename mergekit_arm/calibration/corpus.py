@@ -1,0 +1,233 @@
+"""Calibration data: rows of a data set → blocks of token ids."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mergekit_arm.errors import InputError, did_you_mean, first_line
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_DATASET = "mit-han-lab/pile-val-backup"
+"""The AIM authors' calibration data, split ``validation``."""
+
+_BUILDERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".txt": "text",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+_TOKEN_COLUMN, _CHAT_COLUMN, _TEXT_COLUMN = "input_ids", "messages", "text"
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token blocks ready for the forward loop."""
+
+    blocks: list[Tensor]
+    """int64, one dimension each; all of one length unless rows held token ids."""
+    column: str
+    split: str | None
+    requested: int
+    """Blocks asked for; fewer came out where the data set is small."""
+    template_hash: str | None
+    ready_ids: bool
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(block) for block in self.blocks)
+
+    def content_hash(self) -> str:
+        """Return a hash over every block's token ids, in order."""
+        digest = hashlib.sha256()
+        for block in self.blocks:
+            digest.update(len(block).to_bytes(8, "little"))
+            digest.update(block.numpy().tobytes())
+        return digest.hexdigest()
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Yield (sequences, length) batches; sequences of one batch have one length, no padding."""
+        batch: list[Tensor] = []
+        for block in self.blocks:
+            if batch and (len(batch) == batch_size or len(batch[0]) != len(block)):
+                yield torch.stack(batch)
+                batch = []
+            batch.append(block)
+        if batch:
+            yield torch.stack(batch)
+
+
+def load_rows(name: str, subset: str | None, split: str | None) -> tuple[Dataset, str | None]:
+    """Load one split of a data set: a local file or directory, or a name on the Hub.
+
+    Text files are read paragraph by paragraph. Returns the rows and the split's name (None
+    for a single file).
+
+    Raises:
+        InputError: no such file, data set, subset or split, or no network.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(name).expanduser()
+    if path.is_file():
+        builder = _BUILDERS.get(path.suffix.lower())
+        if builder is None:
+            raise InputError(
+                f"--dataset {name}: cannot read {path.suffix or 'a file without suffix'}; "
+                f"use one of {' '.join(_BUILDERS)}, or a directory"
+            )
+        extra: dict[str, Any] = {"sample_by": "paragraph"} if builder == "text" else {}
+        loaded = _loading(
+            name, lambda: datasets.load_dataset(builder, data_files=str(path), **extra)
+        )
+        return loaded["train"], None
+    if not path.is_dir() and (path.suffix.lower() in _BUILDERS or name.startswith((".", "/", "~"))):
+        raise InputError(f"--dataset {name}: no such file or directory")
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        loaded = _loading(name, lambda: datasets.load_from_disk(str(path)))
+    else:
+        source = str(path) if path.is_dir() else name
+        wanted = split or ("validation" if name == DEFAULT_DATASET else None)
+        loaded = _loading(name, lambda: datasets.load_dataset(source, subset, split=wanted))
+        split = wanted
+    if isinstance(loaded, datasets.Dataset):
+        return loaded, split
+    chosen = split or ("train" if "train" in loaded else next(iter(loaded)))
+    if chosen not in loaded:
+        raise InputError(
+            f"--split {chosen}: {name} has {', '.join(loaded)}{did_you_mean(chosen, loaded)}"
+        )
+    if split is None and len(loaded) > 1 and "train" not in loaded:
+        raise InputError(f"{name} has several splits ({', '.join(loaded)}): choose with --split")
+    return loaded[chosen], chosen
+
+
+def build_corpus(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    split: str | None,
+    column: str | None,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+) -> Corpus:
+    """Shuffle ``rows`` by ``seed`` and cut up to ``samples`` blocks from them.
+
+    Texts and chats are tokenised, concatenated and cut every ``sequence_length`` tokens, as
+    the AIM authors do; the last, shorter piece is dropped. Rows of ``input_ids`` are used as
+    they are. Holds the token ids only.
+
+    Raises:
+        InputError: no usable column, no tokenizer or chat template where one is needed, or
+            not one whole block.
+    """
+    column = _choose_column(rows, column)
+    rows = rows.shuffle(seed=seed)
+    sample = rows[0][column] if len(rows) else None
+    if isinstance(sample, list) and sample and isinstance(sample[0], int):
+        blocks = [
+            torch.tensor(ids, dtype=torch.int64)
+            for ids in rows[: min(samples, len(rows))][column]
+            if ids
+        ]
+        if not blocks:
+            raise InputError(f"column {column!r} holds no token ids: nothing to measure")
+        # Equal lengths side by side make full batches; sums do not mind the order.
+        blocks.sort(key=len)
+        return Corpus(blocks, column, split, samples, None, ready_ids=True)
+
+    if tokenizer is None:
+        raise InputError(
+            f"column {column!r} needs a tokenizer and the model has none; "
+            "give rows of input_ids instead"
+        )
+    chat = not isinstance(sample, str)
+    stream: list[int] = []
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        texts = rows[start : start + _ROWS_AT_ONCE][column]
+        for ids in _tokenise(texts, tokenizer, chat=chat, column=column):
+            stream.extend(ids)
+        if len(stream) >= samples * sequence_length:
+            break
+    count = min(samples, len(stream) // sequence_length)
+    if count == 0:
+        raise InputError(
+            f"the data has {len(stream)} tokens, less than one block of {sequence_length}: "
+            "give more data or a smaller --sequence-length"
+        )
+    cut = torch.tensor(stream[: count * sequence_length], dtype=torch.int64)
+    template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if chat else None
+    return Corpus(
+        list(cut.view(count, sequence_length)), column, split, samples, template, ready_ids=False
+    )
+
+
+def _choose_column(rows: Dataset, column: str | None) -> str:
+    names: list[str] = list(rows.column_names)
+    if column is not None:
+        if column not in names:
+            raise InputError(
+                f"--text-column {column}: the data has {', '.join(names)}"
+                f"{did_you_mean(column, names)}"
+            )
+        return column
+    for known in (_TOKEN_COLUMN, _CHAT_COLUMN, _TEXT_COLUMN):
+        if known in names:
+            return known
+    strings = [name for name in names if getattr(rows.features[name], "dtype", None) == "string"]
+    if len(strings) == 1:
+        return strings[0]
+    raise InputError(f"which column holds the text? choose with --text-column: {', '.join(names)}")
+
+
+def _tokenise(
+    rows: list[Any], tokenizer: PreTrainedTokenizerBase, *, chat: bool, column: str
+) -> list[list[int]]:
+    if not chat:
+        texts = [text.strip() for text in rows if isinstance(text, str) and text.strip()]
+        if not texts:
+            return []
+        found: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
+        return found
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"column {column!r} holds chats and the model's tokenizer has no chat template; "
+            "give rows of text instead"
+        )
+    try:
+        rendered = [tokenizer.apply_chat_template(row, tokenize=False) for row in rows if row]
+    except Exception as error:  # a template is a program of its own and may raise anything
+        raise InputError(f"column {column!r}: the chat template refuses a row: {error}") from error
+    # The template has written its own special tokens.
+    chats: list[list[int]] = tokenizer(rendered, add_special_tokens=False, verbose=False)[
+        "input_ids"
+    ]
+    return chats
+
+
+def _loading(name: str, load: Any) -> Any:
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+    try:
+        return load()
+    except (ConnectionError, DatasetNotFoundError) as error:
+        raise InputError(
+            f"data set {name!r} cannot be reached ({first_line(error)}); "
+            "without a network, give a local file: --dataset FILE"
+        ) from error
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        raise InputError(f"data set {name!r} cannot be read: {first_line(cause)}") from error

@@ -1,0 +1,165 @@
+"""Find and load the model to measure, by mergekit's reference grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError
+from mergekit.common import ModelReference
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from mergekit_arm.errors import InputError, first_line
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that has been found, but not loaded."""
+
+    reference: str
+    """As the user wrote it."""
+    name: str
+    """What transformers loads: a directory or a Hub id (an adapter is merged already)."""
+    revision: str | None
+    config: Any
+    trust_remote_code: bool
+
+    @property
+    def commit(self) -> str | None:
+        """Commit hash of a Hub model, None for a local one."""
+        commit: str | None = getattr(self.config, "_commit_hash", None)
+        return commit
+
+
+@contextmanager
+def find_model(
+    reference: str, *, trust_remote_code: bool = False, lora_cache: str | None = None
+) -> Iterator[Source]:
+    """Resolve ``path``, ``id``, ``id@revision`` or ``model+lora`` and read its configuration.
+
+    An adapter is merged by mergekit's own code, so that the measured weights are the ones a
+    merge will see; the result goes to ``lora_cache``, or to a temporary directory for the
+    duration of the context.
+
+    Raises:
+        InputError: not a model, not reachable, quantised, or in need of code not allowed.
+    """
+    with TemporaryDirectory(prefix="mergekit-arm-lora-") as temporary:
+        try:
+            parsed = ModelReference.parse(reference)
+            merged = parsed.merged(
+                cache_dir=lora_cache or temporary, trust_remote_code=trust_remote_code
+            )
+            config = merged.config(trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, RuntimeError, HFValidationError) as error:
+            raise InputError(_unloadable(reference, error)) from error
+        if getattr(config, "quantization_config", None):
+            raise InputError(
+                f"{reference} is quantised, and mergekit merges no quantised weights; "
+                "calibrate the full-precision model it was made from"
+            )
+        yield Source(reference, merged.model.path, merged.model.revision, config, trust_remote_code)
+
+
+def load_tokenizer(source: Source) -> transformers.PreTrainedTokenizerBase | None:
+    """Return the model's tokenizer, or None where it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        # transformers has no one error for "no tokenizer files here".
+        return None
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that ``auto`` or an explicit name means.
+
+    Raises:
+        InputError: unknown, or not on this machine.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name} cannot be used here: {first_line(error)}") from error
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype for the forward passes; ``auto`` is the fastest safe one.
+
+    bfloat16 on accelerators that have it and on CPUs with AMX tiles; float32 elsewhere (a CPU
+    without AMX is up to twice as slow in bfloat16). Never float16, which overflows on models
+    with massive activations.
+    """
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        amx = torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if amx else torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
+
+
+def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the model for forward passes: evaluation mode, no cache, no gradients.
+
+    Holds all weights in ``dtype`` on ``device``.
+
+    Raises:
+        InputError: transformers cannot load it as a causal language model.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source.name,
+            revision=source.revision,
+            config=source.config,
+            trust_remote_code=source.trust_remote_code,
+            dtype=dtype,
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise InputError(_unloadable(source.reference, error)) from error
+    model.config.use_cache = False
+    return model.eval().requires_grad_(False).to(device)
+
+
+def open_checkpoint(source: Source) -> LazyTensorLoader:
+    """Open the model's checkpoint as mergekit does, lazily.
+
+    Raises:
+        InputError: no checkpoint file that mergekit can read.
+    """
+    try:
+        reference = ModelReference.model_validate(
+            {"model": {"path": source.name, "revision": source.revision}}
+        )
+        local = source.name if Path(source.name).is_dir() else reference.local_path()
+        return LazyTensorLoader.from_disk(local)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(_unloadable(source.reference, error)) from error
+
+
+def _unloadable(reference: str, error: BaseException) -> str:
+    return (
+        f"model {reference}: {first_line(error)} "
+        "(expected a local directory, a Hub id, id@revision or model+lora)"
+    )

@@ -1,0 +1,81 @@
+"""The command group. Subcommands are imported when they are called, so ``--help`` is instant."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from mergekit_arm import __version__
+from mergekit_arm.errors import InputError, did_you_mean, first_line
+
+COMMANDS = {
+    "calibrate": "Measure a model's activations and write statistics for merging.",
+    "demo": "Train, calibrate and merge a very small model, in two minutes.",
+}
+"""Subcommand → its line in ``--help``; each lives in ``cli/<name>.py`` as ``command``."""
+
+
+class LazyGroup(click.Group):
+    """A group that knows its subcommands' names and imports only the one that is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"mergekit_arm.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise InputError(
+                f"no command {args[0]!r}{did_you_mean(args[0], COMMANDS)}; "
+                f"there are: {', '.join(COMMANDS)}"
+            )
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mergekit-arm")
+@click.option("--verbose", is_flag=True, help="Show a traceback when something fails.")
+def cli(verbose: bool) -> None:
+    """Activation-informed merging for mergekit.
+
+    Measure a model once; then `mergekit-yaml` merges with the methods aim, aim_<method> and arm.
+    """
+
+
+def main() -> None:
+    """Run the command line; one line and exit status 2 or 1 when something is wrong."""
+    try:
+        cli.main(prog_name="mergekit-arm", standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.Abort:
+        click.echo("Stopped.", err=True)
+        sys.exit(1)
+    except click.ClickException as error:
+        if "--verbose" in sys.argv:
+            raise
+        error.show()
+        sys.exit(error.exit_code)
+    except Exception as error:
+        # The last resort: whatever a library raises is still one line for the user.
+        if "--verbose" in sys.argv:
+            raise
+        click.echo(
+            f"Error: {type(error).__name__}: {first_line(error)} "
+            "(run `mergekit-arm --verbose …` for the traceback)",
+            err=True,
+        )
+        sys.exit(1)

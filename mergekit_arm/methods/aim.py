@@ -1,0 +1,269 @@
+"""AIM: Activation-Informed Merging (arXiv 2502.02421), over any mergekit method.
+
+The merged weight is pulled back towards the base along the input channels that the base
+model's activations say matter:
+
+    ā_j   = a_j / max_k a_k                      a_j: importance of input channel j
+    W_aim = W + (W_m − W) · (1 − (1 − ω) ā_j)    W_m: what the wrapped method made
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import torch
+from mergekit import merge_methods
+from mergekit.merge_methods import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethod,
+    MergeMethodSpec,
+    ParameterScope,
+    TensorGroup,
+)
+from mergekit.merge_methods.base import ParameterSpec
+from pydantic import BeforeValidator
+from torch import Tensor
+
+from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.methods.planning import Remembered, check_planned, validate_statistics
+from mergekit_arm.statistics.format import LEFT_AS_MERGED
+from mergekit_arm.statistics.reader import open_statistics
+
+URL = "https://arxiv.org/abs/2502.02421"
+PREFIX = "aim"
+DEFAULT_OVER = "task_arithmetic"
+IMPORTANCES = ("mean_abs", "rms")
+
+_CHUNK_ELEMENTS = 1 << 20  # float32 working copies of a narrower weight stay in the cache
+
+
+def relax(
+    base: Tensor, merged: Tensor, importance: Tensor, omega: float, input_axis: int
+) -> Tensor:
+    """Return ``base + (merged − base) · (1 − (1 − ω) ā)``, broadcast along the input axis.
+
+    Args:
+        base: the base model's weight, any shape.
+        merged: the merged weight, same shape, dtype and device.
+        importance: ≥ 0, any scale: ``(in,)``, or ``(experts, in)`` for ``(experts, …)``
+            weights, each row with a maximum of its own. An all-zero row changes nothing.
+        omega: ω in [0, 1]; 1 returns ``merged`` exactly.
+        input_axis: the axis of ``base`` that is the layer's input.
+
+    Returns:
+        A new tensor in ``merged``'s dtype. Arithmetic in float32 (float64 for float64).
+        Holds the result and a small working copy.
+    """
+    dtype = torch.float64 if merged.dtype == torch.float64 else torch.float32
+    importance = importance.to(device=merged.device, dtype=dtype)
+    peak = importance.amax(-1, keepdim=True)
+    gain = 1 - (1 - omega) * importance / torch.where(peak > 0, peak, 1)
+    shape = [1] * merged.ndim
+    shape[input_axis] = gain.shape[-1]
+    if gain.ndim == 2:
+        shape[0] = gain.shape[0]
+    gain = gain.reshape(shape)
+    # lerp is exact at both ends: a gain of 1 is the merged weight, a gain of 0 the base's.
+    if merged.dtype == dtype:
+        return torch.lerp(base, merged, gain)
+    result = torch.empty_like(merged)
+    rows = max(1, _CHUNK_ELEMENTS * merged.shape[0] // max(merged.numel(), 1))
+    for start in range(0, merged.shape[0], rows):
+        chunk = slice(start, start + rows)
+        result[chunk] = torch.lerp(
+            base[chunk].to(dtype),
+            merged[chunk].to(dtype),
+            gain[chunk] if gain.shape[0] > 1 else gain,
+        )
+    return result
+
+
+class ActivationInformedMerge(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
+    """Any mergekit method, followed by AIM's relaxation towards the base model.
+
+    Holds one tensor's inputs, as the wrapped method does, and the relaxed result. For methods
+    that take no base the base is AIM's anchor only and does not enter the wrapped merge.
+    """
+
+    def __init__(self, inner: MergeMethod, name: str | None = None) -> None:
+        self.inner = inner
+        self._takes_base = inner.spec.contract.base in (BasePolicy.REQUIRED, BasePolicy.OPTIONAL)
+        self._remembered = Remembered()
+        title = inner.spec.pretty_name or inner.spec.name
+        self.spec = MergeMethodSpec(
+            name=name or f"{PREFIX}_{inner.spec.name}",
+            pretty_name=f"AIM over {title}",
+            reference_url=URL,
+            parameters=(*self._inner_parameters(), *self._own_parameters()),
+            contract=self._contract(),
+            optional_tensor_policy=inner.spec.optional_tensor_policy,
+            uses_accelerator=inner.spec.uses_accelerator,
+        )
+
+    def validate_inputs(
+        self, input_ids: Any, base_id: Any = None, *, group_name: str | None = None
+    ) -> None:
+        """Check the inputs' number and base, and at planning time the base's statistics."""
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        planned = self._remembered.take()
+        if planned.get("omega", 1.0) != 1.0 and "activation_stats" in planned:
+            check_planned(
+                open_statistics(planned["activation_stats"]), base_id, group_name, input_ids
+            )
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        """Merge one output tensor and relax it.
+
+        Raises:
+            InputError: the statistics do not belong to the base's tensor, or lack it.
+        """
+        base = group.base
+        assert base is not None  # the contract requires it
+        own = {name: parameters.pop(name) for name in ("omega", "importance")}
+        stats = parameters["activation_stats"]
+        if not any(p.name == "activation_stats" for p in self.inner.spec.parameters):
+            del parameters["activation_stats"]
+        inner_group = group
+        if not self._takes_base:
+            inner_group = dataclasses.replace(group, entries=group.non_base)
+        merged: Tensor
+        (merged,) = self.inner((inner_group,), parameters=parameters)
+        if own["omega"] == 1:
+            return merged
+        # Where the wrapped method has statistics for each input, the base's are AIM's.
+        reference = stats if isinstance(stats, str) else stats[base.id]
+        return self._relax(group, base.tensor, merged, reference, **own)
+
+    def _relax(
+        self,
+        group: TensorGroup,
+        base: Tensor,
+        merged: Tensor,
+        reference: str,
+        *,
+        omega: float,
+        importance: str,
+    ) -> Tensor:
+        statistics = open_statistics(reference)
+        name, record = statistics.find(
+            group.metadata.name or "", base, permuted=group.metadata.vocabulary_axis is not None
+        )
+        if record.site is None:
+            if record.reason in LEFT_AS_MERGED:
+                return merged
+            raise InputError(
+                f"{name}: activation_stats {reference} have no statistics for it "
+                f"({record.reason}); to leave it as merged, set "
+                f"omega: [{{filter: {name}, value: 1.0}}, {{value: {omega}}}]"
+            )
+        assert record.input_axis is not None
+        values = statistics.importance(record, importance)
+        return relax(base, merged, values, omega, record.input_axis)
+
+    def _inner_parameters(self) -> tuple[ParameterSpec, ...]:
+        if self._takes_base:
+            return tuple(self.inner.spec.parameters)
+        # The base is not an input of the wrapped merge and needs no weight there.
+        return tuple(
+            dataclasses.replace(parameter, scope=ParameterScope.NON_BASE)
+            if parameter.scope == ParameterScope.INPUT
+            else parameter
+            for parameter in self.inner.spec.parameters
+        )
+
+    def _own_parameters(self) -> tuple[ParameterSpec, ...]:
+        note = self._remembered.note
+        taken = {parameter.name for parameter in self.inner.spec.parameters}
+        own = (
+            ParameterSpec(
+                "activation_stats",
+                Annotated[
+                    Any,
+                    BeforeValidator(lambda v: note("activation_stats", validate_statistics(v))),
+                ],
+                ParameterScope.SHARED,
+                default=None,  # refused by the validator, in one line
+                description="Statistics of the base model: a directory or a Hub name",
+            ),
+            ParameterSpec(
+                "omega",
+                Annotated[Any, BeforeValidator(lambda v: note("omega", validate_omega(v)))],
+                ParameterScope.SHARED,
+                default=0.4,
+                description="1 leaves the merge as it is, 0 freezes the most active channel",
+            ),
+            ParameterSpec(
+                "importance",
+                Annotated[Any, BeforeValidator(validate_importance)],
+                ParameterScope.SHARED,
+                default="mean_abs",
+                description="mean_abs (the paper's) or rms",
+            ),
+        )
+        clash = taken & {"omega", "importance"}
+        if clash:
+            raise ValueError(f"{self.inner.spec.name} has parameters of AIM's own: {clash}")
+        return tuple(parameter for parameter in own if parameter.name not in taken)
+
+    def _contract(self) -> InputContract:
+        inner = self.inner.spec.contract
+        if self._takes_base:
+            return dataclasses.replace(inner, base=BasePolicy.REQUIRED)
+        return InputContract(
+            base=BasePolicy.REQUIRED,
+            min_inputs=inner.min_inputs + 1,
+            max_inputs=None if inner.max_inputs is None else inner.max_inputs + 1,
+            min_non_base=inner.min_inputs,
+            max_non_base=inner.max_inputs,
+        )
+
+
+def validate_omega(value: Any) -> float:
+    """Return ω as a float in [0, 1].
+
+    Raises:
+        InputError: it is not.
+    """
+    try:
+        omega = float(value) if not isinstance(value, bool) else float("nan")
+    except (TypeError, ValueError):
+        omega = float("nan")
+    if not 0 <= omega <= 1:
+        raise InputError(f"omega must lie in [0, 1], not {value!r}: 1 leaves the merge as it is")
+    return omega
+
+
+def validate_importance(value: Any) -> str:
+    """Return the name of an importance.
+
+    Raises:
+        InputError: unknown.
+    """
+    if value not in IMPORTANCES:
+        raise InputError(
+            f"importance must be {' or '.join(IMPORTANCES)}, not {value!r}"
+            f"{did_you_mean(str(value), IMPORTANCES)}"
+        )
+    return str(value)
+
+
+def register() -> None:
+    """Register ``aim`` and ``aim_<name>`` for every method mergekit has or will be given."""
+    registry = merge_methods.registry
+    if getattr(registry.register, "_adds_aim", False):
+        return
+    plain_register = registry.register
+
+    def register_with_twin(method: MergeMethod) -> None:
+        plain_register(method)
+        plain_register(ActivationInformedMerge(method))
+
+    register_with_twin._adds_aim = True  # type: ignore[attr-defined]  # marks the wrapper
+    for method in merge_methods.registered_methods():
+        plain_register(ActivationInformedMerge(method))
+        if method.spec.name == DEFAULT_OVER:
+            plain_register(ActivationInformedMerge(method, PREFIX))
+    registry.register = merge_methods.register = register_with_twin

@@ -1,0 +1,76 @@
+"""The model card of a statistics directory."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from mergekit_arm.statistics.format import Metadata
+
+_TEMPLATE = """---
+library_name: mergekit-arm
+tags: [mergekit, activation-statistics]
+base_model: {base_model}
+---
+# {name}
+
+Activation statistics of `{reference}`{revision}, for merging with
+[mergekit](https://github.com/arcee-ai/mergekit) and mergekit-arm's merge methods.
+They hold sums over calibration tokens for every input channel, and no text.
+
+| | |
+| --- | --- |
+| model | `{reference}` ({architecture}), content `{content}` |
+| data | `{dataset}`{split}, column `{column}`, seed {seed} |
+| measured | {sequences} sequences, {tokens:,} tokens |
+| statistics | {statistics}, forward passes in {dtype} on {device} |
+| coverage | {measured} weights measured at {sites} inputs{unmeasured} |
+| made with | {versions} |
+
+To merge with them:
+
+```yaml
+merge_method: aim_ties            # aim_ and any mergekit method
+base_model: {reference_at}
+models:
+  - model: …
+    parameters: {{weight: 1.0, density: 0.5}}
+parameters:
+  activation_stats: {name}   # this directory, or its name on the Hub
+  omega: 0.4
+```
+"""
+
+
+def statistics_card(metadata: Metadata, name: str) -> str:
+    """Return the card's Markdown: what it is, how it was measured, the YAML that uses it.
+
+    ``name`` is the directory's. No date, so that the same measurement gives the same bytes.
+    """
+    model, data, settings = metadata.model, metadata.data, metadata.settings
+    reasons = Counter(w.reason for w in metadata.weights.values() if w.reason)
+    local = model.revision is None
+    return _TEMPLATE.format(
+        # The Hub refuses a card whose base_model is not a repository's name.
+        base_model="[]" if local else model.reference.split("@")[0].split("+")[0],
+        name=name,
+        reference=model.reference,
+        revision="" if local else f" at revision `{model.revision}`",
+        reference_at=model.reference
+        if local or "@" in model.reference or "+" in model.reference
+        else f"{model.reference}@{model.revision}",
+        architecture=model.architecture,
+        content=model.content_hash[:16],
+        dataset=data.dataset,
+        split=f", split `{data.split}`" if data.split else "",
+        column=data.column,
+        seed=data.seed,
+        sequences=data.sequences,
+        tokens=data.tokens,
+        statistics=" and ".join(settings.statistics),
+        dtype=settings.dtype,
+        device=settings.device,
+        measured=sum(1 for w in metadata.weights.values() if w.site),
+        sites=len(metadata.sites),
+        unmeasured="".join(f", {count} {reason}" for reason, count in sorted(reasons.items())),
+        versions=", ".join(f"{package} {v}" for package, v in metadata.versions.items()),
+    )

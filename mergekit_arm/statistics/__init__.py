@@ -1,0 +1,1 @@
+"""What is measured, how it adds up, and the directory it lives in."""

@@ -1,0 +1,104 @@
+"""The schema of ``activation_stats.json``, format 1."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FORMAT_VERSION = 1
+METADATA_FILE = "activation_stats.json"
+
+EMBEDDING = "embedding"
+BIAS = "bias"
+NEVER_USED = "never used on this data"
+NOT_LOADED = "not a parameter of the model that transformers loads"
+
+LEFT_AS_MERGED = frozenset({EMBEDDING, BIAS})
+"""Reasons that are part of the methods' definition; any other needs the user's consent."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelRecord(_Strict):
+    """The measured model."""
+
+    reference: str
+    """As the user wrote it, in mergekit's grammar."""
+    revision: str | None = None
+    """Commit hash on the Hub; none for a local directory."""
+    architecture: str
+    content_hash: str
+    """Over every weight's name, shape, dtype and probe."""
+
+
+class DataRecord(_Strict):
+    """The calibration data and how it was cut."""
+
+    dataset: str
+    subset: str | None = None
+    split: str | None = None
+    column: str
+    template_hash: str | None = None
+    """Of the chat template, where rows were chats."""
+    tokenizer_hash: str | None = None
+    """None where rows held ready token ids."""
+    seed: int
+    sequence_length: int | None = None
+    """None where rows held ready token ids of their own lengths."""
+    sequences: int
+    tokens: int
+    content_hash: str
+    """Over the token ids that were measured."""
+
+
+class SettingsRecord(_Strict):
+    """Settings of the run that change its numbers."""
+
+    statistics: list[str]
+    dtype: str
+    device: str
+    min_expert_tokens: int = 0
+    rank: int | None = None
+    energy: float | None = None
+    subspace_tokens: int | None = None
+    skip_first: int = 0
+
+
+class SiteRecord(_Strict):
+    """One measured input."""
+
+    width: int
+    tokens: int | list[int]
+    """Rows seen: one count, or one for each expert."""
+    subspace: int | None = None
+    """Stored dimensions of the dominant subspace, where it was measured."""
+    energy_reached: bool = True
+    """False where the rank was too small for the energy asked for."""
+
+
+class WeightRecord(_Strict):
+    """One floating-point tensor of the checkpoint: measured at a site, or listed with a reason."""
+
+    shape: list[int]
+    dtype: str
+    probe: int
+    """Row of the tensor ``probes``."""
+    site: str | None = None
+    input_axis: int | None = None
+    row: int | None = None
+    """Row of the site's statistics that belongs to this weight (one expert of many)."""
+    reason: str | None = None
+    """Why there is no site."""
+
+
+class Metadata(_Strict):
+    """All of ``activation_stats.json``."""
+
+    format_version: int = FORMAT_VERSION
+    model: ModelRecord
+    data: DataRecord
+    settings: SettingsRecord
+    versions: dict[str, str]
+    sites: dict[str, SiteRecord] = Field(min_length=1)
+    weights: dict[str, WeightRecord] = Field(min_length=1)

@@ -1,0 +1,99 @@
+"""Write a statistics directory: complete or absent, never in between."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+from mergekit_arm.errors import InputError
+from mergekit_arm.statistics.format import METADATA_FILE, Metadata
+
+PROBES = "probes"
+
+
+def check_destination(out: Path, force: bool) -> None:
+    """Refuse a destination that ``write_statistics`` would refuse; call it before long work.
+
+    Even ``force`` replaces only an empty directory or one that holds statistics: a mistyped
+    path must not cost anybody a model.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out} is a file; name a directory for the statistics")
+    if not any(out.iterdir()):
+        return
+    if not (out / METADATA_FILE).is_file():
+        raise InputError(
+            f"{out} exists and holds no statistics; it will not be replaced: choose another name"
+        )
+    if not force:
+        raise InputError(f"{out} exists; add --force to replace it, or choose another name")
+
+
+def write_statistics(
+    out: Path, metadata: Metadata, tensors: Mapping[str, Tensor], card: str, *, force: bool = False
+) -> None:
+    """Write format 1 to ``out``: safetensors under the names that mergekit's loader opens.
+
+    ``tensors`` holds ``probes`` and every ``<site>.<key>``. Everything goes into a temporary
+    directory beside ``out``, is flushed, and is renamed into place at the end.
+
+    Raises:
+        InputError: ``out`` exists and may not be replaced.
+    """
+    out = out.absolute()
+    check_destination(out, force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        save_torch_state_dict(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())},
+            staging,
+            max_shard_size="5GB",
+        )
+        (staging / METADATA_FILE).write_text(
+            metadata.model_dump_json(indent=1, exclude_none=True) + "\n", encoding="utf-8"
+        )
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        # mkdtemp and safetensors make private files; published ones have ordinary permissions.
+        mask = _umask()
+        staging.chmod(0o777 & ~mask)
+        for path in staging.iterdir():
+            path.chmod(0o666 & ~mask)
+            _flush(path)
+        _flush(staging)
+        _replace(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(staging: Path, out: Path) -> None:
+    if not out.exists():
+        staging.rename(out)
+    else:
+        previous = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        out.rename(previous / "previous")
+        staging.rename(out)
+        shutil.rmtree(previous)
+    _flush(out.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
