@@ -251,19 +251,28 @@ def validate_importance(value: Any) -> str:
 
 
 def register() -> None:
-    """Register ``aim`` and ``aim_<name>`` for every method mergekit has or will be given."""
+    """Register ``aim`` and ``aim_<name>`` for every method mergekit has.
+
+    A method that is registered later gets its twin when that is first asked for: mergekit
+    promises that ``register`` adds one method and no more.
+    """
     registry = merge_methods.registry
-    if getattr(registry.register, "_adds_aim", False):
+    plain_get = registry.get
+    if getattr(plain_get, "_wraps_with_aim", False):
         return
-    plain_register = registry.register
-
-    def register_with_twin(method: MergeMethod) -> None:
-        plain_register(method)
-        plain_register(ActivationInformedMerge(method))
-
-    register_with_twin._adds_aim = True  # type: ignore[attr-defined]  # marks the wrapper
     for method in merge_methods.registered_methods():
-        plain_register(ActivationInformedMerge(method))
+        merge_methods.register(ActivationInformedMerge(method))
         if method.spec.name == DEFAULT_OVER:
-            plain_register(ActivationInformedMerge(method, PREFIX))
-    registry.register = merge_methods.register = register_with_twin
+            merge_methods.register(ActivationInformedMerge(method, PREFIX))
+
+    def get(name: str) -> MergeMethod:
+        known = {method.spec.name for method in merge_methods.registered_methods()}
+        prefix, _, inner = name.partition("_")
+        if name not in known and prefix == PREFIX:
+            if inner not in known:
+                raise InputError(f"no merge method {name!r}{did_you_mean(name, known)}")
+            merge_methods.register(ActivationInformedMerge(plain_get(inner)))
+        return plain_get(name)
+
+    get._wraps_with_aim = True  # type: ignore[attr-defined]  # marks the wrapper
+    registry.get = merge_methods.get = get
