@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
@@ -41,8 +42,13 @@ class Source:
     @property
     def commit(self) -> str | None:
         """Commit hash of a Hub model, None for a local one."""
-        commit: str | None = getattr(self.config, "_commit_hash", None)
-        return commit
+        if Path(self.name).is_dir():
+            return None
+        # transformers no longer keeps the hash; the cache lays files out by commit.
+        cached = huggingface_hub.try_to_load_from_cache(
+            self.name, "config.json", revision=self.revision
+        )
+        return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 @contextmanager
@@ -149,10 +155,13 @@ def open_checkpoint(source: Source) -> LazyTensorLoader:
         InputError: no checkpoint file that mergekit can read.
     """
     try:
-        reference = ModelReference.model_validate(
-            {"model": {"path": source.name, "revision": source.revision}}
-        )
-        local = source.name if Path(source.name).is_dir() else reference.local_path()
+        local = source.name
+        if not Path(local).is_dir():
+            # transformers has fetched the weights already; mergekit's own download would list
+            # the repository first, which fails offline even where everything is cached.
+            local = huggingface_hub.snapshot_download(
+                local, revision=source.commit or source.revision, local_files_only=True
+            )
         return LazyTensorLoader.from_disk(local)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(_unloadable(source.reference, error)) from error

@@ -240,15 +240,15 @@ def _local_path(reference: str) -> Path:
 
 
 def _hub_path(reference: str) -> str:
-    cache = LoaderCache().hf_cache_dir
-    model = ModelReference.parse(reference)
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        # mergekit lists the repository's files first, which needs a network even where
-        # everything is cached.
-        return huggingface_hub.snapshot_download(
-            model.model.path, revision=model.model.revision, cache_dir=cache
-        )
-    return str(model.local_path(cache_dir=cache))
+    # mergekit's own download lists the repository first, which fails without a network even
+    # where everything is cached.
+    model = ModelReference.parse(reference).model
+    return huggingface_hub.snapshot_download(
+        model.path,
+        revision=model.revision,
+        cache_dir=LoaderCache().hf_cache_dir,
+        allow_patterns=["*.json", "*.safetensors", "README.md"],
+    )
 
 
 def _stat(reference: str, file: Path) -> os.stat_result:
