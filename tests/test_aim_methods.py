@@ -152,7 +152,8 @@ def test_parameters_of_the_inner_method_keep_names_scopes_and_defaults() -> None
             assert mine.value_type == parameter.value_type
             # Without a base in the inner merge, its inputs are AIM's non-base inputs.
             assert mine.scope == parameter.scope or (
-                not takes_base and (parameter.scope.value, mine.scope.value) == ("input", "non_base")
+                not takes_base
+                and (parameter.scope.value, mine.scope.value) == ("input", "non_base")
             )
 
 
