@@ -143,6 +143,8 @@ def share_sites(readings: dict[str, Reading], forward: Callable[[], None]) -> li
             handle.remove()
 
     groups: dict[tuple[Any, ...], SitePlan] = {}
+    order: dict[tuple[Any, ...], int] = {}
+    unreached = clock + 1
     for reading in readings.values():
         calls = sorted(
             (call for layer in reading.layers for call in handed[id(layer)]),
@@ -156,4 +158,6 @@ def share_sites(readings: dict[str, Reading], forward: Callable[[], None]) -> li
                 )
         key = tuple(id(x) for _, x in calls) or (reading.parameter,)
         groups.setdefault(key, SitePlan([])).readings.append(reading)
-    return list(groups.values())
+        order.setdefault(key, calls[0][0] if calls else unreached)
+    # In the order of the forward pass, so that the first bad input that is named is the cause.
+    return [groups[key] for key in sorted(groups, key=order.__getitem__)]

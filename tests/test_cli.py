@@ -1,0 +1,108 @@
+"""The command line: fast help, one-line errors, exit statuses, defaults in step."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mergekit_arm.calibration.run import CalibrationOptions
+from mergekit_arm.cli import main as cli_module
+from mergekit_arm.cli.calibrate import command as calibrate_command
+
+COMMAND = [sys.executable, "-m", "mergekit_arm"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_help_is_instant() -> None:
+    """Half a second; the median of five, by processor time, since machines are shared."""
+    spent = []
+    for _ in range(5):
+        before = os.times()
+        assert run("--help").returncode == 0
+        after = os.times()
+        spent.append(
+            after.children_user - before.children_user
+            + after.children_system - before.children_system
+        )  # fmt: skip
+    assert statistics.median(spent) < 0.5
+
+
+@pytest.mark.parametrize("name", sorted(cli_module.COMMANDS))
+def test_help_of_a_subcommand_loads_no_torch(name: str) -> None:
+    program = (
+        "import sys; from mergekit_arm.cli.main import main; sys.argv = ['x', %r, '--help']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program % name], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
+
+
+def test_every_command_is_listed_with_its_first_line() -> None:
+    listing = run("--help").stdout
+    for name in cli_module.COMMANDS:
+        assert f"  {name} " in listing
+
+
+def test_unknown_commands_and_options_name_the_nearest() -> None:
+    done = run("calibrte")
+    assert done.returncode == 2
+    assert "did you mean 'calibrate'" in done.stderr
+    done = run("calibrate", "a", "b", "--sampels", "3")
+    assert done.returncode == 2
+    assert "--samples" in done.stderr
+
+
+def test_errors_are_one_line_unless_verbose(tmp_path: Path) -> None:
+    wrong = ("calibrate", str(tmp_path), str(tmp_path / "out"), "--dataset", "./nowhere.jsonl")
+    done = run(*wrong)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("Error: ")]) == 1
+    assert "Traceback" in run("--verbose", *wrong).stderr
+
+
+def test_defaults_of_the_command_and_of_the_library_agree() -> None:
+    options = {field.name: field for field in dataclasses.fields(CalibrationOptions)}
+    parameters = {parameter.name: parameter for parameter in calibrate_command.params}
+    assert set(parameters) == set(options)
+    for name, parameter in parameters.items():
+        if name in ("model", "out"):
+            continue
+        default = parameter.default
+        if parameter.type.name == "boolean":
+            default = bool(default)
+        assert default == options[name].default, name
+
+
+def test_calibrate_prints_a_table(family: Path, token_file: Path, tmp_path: Path) -> None:
+    done = run(
+        "calibrate", str(family / "base"), str(tmp_path / "stats"), "--dataset", str(token_file)
+    )
+    assert done.returncode == 0, done.stderr
+    assert "12 sequences, not 256" in done.stderr.replace("\n", " ")
+    assert "weights at" in done.stderr
+    assert (tmp_path / "stats" / "activation_stats.json").is_file()
+
+
+def test_help_shows_every_option() -> None:
+    text = CliRunner().invoke(calibrate_command, ["--help"]).output
+    started = time.perf_counter()
+    for parameter in calibrate_command.params:
+        if parameter.param_type_name == "option":
+            assert parameter.opts[0] in text
+    assert time.perf_counter() - started < 1
