@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mergekit_arm.calibration.run import CalibrationOptions
+from mergekit_arm.calibration.options import STATISTICS, CalibrationOptions
 from mergekit_arm.cli import main as cli_module
 from mergekit_arm.cli.calibrate import command as calibrate_command
 
@@ -86,6 +86,8 @@ def test_defaults_of_the_command_and_of_the_library_agree() -> None:
         default = parameter.default
         if parameter.type.name == "boolean":
             default = bool(default)
+        elif name == "statistics":
+            default = STATISTICS if default == "all" else default
         assert default == options[name].default, name
 
 

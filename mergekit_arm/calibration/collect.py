@@ -13,12 +13,20 @@ from transformers import PreTrainedModel
 
 from mergekit_arm.calibration.sites import SitePlan, layer_input
 from mergekit_arm.errors import Failure
-from mergekit_arm.statistics.observers import Importance, Observer
+from mergekit_arm.statistics.observers import Observer
 
 ObserverFactory = Callable[[int, torch.device], Observer]
 
-OBSERVERS: dict[str, ObserverFactory] = {"importance": Importance}
-"""The statistics that ``--statistics`` can name."""
+
+@dataclass(frozen=True)
+class Statistic:
+    """A kind of observer and where it applies."""
+
+    make: ObserverFactory
+    sampled: bool = False
+    """Fed the token sample instead of every token."""
+    matrices_only: bool = False
+    """Not measured where only norms or the output head read."""
 
 
 @dataclass
@@ -27,20 +35,36 @@ class Site:
 
     name: str
     plan: SitePlan
-    factories: Mapping[str, ObserverFactory]
+    statistics: Mapping[str, Statistic]
     observers: dict[str, Observer] = field(default_factory=dict)
     tokens: int = 0
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, batch: Batch) -> None:
         """Add an input of any leading shape; observers are made on its device."""
         rows = x.reshape(-1, x.shape[-1])
         if not self.observers:
             self.observers = {
-                name: make(rows.shape[1], rows.device) for name, make in self.factories.items()
+                name: statistic.make(rows.shape[1], rows.device)
+                for name, statistic in self.statistics.items()
             }
-        for observer in self.observers.values():
-            observer.update(rows)
+        for name, observer in self.observers.items():
+            observer.update(batch.sampled(rows) if self.statistics[name].sampled else rows)
         self.tokens += rows.shape[0]
+
+
+@dataclass
+class Batch:
+    """What the hooks must know of the batch that is under way."""
+
+    tokens: int = 0
+    sample: Tensor | None = None
+    """Sampled rows; None means all."""
+
+    def sampled(self, rows: Tensor) -> Tensor:
+        """Return the sampled rows of an input that has one row for each token, or all rows."""
+        if self.sample is None or rows.shape[0] != self.tokens:
+            return rows
+        return rows[self.sample.to(rows.device)]
 
 
 class Collector:
@@ -48,12 +72,15 @@ class Collector:
 
     def __init__(self, sites: list[Site]) -> None:
         self.sites = sites
+        self.batch = Batch()
         self._handles: list[Any] = []
 
     def __enter__(self) -> Collector:
         for site in self.sites:
             for layer in site.plan.layers:
-                self._handles.append(layer.register_forward_pre_hook(_hook(site), with_kwargs=True))
+                self._handles.append(
+                    layer.register_forward_pre_hook(self._hook(site), with_kwargs=True)
+                )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,14 +110,13 @@ class Collector:
                         "the model or the dtype is broken; try --dtype float32"
                     )
 
+    def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def observe(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = layer_input(args, kwargs)
+            if x is not None:
+                site.update(x, self.batch)
 
-def _hook(site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def observe(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = layer_input(args, kwargs)
-        if x is not None:
-            site.update(x)
-
-    return observe
+        return observe
 
 
 @contextmanager

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mergekit_arm.calibration.options import DEFAULT_DATASET
 from mergekit_arm.errors import InputError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-DEFAULT_DATASET = "mit-han-lab/pile-val-backup"
-"""The AIM authors' calibration data, split ``validation``."""
 
 _BUILDERS = {
     ".jsonl": "json",

@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-# The same default as CalibrationOptions, whose module imports torch; a test compares them all.
-_DEFAULT_DATASET = "mit-han-lab/pile-val-backup"
+from mergekit_arm.calibration.options import STATISTICS, CalibrationOptions
 
 _EPILOG = """\b
 Examples:
@@ -17,43 +16,63 @@ Examples:
 """
 
 
+def _option(name: str, **settings: Any) -> Any:
+    """Declare an option whose default is the library's."""
+    field = CalibrationOptions.__dataclass_fields__[name]
+    flag = "--" + name.replace("_", "-")
+    if field.default is False:
+        return click.option(flag, is_flag=True, **settings)
+    default = settings.pop("default", field.default)
+    return click.option(flag, default=default, show_default=default is not None, **settings)
+
+
 @click.command("calibrate", epilog=_EPILOG)
 @click.argument("model")
 @click.argument("out", type=click.Path())
-@click.option(
-    "--dataset",
-    default=_DEFAULT_DATASET,
-    show_default=True,
+@_option(
+    "dataset",
     metavar="NAME_OR_PATH",
     help="Name on the Hub, or a local .jsonl .json .txt .csv .parquet file or directory.",
 )
-@click.option("--subset", help="Configuration of the data set.")
-@click.option("--split", help="Split of the data set.")
-@click.option(
-    "--text-column",
+@_option("subset", help="Configuration of the data set.")
+@_option("split", help="Split of the data set.")
+@_option(
+    "text_column",
     help="Column with text, chat messages or token ids. [default: input_ids, messages or text]",
 )
-@click.option("--samples", type=click.IntRange(1), default=256, show_default=True)
-@click.option("--sequence-length", type=click.IntRange(1), default=512, show_default=True)
-@click.option(
-    "--batch-size", type=click.IntRange(1), help="Sequences at once. [default: ~4096 tokens]"
+@_option("samples", type=click.IntRange(1), help="Sequences to measure.")
+@_option("sequence_length", type=click.IntRange(1), help="Tokens in each sequence.")
+@_option("batch_size", type=click.IntRange(1), help="Sequences at once. [default: ~4096 tokens]")
+@_option("seed", type=click.IntRange(0), help="Decides which rows and tokens are used.")
+@_option(
+    "statistics",
+    type=click.Choice([*STATISTICS, "all"]),
+    default="all",
+    callback=lambda _context, _option, name: STATISTICS if name == "all" else (name,),
+    help="importance is what aim needs, subspace what arm needs.",
 )
-@click.option("--seed", type=click.IntRange(0), default=42, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps, …")
-@click.option(
-    "--dtype",
+@_option("rank", type=click.IntRange(1), help="Columns of a subspace sketch. [default: by width]")
+@_option(
+    "energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of an input's second moment that a stored subspace holds.",
+)
+@_option("subspace_tokens", type=click.IntRange(1), help="Tokens that subspaces are measured on.")
+@_option(
+    "skip_first",
+    type=click.IntRange(0),
+    help="Leave each sequence's first tokens out of subspaces.",
+)
+@_option("keep_sketch", help="Store subspace sketches too, so that directories can be combined.")
+@_option("device", help="auto, cpu, cuda, cuda:1, mps, …")
+@_option(
+    "dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
     help="Of the forward passes.",
 )
-@click.option(
-    "--lora-merge-cache", type=click.Path(), help="Keep the merged model of model+lora here."
-)
-@click.option(
-    "--trust-remote-code", is_flag=True, help="Run code that comes with the model (danger)."
-)
-@click.option("--force", is_flag=True, help="Replace statistics that exist at OUT.")
+@_option("lora_merge_cache", type=click.Path(), help="Keep the merged model of model+lora here.")
+@_option("trust_remote_code", help="Run code that comes with the model (danger).")
+@_option("force", help="Replace statistics that exist at OUT.")
 def command(**values: Any) -> None:
     """Measure MODEL's activations on calibration text and write statistics to OUT.
 
@@ -63,20 +82,21 @@ def command(**values: Any) -> None:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    with console.status("Loading libraries, data and model"):
+    with console.status("Loading libraries"):
         import transformers
 
-        from mergekit_arm.calibration.run import CalibrationOptions, calibrate
+        from mergekit_arm.calibration.run import calibrate
+        from mergekit_arm.reports.summary import calibration_summary
 
     transformers.utils.logging.disable_progress_bar()
     columns = (
-        TextColumn("Calibrating"),
+        TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed:,}/{task.total:,} tokens, {task.fields[rate]}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, speed_estimate_period=60) as bar:
-        task = bar.add_task("tokens", total=None, visible=False, rate="")
+        task = bar.add_task("Calibrating", total=None, visible=False, rate="")
 
         def progress(done: int, total: int) -> None:
             speed = bar.tasks[task].speed
@@ -86,8 +106,6 @@ def command(**values: Any) -> None:
         result = calibrate(
             CalibrationOptions(**values), progress, lambda note: console.print(note, style="yellow")
         )
-    from mergekit_arm.reports.summary import calibration_summary
-
     console.print(
         calibration_summary(result.metadata, result.out, result.requested_sequences, result.seconds)
     )
