@@ -160,7 +160,7 @@ def test_tokens_of_another_vocabulary(family: Path, tmp_path: Path) -> None:
 
 def test_sequences_longer_than_the_model_takes(family: Path, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(json.dumps({"input_ids": [1] * 200}) + "\n")
-    with pytest.raises(InputError, match="sequences of 200 tokens, but .* takes 128"):
+    with pytest.raises(InputError, match=r"sequences of 200 tokens, but .* takes 128"):
         calibrate(
             CalibrationOptions(
                 model=str(family / "base"),

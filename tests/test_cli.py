@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -83,10 +84,8 @@ def test_defaults_of_the_command_and_of_the_library_agree() -> None:
     for name, parameter in parameters.items():
         if name in ("model", "out"):
             continue
-        default = parameter.default
-        if parameter.type.name == "boolean":
-            default = bool(default)
-        elif name == "statistics":
+        default = parameter.get_default(click.Context(calibrate_command))
+        if name == "statistics":
             default = STATISTICS if default == "all" else default
         assert default == options[name].default, name
 
