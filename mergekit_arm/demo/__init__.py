@@ -1,0 +1,1 @@
+"""A complete run without a network: text, tiny models, calibration, merges, losses."""

@@ -1,0 +1,230 @@
+"""The demo from start to end: text, base, two specialists, statistics, merges, losses.
+
+Calibration and merges run inside the output directory, on the relative paths that the printed
+commands name, so that repeating a command by hand repeats what happened here.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from mergekit import merge_methods
+from mergekit.scripts.run_yaml import main as mergekit_yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from mergekit_arm.calibration.run import CalibrationOptions, calibrate
+from mergekit_arm.demo.text import DOMAINS, Corpus, standard_library
+from mergekit_arm.demo.train import mean_loss, new_model, pack, save, train, train_tokenizer
+from mergekit_arm.errors import Failure, InputError
+
+BASE_DOMAIN, *SPECIALTIES = DOMAINS
+BASE = "base"
+MARKER = "demo.json"
+# With a leading ./ because mergekit asks the Hub about names that could be one of its models.
+CALIBRATION = CalibrationOptions(
+    model=f"./{BASE}", out="./stats", dataset="calibration.jsonl", samples=128, sequence_length=128
+)
+
+Losses = dict[str, dict[str, float]]
+"""Model → domain → held-out loss in nats per token."""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What ``mergekit-arm demo`` can be told; the amounts are for callers in a hurry."""
+
+    out: Path
+    seed: int = 42
+    force: bool = False
+    base_steps: int = 600
+    specialist_steps: int = 150
+    characters: int = 1_000_000
+
+
+def merge_configs() -> dict[str, dict[str, Any]]:
+    """Return the demo's merges by name, each a configuration for ``mergekit-yaml``."""
+    aim = {"activation_stats": CALIBRATION.out, "omega": 0.4}
+    return {
+        "task_arithmetic": _config("task_arithmetic", {"weight": 1.0}),
+        "task_arithmetic_0.7": _config("task_arithmetic", {"weight": 0.7}),
+        "aim": _config("aim", {"weight": 1.0}, aim),
+        "ties": _config("ties", {"weight": 1.0, "density": 0.5}),
+        "aim_ties": _config("aim_ties", {"weight": 1.0, "density": 0.5}, aim),
+    }
+
+
+def run_demo(options: DemoOptions, console: Console) -> Losses:
+    """Run the whole demo into ``options.out`` and print its table.
+
+    Raises:
+        InputError: the directory holds something that may not be replaced.
+        Failure: this Python has no library sources, or mergekit does not know our methods.
+    """
+    _check(options)
+    started = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        reading = bar.add_task("reading the standard library", total=None)
+        corpora = standard_library(seed=options.seed, characters=options.characters)
+        _prepare(options, corpora)
+        bar.update(reading, total=1, completed=1)
+        _train_models(options, corpora, bar)
+        with _inside(options.out):
+            _calibrate_and_merge(bar)
+            losses = _measure(corpora, bar)
+            Path("losses.json").write_text(json.dumps(losses, indent=2) + "\n")
+    console.print(_table(losses))
+    console.print(
+        _closing(options.out, time.perf_counter() - started), highlight=False, soft_wrap=True
+    )
+    return losses
+
+
+def _check(options: DemoOptions) -> None:
+    out = options.out
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: choose another directory with --out")
+    if out.is_dir() and any(out.iterdir()):
+        # Even --force deletes nothing but an earlier demo: a mistyped path costs nobody a model.
+        if not (out / MARKER).is_file():
+            raise InputError(f"{out} is not empty and no demo: choose another directory with --out")
+        if not options.force:
+            raise InputError(f"{out} exists: replace it with --force, or choose another --out")
+    known = {method.spec.name for method in merge_methods.registered_methods()}
+    missing = {config["merge_method"] for config in merge_configs().values()} - known
+    if missing:
+        raise Failure(
+            f"mergekit does not know {', '.join(sorted(missing))}: install mergekit-arm with pip "
+            "and unset MERGEKIT_ARM_AUTOLOAD"
+        )
+
+
+def _prepare(options: DemoOptions, corpora: dict[str, Corpus]) -> None:
+    out = options.out
+    if out.exists():
+        shutil.rmtree(out)
+    for folder in ("configs", "heldout"):
+        (out / folder).mkdir(parents=True)
+    (out / MARKER).write_text(json.dumps({"seed": options.seed}) + "\n")
+    _write_texts(out / CALIBRATION.dataset, corpora[BASE_DOMAIN].train)
+    for domain, corpus in corpora.items():
+        _write_texts(out / "heldout" / f"{domain}.jsonl", corpus.heldout)
+    for name, config in merge_configs().items():
+        (out / "configs" / f"{name}.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def _train_models(options: DemoOptions, corpora: dict[str, Corpus], bar: Progress) -> None:
+    tokenizer = train_tokenizer(text for corpus in corpora.values() for text in corpus.train)
+
+    def run(
+        model: PreTrainedModel, name: str, domain: str, steps: int, learning_rate: float
+    ) -> None:
+        task = bar.add_task(f"training {name}", total=steps)
+        train(
+            model,
+            pack(tokenizer, corpora[domain].train),
+            steps=steps,
+            learning_rate=learning_rate,
+            seed=options.seed,
+            on_step=lambda step, loss: bar.update(task, completed=step),
+        )
+        save(model, tokenizer, options.out / name)
+
+    base = new_model(len(tokenizer), seed=options.seed)
+    run(base, BASE, BASE_DOMAIN, options.base_steps, 4e-3)
+    for domain in SPECIALTIES:
+        run(copy.deepcopy(base), domain, domain, options.specialist_steps, 1e-3)
+
+
+def _calibrate_and_merge(bar: Progress) -> None:
+    task = bar.add_task("calibrating base", total=None)
+    calibrate(CALIBRATION, lambda done, total: bar.update(task, completed=done, total=total))
+    configs = merge_configs()
+    for name in bar.track(configs, description="merging"):
+        # The very command, without the seconds that a process takes to import torch again.
+        arguments = [f"configs/{name}.yml", f"merged/{name}", "--quiet"]
+        mergekit_yaml.main(arguments, standalone_mode=False)
+
+
+def _measure(corpora: dict[str, Corpus], bar: Progress) -> Losses:
+    folders = {name: name for name in (BASE, *SPECIALTIES)}
+    folders |= {name: f"merged/{name}" for name in merge_configs()}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
+    heldout = {domain: pack(tokenizer, corpus.heldout) for domain, corpus in corpora.items()}
+    losses: Losses = {}
+    for name in bar.track(folders, description="measuring losses"):
+        model = LlamaForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
+        losses[name] = {domain: mean_loss(model, blocks) for domain, blocks in heldout.items()}
+    return losses
+
+
+def _config(
+    method: str, per_model: dict[str, float], shared: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "merge_method": method,
+        "base_model": CALIBRATION.model,
+        "models": [{"model": f"./{name}", "parameters": dict(per_model)} for name in SPECIALTIES],
+        "dtype": "float32",
+    }
+    return config | ({"parameters": dict(shared)} if shared else {})
+
+
+def _table(losses: Losses) -> Table:
+    table = Table(title="Held-out loss, nats per token (lower is better)")
+    table.add_column("model")
+    for domain in (*DOMAINS, "average"):
+        table.add_column(domain, justify="right")
+    for number, (name, row) in enumerate(losses.items()):
+        values = [row[domain] for domain in DOMAINS]
+        cells = [f"{value:.3f}" for value in (*values, sum(values) / len(values))]
+        role = f"{name} specialist" if name in SPECIALTIES else name
+        table.add_row(role, *cells, end_section=number == len(SPECIALTIES))
+    return table
+
+
+def _closing(out: Path, seconds: float) -> str:
+    return f"""\
+AIM also makes the update smaller, and a smaller weight does that as well: see
+task_arithmetic_0.7. This shows that everything works, not which method is best.
+
+Done in {seconds:.0f} s. To repeat a part of it, or to try other settings:
+
+  cd {out}
+  mergekit-arm calibrate {CALIBRATION.model} {CALIBRATION.out} --dataset {CALIBRATION.dataset} \\
+    --samples {CALIBRATION.samples} --sequence-length {CALIBRATION.sequence_length} --force
+  mergekit-yaml configs/aim_ties.yml merged/aim_ties
+
+There: the models {BASE}, {" and ".join(SPECIALTIES)}, statistics in stats, calibration.jsonl,
+configs, merged, the heldout text, losses.json."""
+
+
+def _write_texts(file: Path, texts: list[str]) -> None:
+    rows = (json.dumps({"text": text}) + "\n" for text in texts)
+    file.write_text("".join(rows), encoding="utf-8")
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Work inside ``folder``; contextlib.chdir exists only from Python 3.11 on."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
