@@ -10,7 +10,7 @@ model's activations say matter:
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from mergekit import merge_methods
@@ -24,11 +24,16 @@ from mergekit.merge_methods import (
     TensorGroup,
 )
 from mergekit.merge_methods.base import ParameterSpec
-from pydantic import BeforeValidator
 from torch import Tensor
 
 from mergekit_arm.errors import InputError, did_you_mean
-from mergekit_arm.methods.planning import Remembered, check_planned, validate_statistics
+from mergekit_arm.methods.parameters import (
+    choice,
+    number,
+    parameter_type,
+    statistics_reference,
+)
+from mergekit_arm.methods.planning import Remembered, check_planned
 from mergekit_arm.statistics.format import LEFT_AS_MERGED
 from mergekit_arm.statistics.reader import open_statistics
 
@@ -108,11 +113,13 @@ class ActivationInformedMerge(GroupMergeMethod):  # type: ignore[misc]  # mergek
     ) -> None:
         """Check the inputs' number and base, and at planning time the base's statistics."""
         super().validate_inputs(input_ids, base_id, group_name=group_name)
+        if self._takes_base:
+            # A wrapped method of ours looks at its own statistics while mergekit plans.
+            self.inner.validate_inputs(input_ids, base_id, group_name=group_name)
         planned = self._remembered.take()
-        if planned.get("omega", 1.0) != 1.0 and "activation_stats" in planned:
-            check_planned(
-                open_statistics(planned["activation_stats"]), base_id, group_name, input_ids
-            )
+        if planned.get("omega", [1.0])[-1] != 1.0 and "activation_stats" in planned:
+            statistics = open_statistics(planned["activation_stats"][-1])
+            check_planned(statistics, base_id, group_name, input_ids)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one output tensor and relax it.
@@ -175,29 +182,27 @@ class ActivationInformedMerge(GroupMergeMethod):  # type: ignore[misc]  # mergek
         )
 
     def _own_parameters(self) -> tuple[ParameterSpec, ...]:
-        note = self._remembered.note
+        noting = self._remembered.noting
         taken = {parameter.name for parameter in self.inner.spec.parameters}
+        omega = number("omega", 0, 1, hint="1 leaves the merge as it is")
         own = (
             ParameterSpec(
                 "activation_stats",
-                Annotated[
-                    Any,
-                    BeforeValidator(lambda v: note("activation_stats", validate_statistics(v))),
-                ],
+                parameter_type(noting("activation_stats", statistics_reference)),
                 ParameterScope.SHARED,
                 default=None,  # refused by the validator, in one line
                 description="Statistics of the base model: a directory or a Hub name",
             ),
             ParameterSpec(
                 "omega",
-                Annotated[Any, BeforeValidator(lambda v: note("omega", validate_omega(v)))],
+                parameter_type(noting("omega", omega)),
                 ParameterScope.SHARED,
                 default=0.4,
                 description="1 leaves the merge as it is, 0 freezes the most active channel",
             ),
             ParameterSpec(
                 "importance",
-                Annotated[Any, BeforeValidator(validate_importance)],
+                parameter_type(choice("importance", IMPORTANCES)),
                 ParameterScope.SHARED,
                 default="mean_abs",
                 description="mean_abs (the paper's) or rms",
@@ -219,35 +224,6 @@ class ActivationInformedMerge(GroupMergeMethod):  # type: ignore[misc]  # mergek
             min_non_base=inner.min_inputs,
             max_non_base=inner.max_inputs,
         )
-
-
-def validate_omega(value: Any) -> float:
-    """Return ω as a float in [0, 1].
-
-    Raises:
-        InputError: it is not.
-    """
-    try:
-        omega = float(value) if not isinstance(value, bool) else float("nan")
-    except (TypeError, ValueError):
-        omega = float("nan")
-    if not 0 <= omega <= 1:
-        raise InputError(f"omega must lie in [0, 1], not {value!r}: 1 leaves the merge as it is")
-    return omega
-
-
-def validate_importance(value: Any) -> str:
-    """Return the name of an importance.
-
-    Raises:
-        InputError: unknown.
-    """
-    if value not in IMPORTANCES:
-        raise InputError(
-            f"importance must be {' or '.join(IMPORTANCES)}, not {value!r}"
-            f"{did_you_mean(str(value), IMPORTANCES)}"
-        )
-    return str(value)
 
 
 def register() -> None:

@@ -9,30 +9,37 @@ the first tensor is read or written.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 
-from mergekit_arm.errors import InputError
-from mergekit_arm.statistics.reader import Statistics, open_statistics
+from mergekit_arm.statistics.reader import Statistics
 
 
 class Remembered(threading.local):
-    """The last validated values of one method's parameters, in this thread."""
+    """The values of one method's parameters that were validated last, in this thread."""
 
     def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
+        self._values: dict[str, list[Any]] = {}
 
-    def note(self, name: str, value: Any) -> Any:
-        """Remember ``value``; returns it, to serve as a validator."""
-        self.values[name] = value
-        return value
+    def noting(self, name: str, validator: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Return ``validator``, remembering what it returns under ``name``."""
 
-    def take(self) -> dict[str, Any]:
-        """Return what was noted and forget it: execution validates inputs again, later."""
-        values, self.values = self.values, {}
+        def validate(value: Any) -> Any:
+            valid = validator(value)
+            self._values.setdefault(name, []).append(valid)
+            return valid
+
+        return validate
+
+    def take(self) -> dict[str, list[Any]]:
+        """Return the noted values, oldest first, and forget them.
+
+        Forgetting matters: execution validates inputs once more, and later.
+        """
+        values, self._values = self._values, {}
         return values
 
 
@@ -57,18 +64,3 @@ def check_planned(
     tensor = loader.get_tensor(name)
     if tensor.is_floating_point() and tensor.numel():
         statistics.find(name, tensor)
-
-
-def validate_statistics(reference: Any) -> str:
-    """Validate ``activation_stats``: open the directory now, so that a bad one fails early.
-
-    Raises:
-        InputError: not a string, or not a readable statistics directory.
-    """
-    if not isinstance(reference, str) or not reference:
-        raise InputError(
-            f"activation_stats must be a directory or a Hub name, not {reference!r}; "
-            "`mergekit-arm calibrate MODEL DIRECTORY` writes one"
-        )
-    open_statistics(reference)
-    return reference
