@@ -1,0 +1,138 @@
+"""``mergekit-arm stream CONFIG OUT``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+
+from mergekit_arm.streaming.config import load_config, plain_path
+from mergekit_arm.streaming.run import StreamOptions, stream
+from mergekit_arm.streaming.watch import END_MARKER, WatchOptions
+
+_EPILOG = """\b
+Examples:
+  mergekit-arm stream stream.yml ./out --dry-run
+  mergekit-arm stream stream.yml ./out --cuda
+  mergekit-arm stream stream.yml ./out --watch --watch-timeout 7200
+"""
+
+
+@click.command("stream", cls=PrettyPrintHelp, epilog=_EPILOG)
+@click.argument("config", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option(
+    "--keep",
+    type=click.Choice(["all", "best", "last"]),
+    default="last",
+    show_default=True,
+    help="Which steps' float32 weights stay in OUT/steps.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and what is wrong with it.")
+@click.option("--watch", is_flag=True, help="Take checkpoints as a training run writes them.")
+@click.option(
+    "--end-marker",
+    type=click.Path(),
+    help=f"File that appears when training ends. [default: {END_MARKER} beside the checkpoints]",
+)
+@click.option(
+    "--watch-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=WatchOptions.timeout,
+    show_default=True,
+    metavar="SECONDS",
+    help="Without a new checkpoint for so long, training counts as ended.",
+)
+@click.option(
+    "--poll",
+    type=click.FloatRange(0, min_open=True),
+    default=WatchOptions.poll,
+    show_default=True,
+    metavar="SECONDS",
+    help="Between looks for new checkpoints.",
+)
+@add_merge_options  # type: ignore[untyped-decorator]  # mergekit is untyped
+def command(
+    merge_options: MergeOptions,
+    config: str,
+    out: str,
+    keep: Any,
+    dry_run: bool,
+    watch: bool,
+    end_marker: str | None,
+    watch_timeout: float,
+    poll: float,
+) -> None:
+    """Merge a training run's checkpoints one after another, each merge a step.
+
+    CONFIG is a mergekit configuration with checkpoints, learning_rate, calibration and
+    evaluation. OUT/model is the result. The same command resumes an interrupted stream.
+    """
+    import transformers
+    from rich.console import Console
+
+    transformers.utils.logging.disable_progress_bar()
+    merge_options.apply_global_options()
+    watching = WatchOptions(end_marker, watch_timeout, poll) if watch else None
+    options = StreamOptions(merge_options, keep, watching)
+    console = Console(stderr=True)
+    if dry_run:
+        if not _print_plan(console, config, out, options):
+            raise click.exceptions.Exit(2)
+        return
+    from mergekit_arm.reports.stream_summary import step_line, stream_summary
+
+    with _progress(console) as progress:
+        result = stream(
+            config,
+            out,
+            options,
+            say=lambda note: console.print(note, style="yellow", highlight=False, soft_wrap=True),
+            progress=progress,
+            on_step=lambda record: console.print(
+                step_line(record), highlight=False, soft_wrap=True
+            ),
+        )
+    console.print(stream_summary(result))
+
+
+def _print_plan(console: Any, config: str, out: str, options: StreamOptions) -> bool:
+    from pathlib import Path
+
+    from mergekit_arm.reports.stream_summary import plan_report
+    from mergekit_arm.streaming.forecast import forecast
+
+    report = forecast(load_config(config), Path(plain_path(out)), options)
+    for part in plan_report(report):
+        console.print(part, highlight=False, soft_wrap=True)
+    return not report.problems
+
+
+class _progress:
+    """A bar that shows while a calibration runs, and only then."""
+
+    def __init__(self, console: Any) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("Calibrating"),
+            BarColumn(),
+            TextColumn("{task.completed:,}/{task.total:,} tokens"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self._bar.start()
+        task = self._bar.add_task("tokens", total=None, visible=False)
+
+        def progress(done: int, total: int) -> None:
+            self._bar.update(task, completed=done, total=total, visible=done < total)
+
+        return progress
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()

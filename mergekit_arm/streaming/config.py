@@ -1,0 +1,279 @@
+"""The stream's YAML: mergekit's grammar for one step, and what repeats it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from mergekit.common import ModelReference
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from mergekit_arm.calibration.run import CalibrationOptions
+from mergekit_arm.errors import InputError, did_you_mean, first_line
+
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+DEFAULT_LEARNING_RATE = 0.5
+HIGHEST_LEARNING_RATE = 2.0
+
+# Fields of CalibrationOptions that the stream itself decides.
+_DECIDED = ("model", "out", "statistics", "force", "trust_remote_code", "lora_merge_cache")
+_ELSEWHERE = {
+    "models": "a stream merges one checkpoint a step; list them under checkpoints",
+    "slices": "a stream merges whole models; layers cannot be rearranged",
+    "modules": "a stream merges whole models; modules cannot be rearranged",
+    "out_dtype": "dtype is the final model's; every step is computed in float32",
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Schedule(_Strict):
+    """Learning rates from a rule; see :func:`~mergekit_arm.streaming.schedule.rate_at`."""
+
+    schedule: Literal["constant", "linear", "cosine"]
+    peak: float = Field(gt=0, le=HIGHEST_LEARNING_RATE)
+    final: float | None = Field(default=None, gt=0, le=HIGHEST_LEARNING_RATE)
+    warmup: int = Field(default=0, ge=0)
+    steps: int | None = Field(default=None, ge=1)
+    """Length of the rule; needed where the number of steps is not known (``--watch``)."""
+
+
+class Calibration(_Strict):
+    """What is measured, and how often: every field of ``mergekit-arm calibrate`` that applies."""
+
+    refresh: Literal["once", "every"] | int = "once"
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Checked fields of :class:`CalibrationOptions`, defaults filled in."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            raise ValueError("must be a mapping such as {dataset: ./calibration.jsonl}")
+        known = {
+            field.name for field in dataclasses.fields(CalibrationOptions) if field.init
+        } - set(_DECIDED)
+        if set(given) == {"refresh", "settings"}:
+            given = {"refresh": given["refresh"], **given["settings"]}
+        settings = {key: value for key, value in given.items() if key != "refresh"}
+        for key in settings:
+            if key not in known:
+                raise ValueError(
+                    f"unknown key {key!r}{did_you_mean(key, [*known, 'refresh'])}; "
+                    f"there are: refresh, {', '.join(sorted(known))}"
+                )
+        options = TypeAdapter(CalibrationOptions).validate_python(
+            {"model": "", "out": "", **settings}
+        )
+        values = {key: getattr(options, key) for key in sorted(known)}
+        return {"refresh": given.get("refresh", "once"), "settings": values}
+
+    @field_validator("refresh")
+    @classmethod
+    def _check_refresh(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be once, every, or a number of steps from 1 on")
+        return value
+
+    def document(self) -> dict[str, Any]:
+        """Return the YAML section again, without defaults."""
+        defaults = CalibrationOptions(model="", out="")
+        chosen = {k: v for k, v in self.settings.items() if v != getattr(defaults, k)}
+        return {**chosen, "refresh": self.refresh}
+
+    def due(self, step: int) -> bool:
+        """Say whether the model is measured afresh before step ``step`` (from 1)."""
+        if self.refresh == "once":
+            return step == 1
+        every = 1 if self.refresh == "every" else int(self.refresh)
+        return (step - 1) % every == 0
+
+
+class Evaluation(_Strict):
+    """How a step is judged, and what follows from it."""
+
+    dataset: str | None = None
+    subset: str | None = None
+    split: str | None = None
+    text_column: str | None = None
+    samples: int = Field(default=256, ge=1)
+    sequence_length: int = Field(default=512, ge=2)
+    batch_size: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=42, ge=0)
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    keep: Literal["best", "last"] = "best"
+    patience: int | None = Field(default=None, ge=1)
+    backtrack: bool = False
+    metric_command: str | None = None
+    metric_goal: Literal["minimize", "maximize"] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluation:
+        if self.dataset is None and self.metric_command is None:
+            raise ValueError("needs a dataset, a metric_command, or both")
+        if (self.metric_command is None) != (self.metric_goal is None):
+            raise ValueError(
+                "metric_command and metric_goal (minimize or maximize) belong together"
+            )
+        if self.metric_command is not None and "{model}" not in self.metric_command:
+            raise ValueError("metric_command must say where the model goes: {model}")
+        return self
+
+
+class StreamConfig(_Strict):
+    """One stream. ``parameters``, ``tokenizer`` and ``chat_template`` are mergekit's own keys."""
+
+    merge_method: str
+    base_model: str
+    checkpoints: str | list[str]
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    learning_rate: float | list[float] | Schedule | None = None
+    passes: int = Field(default=1, ge=1)
+    calibration: Calibration | None = None
+    evaluation: Evaluation | None = None
+    dtype: str | None = None
+    """Of the final model; none: as the base model's configuration says."""
+    tokenizer_source: str | None = None
+    tokenizer: dict[str, Any] | None = None
+    chat_template: str | None = None
+
+    @field_validator("learning_rate", mode="before")
+    @classmethod
+    def _read_learning_rate(cls, value: Any) -> Any:
+        # Decided here, so that a mistake is reported for the form that was meant.
+        if isinstance(value, Mapping):
+            return Schedule.model_validate(value)
+        rates = value if isinstance(value, list) else [value]
+        if value is None or isinstance(value, Schedule):
+            return value
+        for rate in rates:
+            number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
+            if not number or not 0 < rate <= HIGHEST_LEARNING_RATE:
+                raise ValueError(
+                    f"must lie in (0, {HIGHEST_LEARNING_RATE:g}], not {rate!r}; "
+                    "or be a list of such, or {schedule: cosine, peak: 0.6, final: 0.1}"
+                )
+        return value
+
+    @field_validator("dtype")
+    @classmethod
+    def _check_dtype(cls, value: str | None) -> str | None:
+        if value is not None and value not in DTYPES:
+            raise ValueError(
+                f"{value!r} is none of {', '.join(DTYPES)}{did_you_mean(value, DTYPES)}"
+            )
+        return value
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _check_checkpoints(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("name a Trainer's output directory, or list model references")
+        return value
+
+
+def load_config(source: StreamConfig | Mapping[str, Any] | str | Path) -> StreamConfig:
+    """Return the checked configuration from a YAML file, a mapping, or itself.
+
+    Raises:
+        InputError: one line: the first thing that is wrong, where, and what to write instead.
+    """
+    if isinstance(source, StreamConfig):
+        return source
+    if isinstance(source, Mapping):
+        return _validate(dict(source), "stream configuration")
+    try:
+        document = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{source}: {error.strerror}; name the stream's YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{source}: not YAML ({reason})") from error
+    if not isinstance(document, Mapping):
+        raise InputError(f"{source}: must be a mapping that starts with merge_method, base_model …")
+    return _validate(dict(document), str(source))
+
+
+def absolute_reference(reference: str) -> str:
+    """Return ``reference`` in mergekit's grammar with local paths made absolute.
+
+    Raises:
+        InputError: it does not parse, or its absolute path would not.
+    """
+    try:
+        parsed = ModelReference.parse(reference)
+    except (ValidationError, RuntimeError) as error:
+        raise InputError(
+            f"model {reference!r} does not parse ({first_line(error)}): "
+            "expected a directory, a Hub id, id@revision or model+lora"
+        ) from error
+    parts = []
+    for part in (parsed.model, parsed.lora):
+        if part is None:
+            continue
+        if os.path.exists(part.path) and part.revision is None:
+            parts.append(plain_path(part.path))
+        else:
+            parts.append(str(part))
+    return "+".join(parts)
+
+
+def plain_path(path: str | Path) -> str:
+    """Return the absolute path, if mergekit's grammar can express it.
+
+    Raises:
+        InputError: it contains + or @.
+    """
+    absolute = os.path.abspath(os.path.expanduser(path))
+    if "+" in absolute or "@" in absolute:
+        raise InputError(
+            f"{absolute}: mergekit reads + and @ in a path as adapter and revision; "
+            "use a directory without them"
+        )
+    return absolute
+
+
+def _validate(document: dict[str, Any], where: str) -> StreamConfig:
+    for key, remedy in _ELSEWHERE.items():
+        if key in document:
+            raise InputError(f"{where}: {key}: {remedy}")
+    try:
+        return StreamConfig.model_validate(document)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        key = place[-1]
+        models: dict[str, type[BaseModel]] = {
+            "evaluation": Evaluation,
+            "learning_rate": Schedule,
+        }
+        section = place[0] if len(place) > 1 else ""
+        known = models.get(section, StreamConfig).model_fields
+        inside = f" in {section}" if section else ""
+        return (
+            f"unknown key {key!r}{inside}{did_you_mean(key, known)}; there are: {', '.join(known)}"
+        )
+    message = first["msg"].removeprefix("Value error, ")
+    # The names of a union's branches say nothing to the user.
+    path = ".".join(part for part in place if "[" not in part and part not in ("str", "int"))
+    return f"{path}: {message[:1].lower()}{message[1:]}" if path else message

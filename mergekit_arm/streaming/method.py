@@ -1,0 +1,122 @@
+"""Which merge methods can be steps of a stream, and where their learning rate goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit import merge_methods
+from mergekit.merge_methods import BasePolicy, MergeMethod, ParameterScope
+
+from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.methods import register_all
+
+_STATISTICS_OF = {"omega": "importance", "rotation": "subspace"}
+"""A parameter that only methods with this need have → the statistics they read."""
+
+
+@dataclass(frozen=True)
+class StepMethod:
+    """A merge method as the stream uses it."""
+
+    name: str
+    rate_parameter: str | None
+    """The method's parameter that scales the update; None: it has no such parameter."""
+    rate_is_shared: bool
+    """Whether that parameter belongs under the top-level ``parameters``."""
+    statistics: tuple[str, ...]
+    """The statistics it reads; empty: none."""
+    fixed: Mapping[str, Any]
+    """Parameters without whose value the learning rate would mean nothing."""
+
+
+def fit_method(name: str, parameters: Mapping[str, Any]) -> StepMethod:
+    """Return how ``name`` takes part in a stream with the user's ``parameters``.
+
+    Raises:
+        InputError: no such method, not one for a base and one model, or parameters that it
+            does not have, lacks, or that the stream itself sets.
+    """
+    register_all()
+    known = [method.spec.name for method in merge_methods.registered_methods()]
+    try:
+        method = merge_methods.get(name)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"merge_method: no method {name!r}{did_you_mean(name, known)}; "
+            f"there are: {', '.join(known)}"
+        ) from error
+    inner = _inner(method)
+    _check_inputs(method, inner)
+    rate_parameter, shared = _rate_parameter(inner)
+    fixed = _fixed(inner, parameters) if rate_parameter == "weight" else {}
+    specs = {spec.name: spec for spec in method.spec.parameters}
+    for key in parameters:
+        if key == "activation_stats" and key in specs:
+            raise InputError(
+                "parameters: activation_stats: the stream measures the model at hand; remove it "
+                "and say how under calibration"
+            )
+        if key == rate_parameter:
+            raise InputError(f"parameters: {key} is {name}'s learning rate: set learning_rate")
+        if key not in specs:
+            own = [other for other in specs if other not in (rate_parameter, "activation_stats")]
+            raise InputError(
+                f"parameters: {name} has no parameter {key!r}{did_you_mean(key, own)}; "
+                f"there are: {', '.join(own) or 'none'}"
+            )
+    for spec in specs.values():
+        if spec.required and spec.name not in (*parameters, rate_parameter, "activation_stats"):
+            raise InputError(f"parameters: {name} needs {spec.name}; add it")
+    statistics: tuple[str, ...] = ()
+    if "activation_stats" in specs:
+        statistics = tuple(kind for key, kind in _STATISTICS_OF.items() if key in specs)
+    return StepMethod(name, rate_parameter, shared, statistics, fixed)
+
+
+def _inner(method: MergeMethod) -> MergeMethod:
+    """Return the method whose update AIM relaxes, or the method itself."""
+    return getattr(method, "inner", method)
+
+
+def _check_inputs(method: MergeMethod, inner: MergeMethod) -> None:
+    name = method.spec.name
+    try:
+        method.validate_inputs(["base", "checkpoint"], "base")
+    except ValueError as error:
+        raise InputError(
+            f"merge_method: {name} cannot be a step, which merges one model into a base "
+            f"({error}); use arm, aim, task_arithmetic or another that can"
+        ) from error
+    if inner.spec.contract.base not in (BasePolicy.REQUIRED, BasePolicy.OPTIONAL):
+        raise InputError(
+            f"merge_method: {name} takes no base, so that a step would forget the model it "
+            "starts from; use arm, aim, task_arithmetic or another with a base"
+        )
+
+
+def _rate_parameter(method: MergeMethod) -> tuple[str | None, bool]:
+    scopes = {spec.name: spec.scope for spec in method.spec.parameters}
+    if "learning_rate" in scopes:
+        return "learning_rate", False
+    required = method.spec.contract.base == BasePolicy.REQUIRED
+    if required and scopes.get("weight") == ParameterScope.NON_BASE:
+        return "weight", False
+    # Other methods' t are thresholds, not a way from the base to the model.
+    if method.spec.name == "slerp":
+        return "t", True
+    return None, False
+
+
+def _fixed(method: MergeMethod, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``normalize: false`` where the method would divide a single weight by itself."""
+    specs = {spec.name: spec for spec in method.spec.parameters}
+    if "normalize" not in specs:
+        return {}
+    if parameters.get("normalize") not in (None, False):
+        raise InputError(
+            "parameters: normalize divides the learning rate by itself when a step merges one "
+            "model; remove it"
+        )
+    return {"normalize": False}

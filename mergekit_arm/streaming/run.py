@@ -1,0 +1,263 @@
+"""The stream: one merge after another, each judged, each committed before the next begins."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from mergekit.options import MergeOptions
+
+from mergekit_arm.errors import InputError
+from mergekit_arm.reports.stream_card import stream_card
+from mergekit_arm.reports.stream_plot import draw_stream
+from mergekit_arm.streaming.checkpoints import Checkpoint
+from mergekit_arm.streaming.config import StreamConfig, load_config, plain_path
+from mergekit_arm.streaming.estimate import check_disk
+from mergekit_arm.streaming.files import remove, write_text
+from mergekit_arm.streaming.merging import cast_document, forget, merge, merge_adapter, to_yaml
+from mergekit_arm.streaming.plan import Plan, PlannedStep, make_plan
+from mergekit_arm.streaming.preflight import data_problems, make_judge
+from mergekit_arm.streaming.state import (
+    LOCK_FILE,
+    StepRecord,
+    open_state,
+    read_state,
+    sweep,
+)
+from mergekit_arm.streaming.step import score_base, take_step
+from mergekit_arm.streaming.watch import INCOMING, Watch, WatchOptions
+from mergekit_arm.streaming.workplace import LORA_CACHE, MODEL, PLOT, Keep, Workplace
+
+_DRAW_EVERY = 30.0  # seconds: drawing must not cost more than a small model's steps
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How a stream is run, as against what it computes."""
+
+    merge: MergeOptions = field(default_factory=MergeOptions)
+    """mergekit's own options, for every merge."""
+    keep: Keep = "last"
+    """Which steps' float32 weights stay in ``steps/`` after the run."""
+    watch: WatchOptions | None = None
+    """Follow a training run that is still going."""
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """What a finished stream left."""
+
+    out: Path
+    model: Path
+    chosen: int
+    """The step that ``model`` is; 0 is the base."""
+    stopped: str
+    steps: list[StepRecord]
+
+
+def stream(
+    config: StreamConfig | Mapping[str, Any] | str | Path,
+    out: str | Path,
+    options: StreamOptions | None = None,
+    *,
+    say: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> StreamResult:
+    """Merge a run's checkpoints one after another and leave the chosen model in ``out/model``.
+
+    A stream that was interrupted goes on where it was, and gives the same bytes as one that
+    was not; a finished one returns its result again. Holds one model at a time (calibration,
+    evaluation), or what mergekit holds in a merge.
+
+    Args:
+        config: the stream's YAML file, its content, or the checked model of it.
+        out: a new directory, or that of the same stream.
+        options: mergekit's options and what to keep; defaults as on the command line.
+        say: receives one-line notes for the user.
+        progress: called during calibration with tokens done and tokens in all.
+        on_step: called with the record of every step once it is committed.
+
+    Raises:
+        InputError: something in ``config`` or what it names is wrong, or ``out`` holds
+            another stream; found before the first forward pass wherever it can be.
+        Failure: a merge or an evaluation that failed; run again to continue.
+    """
+    options = options or StreamOptions()
+    say = say or (lambda note: None)
+    place = Path(plain_path(out))
+    merge_options = complete_options(options.merge, place)
+    plan, problems = make_plan(load_config(config), merge_options, options.watch)
+    problems += keep_problems(plan, options.keep)
+    _refuse(problems)
+    assert plan is not None  # without a plan there are problems
+    for note in plan.notes:
+        say(note)
+    read_state(place)  # refuses a directory of something else before anything is put into it
+    place.mkdir(parents=True, exist_ok=True)
+    with _locked(place):
+        state = open_state(place, plan.fingerprint)
+        check_disk(plan, place, options.keep)
+        sweep(place)
+        state.save(place)
+        judge = make_judge(plan, merge_options)
+        if not state.steps:
+            _refuse(data_problems(plan, judge, merge_options))
+        run = _Run(
+            Workplace(place, plan, merge_options, options.keep, state, judge, say, progress),
+            _watch(plan, place, options.watch, say),
+            on_step or (lambda record: None),
+        )
+        return run.complete()
+
+
+def complete_options(options: MergeOptions, out: Path) -> MergeOptions:
+    """Return ``options`` with what a stream needs of every merge."""
+    return options.model_copy(
+        update={
+            "lora_merge_cache": options.lora_merge_cache or str(out / LORA_CACHE),
+            "write_model_card": False,  # a step has its configuration beside it
+            "quiet": options.quiet or options.verbosity == 0,
+        }
+    )
+
+
+def keep_problems(plan: Plan | None, keep: Keep) -> list[str]:
+    """Return what is wrong with ``--keep``."""
+    if plan is not None and keep == "best" and plan.config.evaluation is None:
+        return ["--keep best: without evaluation no step is the best; use all or last"]
+    return []
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 1} more: --dry-run lists them)" if problems[1:] else ""
+        raise InputError(problems[0] + more)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    # The system drops the lock when its holder dies, by whatever signal.
+    lock = FileLock(out / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"{out}: another process runs this stream; wait for it") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _watch(
+    plan: Plan, out: Path, options: WatchOptions | None, say: Callable[[str], None]
+) -> Watch | None:
+    if options is None:
+        return None
+    assert isinstance(plan.config.checkpoints, str)
+    folder = Path(plain_path(plan.config.checkpoints))
+    return Watch(folder, out / INCOMING, plan.config.base_model, options, say)
+
+
+@dataclass
+class _Run:
+    """The loop over steps."""
+
+    place: Workplace
+    watch: Watch | None
+    on_step: Callable[[StepRecord], None]
+    drawn: float = float("-inf")
+
+    def complete(self) -> StreamResult:
+        """Do every step that is still to do, then the final model."""
+        state = self.place.state
+        self.place.prune()
+        self.place.write_journal()
+        if state.chosen is None:
+            if state.stopped is None:
+                self._all_steps()
+            self._finish()
+        assert state.chosen is not None
+        assert state.stopped is not None
+        out = self.place.out
+        return StreamResult(out, out / MODEL, state.chosen, state.stopped, list(state.steps))
+
+    def _all_steps(self) -> None:
+        place, state = self.place, self.place.state
+        while state.stopped is None:
+            planned = self._next()
+            if planned is None:
+                break
+            if state.base is None:
+                # Not before a checkpoint is there, whose chat template may be needed.
+                score_base(place, planned.checkpoint.reference)
+            record = take_step(place, planned)
+            state.steps.append(record)
+            state.stopped = self._reason_to_stop()
+            state.save(place.out)
+            self._tidy()
+            self.on_step(record)
+        if state.stopped is None:
+            state.stopped = "all checkpoints are merged"
+            state.save(place.out)
+
+    def _next(self) -> PlannedStep | None:
+        plan, done = self.place.plan, len(self.place.state.steps)
+        if self.watch is None:
+            steps = plan.steps()
+            return steps[done] if done < len(steps) else None
+        after = self._last_number()
+        self.watch.forget(after)
+        if plan.rates is not None and plan.step(done + 1, Checkpoint("", "")) is None:
+            return None  # the list of learning rates is used up
+        found = self.watch.next(after)
+        return None if found is None else plan.step(done + 1, found[1])
+
+    def _last_number(self) -> int:
+        steps = self.place.state.steps
+        return int(steps[-1].checkpoint.rpartition("-")[2]) if steps else -1
+
+    def _reason_to_stop(self) -> str | None:
+        evaluation, state = self.place.plan.config.evaluation, self.place.state
+        if evaluation is None or evaluation.patience is None:
+            return None
+        since = len(state.steps) - state.best
+        if since < evaluation.patience:
+            return None
+        return f"no step was better for {since} steps (patience)"
+
+    def _tidy(self) -> None:
+        place = self.place
+        place.prune()
+        place.write_journal()
+        if place.merge.lora_merge_cache == str(place.out / LORA_CACHE):
+            remove(place.out / LORA_CACHE)
+        if time.monotonic() - self.drawn > _DRAW_EVERY:
+            draw_stream(place.state, place.out / PLOT)
+            self.drawn = time.monotonic()
+
+    def _finish(self) -> None:
+        place, state = self.place, self.place.state
+        chosen = place.chosen
+        if chosen == 0 and state.steps:
+            place.say("no step was better than the base: the final model is the base")
+        document = cast_document(place.model_of(chosen), place.plan.final_dtype)
+        model = place.out / MODEL
+        if not model.is_dir():
+            merge_adapter(place.model_of(chosen), place.merge)
+            copies = place.merge.copy_tokenizer and place.plan.has_tokenizer
+            options = place.merge.model_copy(update={"copy_tokenizer": copies})
+            merge(document, to_yaml(document), model, options)
+            forget([place.model_of(chosen)], [])
+        write_text(model / "README.md", stream_card(place.plan.config, state, chosen))
+        draw_stream(state, place.out / PLOT)
+        state.chosen = chosen
+        state.save(place.out)
+        place.prune()
+        remove(place.out / INCOMING)
+        remove(place.out / LORA_CACHE)
