@@ -1,0 +1,169 @@
+"""Every benchmark, by name, and the target of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.benchmarks.harness import MEMORY, TIME, WALL, Measured, Row, Side, compare, growth
+from tests.benchmarks.inputs import Workshop
+from tests.benchmarks.worker import EXTRA, FORWARD
+
+_SHAPE = "SmolLM2-135M"
+
+
+def calibrate_importance(shop: Workshop) -> list[Row]:
+    """Calibration without subspaces against ``model(ids)`` over the same tokens."""
+    return _against_forward(shop, "calibrate-importance", 0.95, statistics=["importance"])
+
+
+def _against_forward(
+    shop: Workshop, name: str, at_most: float, sequences: int = 32, **options: Any
+) -> list[Row]:
+    shape = shop.shape(_SHAPE)
+    tokens = shop.tokens(shape, 4, 32) if shop.quick else shop.tokens(shape, sequences, 512)
+    model = shop.model(shape)
+    return compare(
+        name,
+        Side("calibrate", lambda: shop.calibrate(shape, tokens, **options)),
+        Side("forward", lambda: shop.launch("forward", model=str(model), dataset=str(tokens))),
+        {TIME: at_most, FORWARD: at_most, MEMORY: None},
+        rounds=shop.rounds,
+    )
+
+
+def merge_aim_task_arithmetic(shop: Workshop) -> list[Row]:
+    """``aim_task_arithmetic`` against mergekit's ``task_arithmetic``."""
+    return _merges(shop, "aim_task_arithmetic", "task_arithmetic")
+
+
+def merge_aim_ties(shop: Workshop) -> list[Row]:
+    """``aim_ties`` against mergekit's ``ties``."""
+    return _merges(shop, "aim_ties", "ties", {"weight": 0.5, "density": 0.5})
+
+
+def merge_every_aim(shop: Workshop) -> list[Row]:
+    """Every ``aim_X`` against mergekit's ``X``. Long; only when asked for."""
+    rows = []
+    needed = {"nearswap": {"t": 0.01}, "slerp": {"t": 0.4}}
+    for name, takes in shop.launch("methods").items():
+        if name in (WALL, MEMORY):
+            continue
+        parameters = dict(needed.get(name, {}))
+        parameters |= {"weight": 0.5} if takes["needs_weight"] else {}
+        with_base = takes["base"] in ("REQUIRED", "OPTIONAL")
+        most = takes["non_base"] or (takes["inputs"] and takes["inputs"] - with_base) or 2
+        rows += _merges(
+            shop, f"aim_{name}", name, parameters, models=min(most, 2), with_base=with_base
+        )
+    return rows
+
+
+def _merges(
+    shop: Workshop,
+    ours: str,
+    theirs: str,
+    parameters: dict[str, Any] | None = None,
+    *,
+    own: dict[str, Any] | None = None,
+    models: int = 2,
+    with_base: bool = True,
+    time: float = 1.10,
+    memory: float = 1.15,
+) -> list[Row]:
+    shape = shop.shape(_SHAPE)
+    statistics = {"activation_stats": str(shop.statistics(shape))}
+    shared = {"weight": 0.5} if parameters is None else parameters
+
+    def merge(method: str, extra: dict[str, Any], base: bool) -> Measured:
+        config: dict[str, Any] = {
+            "merge_method": method,
+            "models": [{"model": str(shop.model(shape, 1 + i))} for i in range(models)],
+            "parameters": extra,
+            "dtype": "bfloat16",
+        }
+        if base:
+            config["base_model"] = str(shop.model(shape))
+        with shop.scratch() as scratch:
+            return shop.launch("merge", config=config, out=str(scratch / "merged"))
+
+    shop.model(shape, 1), shop.model(shape, models)
+    return compare(
+        f"merge-{ours}",
+        Side(ours, lambda: merge(ours, {**(own or shared), **statistics}, True)),
+        Side(theirs, lambda: merge(theirs, shared, with_base)),
+        {TIME: time, WALL: time, MEMORY: memory},
+        rounds=shop.rounds,
+        warm_up=not shop.quick,
+    )
+
+
+def growth_tokens(shop: Workshop) -> list[Row]:
+    """A calibration's time against the number of tokens."""
+    shape = shop.shape(_SHAPE)
+    length = 32 if shop.quick else 512
+
+    def one_round() -> list[tuple[str, float, float]]:
+        found = []
+        for sequences in (8, 16, 32):
+            took = shop.calibrate(shape, shop.tokens(shape, sequences, length))
+            found.append((f"{took['tokens']:,} tokens", took["tokens"], took[TIME]))
+        return found
+
+    return [growth("growth-tokens", TIME, one_round, 1.05, rounds=shop.rounds)]
+
+
+def growth_parameters(shop: Workshop) -> list[Row]:
+    """A calibration's time against the number of parameters that are multiplied with."""
+    shapes = ["tiny", "wider", "widest"] if shop.quick else ["Llama 45M", _SHAPE, "SmolLM2-360M"]
+
+    def one_round() -> list[tuple[str, float, float]]:
+        found = []
+        for shape in shapes:
+            tokens = shop.tokens(shape, 4, 32) if shop.quick else shop.tokens(shape, 8, 512)
+            took = shop.calibrate(shape, tokens)
+            label = f"{took['parameters'] / 1e6:,.1f} M"
+            found.append((label, took["parameters"], took[TIME]))
+        return found
+
+    return [growth("growth-parameters", TIME, one_round, 1.05, rounds=shop.rounds)]
+
+
+def kernel(shop: Workshop) -> list[Row]:
+    """One ARM step on one weight against the two products it cannot do without."""
+    rows, width, rank = (64, 96, 8) if shop.quick else (4096, 11008, 256)
+    found = []
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        label = f"kernel {dtype}"
+
+        def run(what: str, dtype: str = dtype) -> Measured:
+            return shop.launch("kernel", what=what, rows=rows, width=width, rank=rank, dtype=dtype)
+
+        found += compare(
+            label,
+            Side("arm_step", lambda run=run: run("step")),
+            Side("(τ U) Uᵀ", lambda run=run: run("pair")),
+            {TIME: 3.0},
+            rounds=shop.rounds,
+        )
+        found += compare(
+            label,
+            Side("arm_step", lambda run=run: run("step")),
+            Side("the weight", lambda size=size: {EXTRA: float(rows * width * size)}),
+            {EXTRA: 2.0},
+            rounds=shop.rounds,
+        )
+    return found
+
+
+BENCHMARKS: dict[str, Callable[[Workshop], list[Row]]] = {
+    "calibrate-importance": calibrate_importance,
+    "merge-aim_task_arithmetic": merge_aim_task_arithmetic,
+    "merge-aim_ties": merge_aim_ties,
+    "growth-tokens": growth_tokens,
+    "growth-parameters": growth_parameters,
+    "kernel": kernel,
+    "merge-every-aim": merge_every_aim,
+}
+ON_REQUEST = ("merge-every-aim",)
+"""Run only when named."""

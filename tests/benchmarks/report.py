@@ -1,0 +1,90 @@
+"""The table, the JSON beside it, and the machine they come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.table import Table
+
+from tests.benchmarks.harness import MEMORY, Row
+
+_PACKAGES = ("mergekit-arm", "mergekit", "torch", "transformers")
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine, without names or paths."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in _PACKAGES},
+    }
+
+
+def results_table(rows: Sequence[Row], described: dict[str, Any]) -> Table:
+    """Return one line for every row; the machine as its caption."""
+    table = Table(
+        caption=(
+            f"{described['processor']}, {described['cores']} cores, "
+            f"{described['memory_gib']} GiB; Python {described['python']}, "
+            + ", ".join(f"{package} {described[package]}" for package in _PACKAGES[1:3])
+            + ". Medians; in brackets the least and greatest of a single round."
+        )
+    )
+    for heading in ("benchmark", "quantity", "measured"):
+        table.add_column(heading)
+    for heading in ("result", "rounds", "at most"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        missed = row.at_most is not None and row.result > row.at_most
+        result = f"{row.result:.2f} ({row.lowest:.2f}–{row.highest:.2f})"
+        table.add_row(
+            row.benchmark,
+            f"{row.quantity}, exponent" if row.kind == "exponent" else row.quantity,
+            _measured(row),
+            f"[red]{result}[/red]" if missed else result,
+            str(len(next(iter(row.samples.values())))),
+            "" if row.at_most is None else f"{row.at_most:g}",
+        )
+    return table
+
+
+def write_json(path: Path, rows: Sequence[Row], settings: dict[str, Any]) -> None:
+    """Write everything that was measured to ``path``, beside it first and then renamed."""
+    document = {"machine": machine(), **settings, "rows": [asdict(row) for row in rows]}
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def _measured(row: Row) -> str:
+    parts = [f"{label} {_amount(row, median(values))}" for label, values in row.samples.items()]
+    return (" / " if row.kind == "ratio" else ", ").join(parts)
+
+
+def _amount(row: Row, value: float) -> str:
+    if row.quantity == MEMORY or row.unit == "MB":
+        return f"{value / 1e6:,.0f} MB"
+    return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.1f} s"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,195 @@
+"""The tasks that benchmarks measure; each runs in a process of its own.
+
+``python -m tests.benchmarks.worker TASK ARGUMENTS RESULT``: ARGUMENTS is JSON, and what the task
+measured is written to the file RESULT as JSON. Tasks import what they need themselves, before
+their clock starts, so that one does not pay for another's libraries.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.harness import TIME
+
+FORWARD = "forward passes"
+EXTRA = "extra memory"
+_WARM_UP_TOKENS = 16  # as many as a calibration spends on finding the sites
+
+
+def build_model(shape: dict[str, Any], out: str, seed: int, base: str | None) -> dict[str, float]:
+    """Save a random Llama, or ``base`` with noise on every weight, in bfloat16."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(seed)
+    if base is None:
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**shape), dtype=torch.bfloat16)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    model.save_pretrained(out)
+    return {}
+
+
+def build_tokens(out: str, sequences: int, length: int, words: int) -> dict[str, float]:
+    """Write rows of random token ids."""
+    import torch
+
+    rows = torch.randint(words, (sequences, length), generator=torch.Generator().manual_seed(0))
+    lines = [json.dumps({"input_ids": row}) + "\n" for row in rows.tolist()]
+    Path(out).write_text("".join(lines))
+    return {}
+
+
+def forward(model: str, dataset: str) -> dict[str, float]:
+    """Plain ``model(ids)`` over the same batches in the same dtype as a calibration's."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mergekit_arm.calibration.measure import _TOKENS_PER_BATCH
+    from mergekit_arm.calibration.model import choose_dtype
+
+    dtype = choose_dtype("auto", torch.device("cpu"))
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    rows = [json.loads(line)["input_ids"] for line in Path(dataset).read_text().splitlines()]
+    size = max(1, _TOKENS_PER_BATCH // len(rows[0]))
+    with torch.inference_mode():
+        loaded(torch.tensor(rows[:1])[:, :_WARM_UP_TOKENS])
+        started = time.perf_counter()
+        for batch in torch.tensor(rows).split(size):
+            loaded(batch)
+        seconds = time.perf_counter() - started
+    return {TIME: seconds, FORWARD: seconds}
+
+
+def calibrate(options: dict[str, Any]) -> dict[str, float]:
+    """A whole calibration; ``TIME`` is all of it but loading the model."""
+    import datasets  # noqa: F401  # imported late by the calibration
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from mergekit_arm.calibration import run
+
+    loading = 0.0
+    load_model = run.load_model
+
+    def timed_load(*arguments: Any, **named: Any) -> Any:
+        nonlocal loading
+        started = time.perf_counter()
+        try:
+            return load_model(*arguments, **named)
+        finally:
+            loading += time.perf_counter() - started
+
+    run.load_model = timed_load
+    try:
+        started = time.perf_counter()
+        result = run.calibrate(run.CalibrationOptions(**options, device="cpu"))
+        seconds = time.perf_counter() - started
+    finally:
+        run.load_model = load_model
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(_config(options["model"]))
+    embedded = sum(p.numel() for p in empty.get_input_embeddings().parameters())
+    return {
+        TIME: seconds - loading,
+        FORWARD: result.seconds,
+        # A calibration never multiplies by the embedding table.
+        "parameters": sum(p.numel() for p in empty.parameters()) - embedded,
+        "tokens": result.metadata.data.tokens,
+    }
+
+
+def merge(config: dict[str, Any], out: str) -> dict[str, float]:
+    """Run mergekit's own console script, its two steps apart: import, then ``main``."""
+    (script,) = entry_points(group="console_scripts", name="mergekit-yaml")
+    main = script.load()
+    file = Path(f"{out}.yml")
+    file.write_text(json.dumps(config))  # JSON is YAML
+    started = time.perf_counter()
+    main.main([str(file), out, "--no-copy-tokenizer", "--quiet"], standalone_mode=False)
+    return {TIME: time.perf_counter() - started}
+
+
+def methods() -> dict[str, Any]:
+    """List every method that has an ``aim_`` twin, and what it takes."""
+    from mergekit import merge_methods
+
+    known = {method.spec.name: method.spec for method in merge_methods.registered_methods()}
+    return {
+        name: {
+            "base": spec.contract.base.name,
+            "non_base": spec.contract.max_non_base,
+            "inputs": spec.contract.max_inputs,
+            "needs_weight": any(p.name == "weight" and p.required for p in spec.parameters),
+        }
+        for name, spec in known.items()
+        if f"aim_{name}" in known
+    }
+
+
+def kernel(what: str, rows: int, width: int, rank: int, dtype: str) -> dict[str, float]:
+    """One ARM step on a weight, or one pair of products of its task vector with the basis."""
+    import torch
+
+    from mergekit_arm.methods.arm import Incoming, arm_step
+
+    generator = torch.Generator().manual_seed(0)
+    kind = getattr(torch, dtype)
+    weight, checkpoint = (
+        torch.empty(rows, width, dtype=kind).normal_(generator=generator) for _ in range(2)
+    )
+    basis = torch.linalg.qr(torch.randn(width, rank, generator=generator)).Q
+    runs: dict[str, Callable[[slice], Any]] = {
+        "step": lambda part: arm_step(
+            weight[part], [Incoming(checkpoint[part], 0.5)], basis, rotation=-0.4
+        ),
+        "pair": lambda part: (weight[part] @ basis.to(kind)) @ basis.to(kind).T,
+    }
+    run = runs[what]
+    run(slice(16))  # the libraries' own start-up
+    before = _peak_bytes()
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        run(slice(None))
+        seconds.append(time.perf_counter() - started)
+    return {TIME: statistics.median(seconds), EXTRA: float(_peak_bytes() - before)}
+
+
+def _config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model)
+
+
+def _peak_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    task.__name__: task
+    for task in (build_model, build_tokens, forward, calibrate, merge, methods, kernel)
+}
+
+
+def main(task: str, arguments: str, result: str) -> None:
+    measured = TASKS[task](**json.loads(arguments))
+    if int(os.environ.get("RANK", "0")) == 0:
+        Path(result).write_text(json.dumps(measured))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
