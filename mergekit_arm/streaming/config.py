@@ -259,7 +259,9 @@ def _validate(document: dict[str, Any], where: str) -> StreamConfig:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    # A misspelt key also leaves the right one missing: name the cause.
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     place = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         key = place[-1]

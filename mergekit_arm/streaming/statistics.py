@@ -89,6 +89,14 @@ def carry_over(earlier: Path, measured_at: int, model: Path, out: Path) -> Measu
     return Measurement(out, measured_at, read_metadata(out).data.tokens)
 
 
+def provenance(measurement: Measurement) -> dict[str, Any]:
+    """Return what the numbers were measured on and with, without the list of weights."""
+    metadata = read_metadata(measurement.path).model_dump(
+        mode="json", include={"model", "data", "settings", "versions"}, exclude_none=True
+    )
+    return {"measured_before_step": measurement.measured_at, **metadata}
+
+
 def read_metadata(path: Path) -> Metadata:
     """Return the metadata of a statistics directory of this stream's own."""
     return Metadata.model_validate_json((path / METADATA_FILE).read_text(encoding="utf-8"))

@@ -26,12 +26,13 @@ from mergekit_arm.streaming.merging import (
 from mergekit_arm.streaming.plan import PlannedStep
 from mergekit_arm.streaming.scoring import Score
 from mergekit_arm.streaming.state import Losses, StepRecord
-from mergekit_arm.streaming.statistics import Measurement, carry_over, measure
+from mergekit_arm.streaming.statistics import Measurement, carry_over, measure, provenance
 from mergekit_arm.streaming.workplace import (
     CHECKPOINT_STATISTICS,
     CONFIG,
     METRICS,
     MODEL,
+    PROVENANCE,
     SCRATCH,
     STATISTICS,
     Workplace,
@@ -137,6 +138,8 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
     details: dict[str, Any] = record.model_dump(mode="json")
     details["tensors"] = {name: asdict(one) for name, one in move.tensors.items()}
     write_text(folder / METRICS, json.dumps(details, indent=1) + "\n")
+    if own is not None:
+        write_text(folder / PROVENANCE, json.dumps(provenance(own), indent=1) + "\n")
     return record
 
 

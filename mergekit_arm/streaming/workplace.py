@@ -10,7 +10,6 @@ from typing import Literal
 
 from mergekit.options import MergeOptions
 
-from mergekit_arm.statistics.format import METADATA_FILE
 from mergekit_arm.streaming.files import remove, write_text
 from mergekit_arm.streaming.plan import Plan
 from mergekit_arm.streaming.scoring import Judge
@@ -23,6 +22,7 @@ STATISTICS = "statistics"
 CHECKPOINT_STATISTICS = "checkpoint_statistics"
 CONFIG = "config.yml"
 METRICS = "metrics.json"
+PROVENANCE = "statistics.json"
 JOURNAL = "stream.jsonl"
 PLOT = "stream.png"
 LORA_CACHE = ".adapters"
@@ -58,10 +58,7 @@ class Workplace:
         return self.state.best if best else self.state.current
 
     def prune(self) -> None:
-        """Remove weights and statistics that neither the next step nor the user needs.
-
-        Of statistics only the tensors go: what was measured, on which data, stays.
-        """
+        """Remove weights and statistics that neither the next step nor the user needs."""
         running = self.state.stopped is None
         if self.keep == "all":
             kept = {record.step for record in self.state.steps if record.accepted}
@@ -79,17 +76,10 @@ class Workplace:
             if self.keep == "all":
                 continue
             if record.step < newest or not running:
-                _strip(folder / STATISTICS)
-            _strip(folder / CHECKPOINT_STATISTICS)
+                remove(folder / STATISTICS)
+            remove(folder / CHECKPOINT_STATISTICS)
 
     def write_journal(self) -> None:
         """Write ``stream.jsonl`` anew from the state."""
         lines = (json.dumps(record.model_dump(mode="json")) for record in self.state.steps)
         write_text(self.out / JOURNAL, "".join(f"{line}\n" for line in lines))
-
-
-def _strip(statistics: Path) -> None:
-    """Leave a statistics directory's description, remove its tensors."""
-    for path in statistics.glob("*") if statistics.is_dir() else ():
-        if path.name not in (METADATA_FILE, "README.md"):
-            path.unlink()
