@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mergekit_arm.methods.arm import Incoming, align, arm_step, principal_planes, rotate_rows
+from mergekit_arm.methods.rotation import Incoming, align, arm_step, principal_planes, rotate_rows
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 REPEATABLE = settings(deadline=None, derandomize=True)

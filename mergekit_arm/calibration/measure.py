@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from mergekit_arm.calibration.records import site_name
 from mergekit_arm.calibration.sample import TokenSample
 from mergekit_arm.calibration.sites import SitePlan, share_sites
 from mergekit_arm.statistics.observers import Importance
+from mergekit_arm.statistics.subspace import Subspace
 
 Progress = Callable[[int, int], None]
 """Called after every batch with tokens done and tokens in all."""
@@ -76,6 +78,11 @@ def plan_sites(
     """
     every = {
         "importance": Statistic(Importance),
+        "subspace": Statistic(
+            partial(Subspace, rank=options.rank, energy=options.energy, seed=options.seed),
+            sampled=True,
+            matrices_only=True,
+        ),
     }
     head = model.get_output_embeddings()
     sites = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 DEFAULT_DATASET = "mit-han-lab/pile-val-backup"
 """The AIM authors' calibration data, split ``validation``."""
 
-STATISTICS = ("importance",)
+STATISTICS = ("importance", "subspace")
 """What can be measured: for AIM and for ARM."""
 
 

@@ -30,7 +30,7 @@ def site_name(plan: SitePlan) -> str:
 
 
 def collect_results(
-    coverage: Coverage, sites: list[Site]
+    coverage: Coverage, sites: list[Site], *, subspaces: bool
 ) -> tuple[dict[str, WeightRecord], dict[str, SiteRecord], Mapping[str, Tensor]]:
     """Return the records of all weights and sites, and the tensors to store."""
     site_of = {
@@ -48,15 +48,32 @@ def collect_results(
             input_axis=reading.input_axis if site and reading else None,
             reason=None if site else weight.reason or NEVER_USED,
         )
-    tensors: dict[str, Tensor] = {PROBES: coverage.probes}
+    tensors = {PROBES: coverage.probes}
     records: dict[str, SiteRecord] = {}
     for site in sites:
         if site.tokens:
-            records[site.name] = SiteRecord(width=site.plan.width, tokens=site.tokens)
+            finished: dict[str, Tensor] = {}
             for observer in site.observers.values():
-                for key, value in observer.finish().items():
-                    tensors[f"{site.name}.{key}"] = value
+                finished |= observer.finish()
+            tensors |= {f"{site.name}.{key}": value for key, value in finished.items()}
+            records[site.name] = _site_record(site, finished, subspaces)
     return weights, records, tensors
+
+
+def _site_record(site: Site, finished: Mapping[str, Tensor], subspaces: bool) -> SiteRecord:
+    if "basis" in finished:
+        energy = float(finished["eigenvalues"].double().sum() / finished["trace"])
+        return SiteRecord(
+            width=site.plan.width,
+            tokens=site.tokens,
+            subspace=finished["basis"].shape[1],
+            energy=round(min(energy, 1.0), 6) if energy == energy else None,
+        )
+    matrix = any(reading.matrix for reading in site.plan.readings)
+    reason = "output head" if matrix else "norms only"
+    return SiteRecord(
+        width=site.plan.width, tokens=site.tokens, no_subspace=reason if subspaces else None
+    )
 
 
 def data_record(

@@ -73,7 +73,9 @@ def calibrate(
         model = load_model(source, device, dtype)
         coverage = cover_checkpoint(model, open_checkpoint(source), plan_readings(model))
         sites, seconds = measure(model, coverage, corpus, options, progress)
-        weights, site_records, tensors = collect_results(coverage, sites)
+        weights, site_records, tensors = collect_results(
+            coverage, sites, subspaces="subspace" in options.statistics
+        )
         metadata = Metadata(
             model=ModelRecord(
                 reference=options.model,

@@ -1,308 +1,180 @@
-"""ARM, the kernel: turn a task vector relative to an activation subspace, then step along it.
+"""ARM: Activation-guided Rotation-aware Merging (arXiv 2602.03237), one step of the stream.
 
-For one weight ``W`` (out × in) of the current model, a checkpoint's ``W_c`` and an orthonormal
-basis ``U`` (in × k) of the layer's dominant input subspace::
+    W ← W + Σ_i η_i τ'_i       τ'_i: the task vector W_i − W, aligned and rotated by the current
+                               model's activation subspace (``rotation.py`` has the equations)
 
-    1  task vector   τ = W_c − W
-    2  alignment     τ ← τ R_γ          the direct rotation that carries span U_c (the checkpoint's
-                                        subspace) to span U, every principal angle scaled by γ
-    3  rotation      row by row         τ = τ∥ + τ⊥,  τ∥ = τ U Uᵀ,  θ = atan2(‖τ⊥‖, ‖τ∥‖)
-                     θ' = θ (1 − ρ)                ρ ≥ 0: towards the subspace
-                     θ' = θ + |ρ| (π/2 − θ)        ρ ≤ 0: away from it
-                     τ' = ‖τ‖ (cos θ' · τ∥/‖τ∥ + sin θ' · τ⊥/‖τ⊥‖)
-    4  update        W + η τ'
-
-Several checkpoints' updates add: W + Σ η_i τ'_i. Nothing here is ever in × in: every product is
-of a block of rows with an in × k basis.
-
-Numbers. Sums are taken in float32, in float64 where an input is float64; angles and norms
-always in float64. A row whose part inside or outside the subspace is so small that float32
-would hold few of its digits is computed again in float64. On CUDA, float32 means what
-``torch.backends.cuda.matmul`` lets it mean: with TF32 switched on (off by default) it is less.
+Only the paper's abstract is public to us: the formulas are ours and contain each of its elements.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
-import torch
+from mergekit import merge_methods
+from mergekit.merge_methods import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    PerInputValues,
+    TensorEntry,
+    TensorGroup,
+)
+from mergekit.merge_methods.base import ParameterSpec
 from torch import Tensor
 
-STRAIGHT = 1e-6
-"""Rows keep their direction where a part's share of the norm is below this."""
+from mergekit_arm.errors import InputError
+from mergekit_arm.methods.parameters import number, parameter_type, statistics_reference
+from mergekit_arm.methods.planning import Remembered, check_planned
+from mergekit_arm.methods.rotation import Incoming, arm_step
+from mergekit_arm.statistics.format import LEFT_AS_MERGED
+from mergekit_arm.statistics.reader import open_statistics
 
-DELICATE = 2**-8
-"""Below this share a part has lost too many digits in float32 (errors are about 1e-7 of the
-row, thus 3e-5 of the part), and the row is computed again in float64."""
+NAME = "arm"
+URL = "https://arxiv.org/abs/2602.03237"
 
 
-@dataclass(frozen=True)
-class Incoming:
-    """One checkpoint of a step.
+class ArmMerge(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
+    """One ARM step: the base is the current model, every other input an incoming checkpoint.
 
-    ``learning_rate`` is η; 0 leaves the checkpoint out. ``basis`` is U_c (in × k_c, orthonormal
-    columns), needed where the step aligns.
+    Holds one tensor's inputs, the result, and the basis of the inputs' subspace.
     """
 
-    checkpoint: Tensor
-    learning_rate: float
-    basis: Tensor | None = None
-
-
-@torch.no_grad()
-def arm_step(
-    weight: Tensor,
-    incoming: Sequence[Incoming],
-    basis: Tensor | None,
-    *,
-    rotation: float,
-    alignment: float = 0.0,
-    input_axis: int = -1,
-) -> Tensor:
-    """Return W + Σ η_i τ'_i, a new tensor of ``weight``'s shape, dtype and device.
-
-    Plain task arithmetic, W + Σ η_i τ_i, where a rotation has no meaning: tensors with fewer
-    than two dimensions, ``basis`` None, without columns or with as many as inputs, and
-    ρ = γ = 0. It equals W, bit for bit, wherever every checkpoint does, and W_c for a single
-    checkpoint at η = 1.
-
-    Extra memory besides the result: about an eighth of the weight or a few MiB, whichever is
-    more, and a float64 copy of the bases where rows need it (see the module's notes).
-
-    Args:
-        weight: W; floating point, any number of dimensions. Of three or more, the leading ones
-            count experts that share the basis.
-        incoming: the checkpoints, of W's shape, in any floating-point dtype.
-        basis: U, in × k, columns orthonormal to working precision.
-        rotation: ρ in [−1, 1].
-        alignment: γ in [0, 1]; above 0 every checkpoint needs its basis.
-        input_axis: the axis of W that counts inputs: the last, or the one before it for
-            weights stored in × out.
-
-    Raises:
-        ValueError: a shape, a range, or a missing basis.
-    """
-    incoming = [item for item in incoming if item.learning_rate != 0]
-    steering = _steering(weight, incoming, basis, rotation, alignment, input_axis)
-    result = torch.empty_like(weight)
-    if weight.ndim < 2:
-        views = [tensor.reshape(1, -1) for tensor in (result, weight)]
-        _step(views[0], views[1], [i.checkpoint.reshape(1, -1) for i in incoming], steering)
-        return result
-    _step(
-        _rows(result, input_axis),
-        _rows(weight, input_axis),
-        [_rows(item.checkpoint, input_axis) for item in incoming],
-        steering,
-    )
-    return result
-
-
-def align(task: Tensor, planes: Planes) -> Tensor:
-    """Return τ R_γ for rows ``task`` (rows × in): step 2.
-
-    In the plane of the principal vectors p of span U_c and q of span U, at angle θ, the turn by
-    φ = γθ from p towards q is, with A = (q pᵀ − p qᵀ) / sin θ::
-
-        I + sin φ · A + (1 − cos φ) · A²      A² = (cos θ (q pᵀ + p qᵀ) − p pᵀ − q qᵀ) / sin² θ
-
-    so τ gains multiples of p and q, made from τ·p and τ·q, whose coefficients stay bounded as
-    θ → 0. Where θ = π/2 for several pairs the direct rotation is not unique; one is taken.
-    """
-    dtype = task.dtype
-    start, end = planes.checkpoint_basis.to(dtype), planes.basis.to(dtype)
-    to_p, to_q, cos = planes.to_p.to(dtype), planes.to_q.to(dtype), planes.cos.to(dtype)
-    first, second = planes.first.to(dtype), planes.second.to(dtype)
-    p, q = task @ start @ to_p, task @ end @ to_q
-    along_p = second * (cos * q - p) - first * q
-    along_q = second * (cos * p - q) + first * p
-    return task + (along_p @ to_p.T) @ start.T + (along_q @ to_q.T) @ end.T
-
-
-def rotate_rows(task: Tensor, basis: Tensor, rotation: float) -> tuple[Tensor, Tensor]:
-    """Return τ' for rows ``task`` (rows × in), and which rows the dtype could not resolve: step 3.
-
-    A row of zeros, and one whose part inside or outside span U is under ``STRAIGHT`` of its
-    norm, keeps its direction. The second result (bool, rows) marks rows with a part under
-    ``DELICATE``; it marks none in float64.
-    """
-    basis = basis.to(task.dtype)
-    coordinates = task @ basis
-    parallel = coordinates @ basis.T
-    orthogonal = task - parallel
-    if task.dtype == torch.float64:
-        # A basis stored in float32 is orthonormal to 1e-7 only. Projecting twice squares that
-        # error, which a small part enlarged to full length would otherwise show.
-        again = orthogonal @ basis
-        coordinates += again
-        parallel.addmm_(again, basis.T)
-        orthogonal.addmm_(again, basis.T, alpha=-1)
-    # Squares of float32 values can underflow in float32.
-    inside = torch.linalg.vector_norm(coordinates, dim=-1, dtype=torch.float64)
-    outside = torch.linalg.vector_norm(orthogonal, dim=-1, dtype=torch.float64)
-    norm = torch.hypot(inside, outside)
-    angle = torch.atan2(outside, inside)
-    goal = 0.0 if rotation >= 0 else math.pi / 2
-    angle = angle + abs(rotation) * (goal - angle)
-    smaller = torch.minimum(inside, outside)
-    straight = (smaller < STRAIGHT * norm) | (norm == 0)
-    along = torch.where(straight, 1.0, norm * angle.cos() / inside)
-    across = torch.where(straight, 1.0, norm * angle.sin() / outside)
-    parallel.mul_(along[:, None].to(task.dtype))
-    turned = parallel.addcmul_(orthogonal, across[:, None].to(task.dtype))
-    delicate = (smaller < DELICATE * norm) & (task.dtype != torch.float64)
-    return turned, delicate
-
-
-@dataclass(frozen=True)
-class Planes:
-    """The planes in which alignment turns, from P cos Θ Qᵀ = svd(U_cᵀ U), m = min(k_c, k).
-
-    Columns of U_c · ``to_p`` and U · ``to_q`` are the principal vectors p and q (``to_p`` is
-    k_c × m, ``to_q`` k × m); ``first`` = sin γθ / sin θ and ``second`` = (1 − cos γθ) / sin² θ
-    are the coefficients of A and A² in ``align``. All float64 but the bases.
-    """
-
-    basis: Tensor
-    checkpoint_basis: Tensor
-    to_p: Tensor
-    to_q: Tensor
-    cos: Tensor
-    first: Tensor
-    second: Tensor
-
-
-def principal_planes(basis: Tensor, checkpoint_basis: Tensor, alignment: float) -> Planes:
-    """Return the planes of the direct rotation from span U_c to span U, angles scaled by γ."""
-    # Near-orthogonal pairs are told apart by their small cosines: these need float64, which is
-    # taken in blocks so that no basis is copied whole.
-    overlap = sum(
-        (one.double().T @ other.double())
-        for one, other in zip(
-            torch.split(checkpoint_basis, 1024), torch.split(basis, 1024), strict=True
+    def __init__(self) -> None:
+        self._remembered = Remembered()
+        noting = self._remembered.noting
+        self.spec = MergeMethodSpec(
+            name=NAME,
+            pretty_name="ARM",
+            reference_url=URL,
+            contract=InputContract(base=BasePolicy.REQUIRED),
+            parameters=(
+                ParameterSpec(
+                    "activation_stats",
+                    parameter_type(noting("activation_stats", statistics_reference)),
+                    ParameterScope.INPUT,
+                    default=None,  # refused by the validator, in one line
+                    description="Statistics of the base; of each input too where alignment > 0",
+                ),
+                ParameterSpec(
+                    "learning_rate",
+                    parameter_type(number("learning_rate", 0, 2, open_low=True)),
+                    ParameterScope.NON_BASE,
+                    default=0.5,
+                    description="η: how far to step along this model's task vector",
+                ),
+                ParameterSpec(
+                    "rotation",
+                    parameter_type(noting("rotation", number("rotation", -1, 1))),
+                    ParameterScope.SHARED,
+                    default=-0.4,
+                    description="ρ: below 0 away from the activation subspace, 0 none",
+                ),
+                ParameterSpec(
+                    "alignment",
+                    parameter_type(noting("alignment", number("alignment", 0, 1))),
+                    ParameterScope.SHARED,
+                    default=0.0,
+                    description="γ: share of the principal angles between the subspaces undone",
+                ),
+                ParameterSpec(
+                    "energy",
+                    parameter_type(number("energy", 0, 1, open_low=True)),
+                    ParameterScope.SHARED,
+                    default=0.97,
+                    description="p: share of the input's second moment the subspace holds",
+                ),
+            ),
         )
-    )
-    assert isinstance(overlap, Tensor)
-    to_p, cos, to_q = torch.linalg.svd(overlap, full_matrices=False)
-    cos = cos.clamp(max=1.0)
-    angle = cos.arccos()
-    # sin γθ / sin θ and 2 sin²(γθ/2) / sin² θ, through sin x = x · sinc(x/π): no 0/0 at θ = 0.
-    sinc = torch.sinc(angle / math.pi)
-    first = alignment * torch.sinc(alignment * angle / math.pi) / sinc
-    second = (alignment * torch.sinc(alignment * angle / (2 * math.pi)) / sinc).square() / 2
-    return Planes(basis, checkpoint_basis, to_p, to_q.T, cos, first, second)
+
+    def validate_inputs(
+        self, input_ids: Any, base_id: Any = None, *, group_name: str | None = None
+    ) -> None:
+        """Check the inputs' number and base, and at planning time their statistics."""
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        planned = self._remembered.take()
+        references = planned.get("activation_stats", [])
+        aligned = planned.get("alignment", [0.0])[-1] > 0
+        if planned.get("rotation", [0.0])[-1] == 0 and not aligned:
+            return
+        # One value for each input, in their order, unless a setting was a list of its own.
+        if len(references) != len(input_ids):
+            return
+        by_input = dict(zip(input_ids, references, strict=True))
+        for model, reference in by_input.items():
+            if model == base_id or aligned:
+                check_planned(open_statistics(reference), model, group_name, input_ids)
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        """Take one step with one weight.
+
+        Raises:
+            InputError: the statistics do not belong to the tensor at hand, or lack it.
+        """
+        base = group.base
+        assert base is not None  # the contract requires it
+        rotation, alignment = parameters["rotation"], parameters["alignment"]
+        rates: PerInputValues[float] = parameters["learning_rate"]
+        basis, input_axis = None, -1
+        turning = (rotation != 0 or alignment > 0) and base.tensor.ndim > 1
+        if turning:
+            basis, input_axis = self._subspace(group, base, parameters)
+        incoming = [
+            Incoming(
+                entry.tensor,
+                rates[entry.id],
+                self._subspace(group, entry, parameters)[0]
+                if alignment > 0 and basis is not None
+                else None,
+            )
+            for entry in group.non_base
+        ]
+        return arm_step(
+            base.tensor,
+            incoming,
+            basis,
+            rotation=rotation,
+            alignment=alignment,
+            input_axis=input_axis,
+        )
+
+    def _subspace(
+        self, group: TensorGroup, entry: TensorEntry, parameters: dict[str, Any]
+    ) -> tuple[Tensor | None, int]:
+        """Return the basis of the dominant input subspace and the input axis.
+
+        No basis for what is stepped along linearly: embeddings and the output head.
+        """
+        reference = parameters["activation_stats"][entry.id]
+        if not entry.is_base and reference == parameters["activation_stats"][group.base.id]:
+            raise InputError(
+                f"alignment > 0 needs statistics of {entry.id} itself: calibrate it and set "
+                "activation_stats under its own parameters"
+            )
+        statistics = open_statistics(reference)
+        name, record = statistics.find(
+            group.metadata.name or "",
+            entry.tensor,
+            permuted=group.metadata.vocabulary_axis is not None,
+        )
+        if record.site is None:
+            if record.reason in LEFT_AS_MERGED:
+                return None, -1
+            raise InputError(
+                f"{name}: activation_stats {reference} have no statistics for it "
+                f"({record.reason}); to step along it without a rotation, set "
+                f"rotation: [{{filter: {name}, value: 0}}, {{value: {parameters['rotation']}}}]"
+            )
+        basis = statistics.subspace(record, parameters["energy"])
+        assert record.input_axis is not None
+        return (
+            None if basis is None else basis.to(entry.tensor.device),
+            record.input_axis - entry.tensor.ndim,
+        )
 
 
-@dataclass(frozen=True)
-class _Steering:
-    """What all rows of a step share; without a basis the step is plain task arithmetic."""
-
-    rates: tuple[float, ...]
-    basis: Tensor | None
-    rotation: float
-    planes: tuple[Planes | None, ...]
-    dtype: torch.dtype
-
-
-def _steering(
-    weight: Tensor,
-    incoming: Sequence[Incoming],
-    basis: Tensor | None,
-    rotation: float,
-    alignment: float,
-    input_axis: int,
-) -> _Steering:
-    if not -1 <= rotation <= 1:
-        raise ValueError(f"rotation must lie in [-1, 1], got {rotation}")
-    if not 0 <= alignment <= 1:
-        raise ValueError(f"alignment must lie in [0, 1], got {alignment}")
-    if any(item.checkpoint.shape != weight.shape for item in incoming):
-        shapes = [tuple(item.checkpoint.shape) for item in incoming]
-        raise ValueError(f"checkpoints have shapes {shapes}, the weight {tuple(weight.shape)}")
-    tensors = [weight, *(item.checkpoint for item in incoming)]
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    dtype = torch.float64 if wide else torch.float32
-    rates = tuple(item.learning_rate for item in incoming)
-    neutral = _Steering(rates, None, 0.0, tuple(None for _ in incoming), dtype)
-    if weight.ndim < 2 or basis is None or rotation == alignment == 0:
-        return neutral
-    if input_axis % weight.ndim < weight.ndim - 2:
-        raise ValueError(f"input_axis must be one of the last two, got {input_axis}")
-    width = weight.shape[input_axis]
-    for one in (basis, *(item.basis for item in incoming if item.basis is not None)):
-        if one.ndim != 2 or one.shape[0] != width:
-            raise ValueError(f"the weight has {width} inputs, a basis shape {tuple(one.shape)}")
-    if not 0 < basis.shape[1] < width:
-        return neutral
-    basis = basis.to(dtype)
-    planes: list[Planes | None] = []
-    for item in incoming:
-        if alignment == 0:
-            planes.append(None)
-            continue
-        if item.basis is None:
-            raise ValueError("alignment above 0 needs the basis of every checkpoint")
-        planes.append(principal_planes(basis, item.basis.to(dtype), alignment))
-    return _Steering(rates, basis, rotation, tuple(planes), dtype)
-
-
-def _step(
-    result: Tensor, weight: Tensor, checkpoints: Sequence[Tensor], steering: _Steering
-) -> None:
-    """Write the step into ``result``; all tensors are (…, rows, in), views of any layout."""
-    if weight.ndim > 2:
-        for index in range(weight.shape[0]):
-            _step(result[index], weight[index], [one[index] for one in checkpoints], steering)
-        return
-    for block in _blocks(weight):
-        current = weight[block].to(steering.dtype)
-        updated = result[block] if result.dtype == steering.dtype else torch.empty_like(current)
-        updated.copy_(current)
-        for one, rate, planes in zip(checkpoints, steering.rates, steering.planes, strict=True):
-            if steering.basis is None and rate == 1 and len(checkpoints) == 1:
-                # W + (W_c − W) is rounded; W_c is not.
-                updated.copy_(one[block])
-            else:
-                updated.sub_(_turned(current, one[block], steering, planes), alpha=rate)
-        if result.dtype != steering.dtype:
-            result[block] = updated
-
-
-def _turned(
-    current: Tensor, checkpoint: Tensor, steering: _Steering, planes: Planes | None
-) -> Tensor:
-    """Return −τ' of a block of rows.
-
-    Reversed, since W − W is +0 and x − (+0) is x for every x: x + (+0) would turn −0 into +0.
-    """
-    turned = current - checkpoint.to(steering.dtype)
-    if steering.basis is None:
-        return turned
-    if planes is not None:
-        turned = align(turned, planes)
-    if steering.rotation == 0:
-        return turned
-    turned, delicate = rotate_rows(turned, steering.basis, steering.rotation)
-    if delicate.any():
-        rows = current[delicate].double() - checkpoint[delicate].double()
-        if planes is not None:
-            rows = align(rows, planes)
-        rows, _ = rotate_rows(rows, steering.basis, steering.rotation)
-        turned[delicate] = rows.to(turned.dtype)
-    return turned
-
-
-def _rows(tensor: Tensor, input_axis: int) -> Tensor:
-    return tensor.movedim(input_axis, -1)
-
-
-def _blocks(weight: Tensor) -> Iterator[slice]:
-    """Cut the rows so that a block's few float32 copies stay in cache and small beside W."""
-    rows, width = weight.shape
-    largest = 1 << (21 if weight.device.type == "cpu" else 24)
-    elements = min(largest, max(weight.numel() // 16, 1 << 16))
-    step = max(elements // max(width, 1), 1)
-    for start in range(0, rows, step):
-        yield slice(start, start + step)
+def register() -> None:
+    """Register ``arm`` with mergekit."""
+    if NAME not in {method.spec.name for method in merge_methods.registered_methods()}:
+        merge_methods.register(ArmMerge())

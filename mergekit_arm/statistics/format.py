@@ -73,8 +73,10 @@ class SiteRecord(_Strict):
     """Rows seen: one count, or one for each expert."""
     subspace: int | None = None
     """Stored dimensions of the dominant subspace, where it was measured."""
-    energy_reached: bool = True
-    """False where the rank was too small for the energy asked for."""
+    energy: float | None = None
+    """Share of the second moment that they hold; below the setting where the rank was too small."""
+    no_subspace: str | None = None
+    """Why a subspace was not measured here although the run measured subspaces."""
 
 
 class WeightRecord(_Strict):

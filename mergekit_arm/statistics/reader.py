@@ -21,6 +21,7 @@ from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.statistics.format import FORMAT_VERSION, METADATA_FILE, Metadata, WeightRecord
 from mergekit_arm.statistics.probe import probe_matches, probe_variants, take_probe
 from mergekit_arm.statistics.store import PROBES
+from mergekit_arm.statistics.subspace import columns_for_energy, orthonormal
 
 
 class Statistics:
@@ -60,6 +61,7 @@ class Statistics:
         self._names = stored
         self._by_probe: dict[torch.dtype, dict[bytes, list[str]]] = {}
         self._lock = threading.Lock()
+        self._last = threading.local()
 
     def find(
         self, name: str, tensor: Tensor, *, permuted: bool = False
@@ -121,6 +123,39 @@ class Statistics:
                 "measure it again"
             )
         return values.float()
+
+    def subspace(self, record: WeightRecord, energy: float) -> Tensor | None:
+        """Return the basis of a weight's dominant input subspace.
+
+        Args:
+            record: a measured weight (``record.site`` is set).
+            energy: p in (0, 1], the share of the second moment's trace to hold.
+
+        Returns:
+            (in, k) float32, orthonormal columns by falling eigenvalue; None where the run left
+            subspaces out on purpose (the output head, norms). The last basis of every thread
+            is kept, since weights of one site follow each other.
+
+        Raises:
+            InputError: subspaces were not measured, or hold less energy than asked for.
+        """
+        assert record.site is not None
+        site = self.metadata.sites[record.site]
+        if site.no_subspace is not None:
+            return None
+        key = (record.site, energy)
+        if getattr(self._last, "key", None) != key:
+            count = columns_for_energy(
+                self.tensor(record.site, "eigenvalues"),
+                float(self.tensor(record.site, "trace")),
+                energy,
+                measured=self.metadata.settings.energy or 1.0,
+                where=f"activation_stats {self.reference}: {record.site}",
+            )
+            self._last.basis = orthonormal(self.tensor(record.site, "basis")[:, :count])
+            self._last.key = key
+        basis: Tensor = self._last.basis
+        return basis
 
     def tensor(self, site: str, key: str) -> Tensor:
         """Read ``<site>.<key>``.

@@ -1,44 +1,64 @@
-"""The second observer: a streaming sketch of an input's second moment, and its subspace.
+"""The dominant subspace of a site's inputs (ARM), from a sketch that adds up.
 
-With C = XᵀX / n over n sampled tokens and a fixed random Ω (in × r), the sketch is
+For inputs X (n × in) the second moment C = XᵀX / n would take in × in numbers. Kept instead are::
 
-    Y = Σ Xᵀ(X Ω)          in × r, and beside it tr(n C) = Σ ‖x‖², both sums
+    Y = Σ Xᵀ (X Ω)    in × r, Ω a fixed random in × r
+    Σ ‖x‖²            = n · tr C, exact
+    n
 
-from which the Nyström approximation C ≈ Y (ΩᵀY)⁻¹ Yᵀ / n gives the leading eigenvectors. Where
-r would be half the width or more, Ω is the identity: C itself is then exact, and cheaper to
-accumulate (2·in² against 4·in·r operations a token).
+all of which add. C ≈ Y (ΩᵀY)⁻¹ Yᵀ / n (Nyström) then gives the leading eigenvectors. Its
+eigenvalues never exceed the true ones, so that their sum over the exact trace is a lower bound
+of the energy that the eigenvectors hold. Where 2 r ≥ in, Ω is the identity: Y is the second
+moment itself, for at most twice the memory and no more arithmetic (2·in² against 4·in·r a token).
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-DEFAULT_RANK = 512
-"""Twice the dimensions that hold 0.97 of the energy at SmolLM2's widest input (210 of 1536)."""
+from mergekit_arm.errors import InputError
+
+_ROUNDING = 1e-6
+"""Energies this close are equal: eigenvalues are stored in float32."""
 
 
-def test_matrix(width: int, rank: int, seed: int) -> Tensor:
-    """Return Ω: (width, rank) float32, standard normal, the same on every machine and device."""
+def default_rank(width: int) -> int:
+    """Return the sketch columns for an input of ``width`` channels where none are asked for.
+
+    A sketch of r columns finds r/2 directions well. On SmolLM2, 0.97 of the energy took up to
+    210 of 1536 directions.
+    """
+    return min(width, 512)
+
+
+@functools.lru_cache(maxsize=16)
+def test_matrix(width: int, rank: int, seed: int, device: torch.device) -> Tensor | None:
+    """Return Ω (width × rank, float32), the same on every device, or None for the identity.
+
+    One matrix serves every site of a width. Entries are normal with variance 1/width, so that
+    its columns have length about 1.
+    """
+    if 2 * rank >= width:
+        return None
+    # Drawn on the CPU: other devices' generators give other numbers.
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(width, rank, generator=generator)
-
-
-test_matrix.__test__ = False  # type: ignore[attr-defined]  # pytest collects names like this one
-
-
-def sketch_rank(width: int, rank: int | None) -> int:
-    """Return the sketch's columns for an input of ``width``; ``width`` itself where it is exact."""
-    wanted = rank or DEFAULT_RANK
-    return width if 2 * wanted >= width else wanted
+    normal = torch.randn(width, rank, generator=generator) / math.sqrt(width)
+    return normal.to(device)
 
 
 class Subspace:
-    """Accumulates Y, tr(nC) and n of one site; finishes to the dominant subspace.
+    """Sketches the second moment of a site's inputs; its state adds up.
 
-    Holds in × r float32 values (in × in where exact).
+    Batches are multiplied and summed in float32: the second moment is wanted to about 1e-4, and
+    a float64 sketch would be the largest thing that a calibration holds
+    (``tests/test_subspace.py`` shows the error after a thousand batches). Holds in × r float32
+    values, or in × in where 2 r ≥ in, and a float32 copy of the batch.
     """
 
     def __init__(
@@ -49,99 +69,185 @@ class Subspace:
         rank: int | None = None,
         energy: float = 0.97,
         seed: int = 42,
-        keep_sketch: bool = False,
     ) -> None:
-        columns = sketch_rank(width, rank)
-        self._energy = energy
-        self._keep_sketch = keep_sketch
-        self._omega = None if columns == width else test_matrix(width, columns, seed).to(device)
-        wide = torch.float32 if device.type == "mps" else torch.float64
+        """Start with nothing seen.
+
+        Args:
+            width: input channels.
+            device: where inputs live.
+            rank: r, at least 1; ``default_rank`` where None.
+            energy: p in (0, 1]; ``finish`` keeps the fewest directions that hold p · tr C.
+            seed: decides Ω. States add only if rank and seed agree.
+        """
+        self.energy = energy
+        self._test = test_matrix(width, rank or default_rank(width), seed, device)
+        columns = width if self._test is None else self._test.shape[1]
         self.sketch = torch.zeros(width, columns, device=device)
-        self.trace = torch.zeros(1, dtype=wide, device=device)
-        self.rows = torch.zeros(1, dtype=torch.int64, device=device)
+        # Apple's GPUs have no float64.
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self.square_norm = torch.zeros((), dtype=wide, device=device)
+        self.sampled = torch.zeros((), dtype=torch.int64, device=device)
 
     def update(self, x: Tensor) -> None:
         x = x.float()
-        self.sketch.addmm_(x.T, x if self._omega is None else x @ self._omega)
-        self.trace += x.square().sum()
-        self.rows += x.shape[0]
+        self.sketch.addmm_(x.T, x if self._test is None else x @ self._test)
+        self.square_norm += x.square().sum()
+        self.sampled += x.shape[0]
 
     def state(self) -> dict[str, Tensor]:
-        return {"sketch": self.sketch, "trace": self.trace, "rows": self.rows}
+        return {
+            "sketch": self.sketch,
+            "sketch_square_norm": self.square_norm,
+            "sketch_tokens": self.sampled,
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        for name, value in self.state().items():
-            value.copy_(state[name])
+        self.sketch.copy_(state["sketch"])
+        self.square_norm.copy_(state["sketch_square_norm"])
+        self.sampled.copy_(state["sketch_tokens"])
+
+    def dominant(self) -> Dominant:
+        """Return the leading eigenvectors; see ``dominant_subspace``."""
+        return dominant_subspace(
+            self.sketch,
+            self._test,
+            float(self.square_norm),
+            int(self.sampled),
+            energy=self.energy,
+        )
 
     def finish(self) -> dict[str, Tensor]:
-        basis, eigenvalues = leading_eigenvectors(self.sketch, self._omega)
-        k = dimensions(eigenvalues, float(self.trace), self._energy)
-        finished = {
-            "basis": basis[:, :k].to(torch.bfloat16),
-            "eigenvalues": eigenvalues[:k].float(),
-            "trace": self.trace,
-            "rows": self.rows,
-        }
-        return finished | ({"sketch": self.sketch} if self._keep_sketch else {})
+        return self.dominant().tensors()
 
     def checksum(self) -> Tensor:
-        return self.trace.sum()
+        return self.square_norm
 
 
-def leading_eigenvectors(sketch: Tensor, omega: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return eigenvectors (in × m, orthonormal columns) and eigenvalues (m) of nC, descending.
+@dataclass(frozen=True)
+class Dominant:
+    """The leading eigenvectors of a second moment C."""
+
+    basis: Tensor
+    """in × k, float64, orthonormal columns, by falling eigenvalue."""
+    eigenvalues: Tensor
+    """(k,), float64: lower bounds of C's leading eigenvalues."""
+    trace: float
+    """tr C, exact: the mean squared norm of an input."""
+    reached: bool
+    """False where the sketch has too few columns for the energy asked for."""
+
+    @property
+    def energy(self) -> float:
+        """The share of tr C that the basis holds at least."""
+        return float(self.eigenvalues.sum()) / self.trace if self.trace else 1.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a directory stores; ``orthonormal`` undoes the rounding of ``basis``."""
+        return {
+            "basis": self.basis.bfloat16(),
+            "eigenvalues": self.eigenvalues.float(),
+            "trace": torch.tensor(self.trace, dtype=torch.float64),
+        }
+
+
+def dominant_subspace(
+    sketch: Tensor, test: Tensor | None, square_norm: float, tokens: int, *, energy: float
+) -> Dominant:
+    """Return the fewest leading eigenvectors of C = XᵀX / n that hold ``energy`` of tr C.
+
+    All directions that the sketch resolves, where they do not hold as much. No directions where
+    nothing, or nothing but zeros, was seen.
 
     Args:
-        sketch: Y, in × r.
-        omega: Ω, in × r; None where the sketch is nC itself.
-
-    Directions without energy are left out, so m may be below r, and 0 for a zero sketch.
-    Float64 throughout; the result is on the sketch's device. Eigenvalues of a Nyström
-    approximation never exceed the true ones.
+        sketch: Y = Σ Xᵀ(XΩ), in × r.
+        test: Ω, or None for the identity.
+        square_norm: Σ ‖x‖².
+        tokens: n.
+        energy: p in (0, 1].
     """
-    device = sketch.device
-    y = sketch.to(device="cpu" if device.type == "mps" else device, dtype=torch.float64)
-    if omega is None:
-        values, vectors = torch.linalg.eigh((y + y.T) / 2)
-        shift = 0.0
-    else:
-        test = omega.to(y)
-        # A small shift makes the core positive definite; it is taken off the eigenvalues again
-        # (Tropp et al., "Fixed-rank approximation of a PSD matrix from streaming data", 2017).
-        shift = float(torch.linalg.matrix_norm(y)) * torch.finfo(torch.float32).eps
-        if shift == 0.0:
-            return sketch[:, :0].double(), sketch.new_zeros(0, dtype=torch.float64)
-        y = y + shift * test
-        core = test.T @ y
-        factor = torch.linalg.cholesky((core + core.T) / 2)
-        # half = Y L⁻ᵀ, so that half · halfᵀ is the approximation.
-        half = torch.linalg.solve_triangular(factor, y.T, upper=False).T
-        values, mixing = torch.linalg.eigh(half.T @ half)
-        positive = values.clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-        vectors = half @ (mixing / positive)
-    values, vectors = values.flip(0) - shift, vectors.flip(1)
-    kept = int((values > values[:1].clamp(min=0) * 1e-12).sum())
-    return vectors[:, :kept].to(device), values[:kept].to(device)
+    values, vectors = _eigenpairs(sketch, test)
+    values = values / max(tokens, 1)
+    trace = square_norm / max(tokens, 1)
+    count, reached = _count(values, trace, energy)
+    return Dominant(vectors[:, :count], values[:count], trace, reached)
 
 
-def dimensions(eigenvalues: Tensor, trace: float, energy: float) -> int:
-    """Return k, the fewest leading dimensions that hold ``energy`` of ``trace``, or all there are.
+def columns_for_energy(
+    eigenvalues: Tensor, trace: float, energy: float, *, measured: float, where: str
+) -> int:
+    """Return how many stored columns hold ``energy`` of the trace.
 
-    The trace is exact: the eigenvalues' own sum would be too small, and so would k.
+    All of them, where the measurement was asked for as much (``measured``) and its rank did not
+    reach it: ``calibrate`` has said so.
+
+    Args:
+        eigenvalues: (k,), falling, as stored.
+        trace: tr C, as stored.
+        energy: p in (0, 1] that the merge asks for.
+        measured: p that the measurement was asked for.
+        where: the statistics and site, for the message.
+
+    Raises:
+        InputError: more energy than the statistics hold.
     """
-    held = torch.cumsum(eigenvalues.double(), 0)
-    short = int((held < energy * trace * (1 - 1e-9)).sum())
-    return min(short + 1, len(eigenvalues))
+    count, reached = _count(eigenvalues.double(), trace, energy)
+    if not reached and energy > measured * (1 + _ROUNDING):
+        held = float(eigenvalues.double().sum()) / trace
+        raise InputError(
+            f"{where}: energy {energy:g} asked for, {held:.4f} stored; set energy to at most "
+            f"{measured:g}, or calibrate again with --energy {energy:g}"
+        )
+    return count
 
 
 def orthonormal(basis: Tensor) -> Tensor:
-    """Return float32 orthonormal columns spanning those of ``basis`` (in × k, rounded to bfloat16).
+    """Return float32 columns, orthonormal to 1e-7, with the spans of a rounded basis.
 
-    Rounding costs orthonormality of about 2⁻⁸; two Cholesky factorisations restore it, at a
-    fraction of a QR's cost, leaving each column as near to its original as can be.
+    The first j columns span what the first j given ones do, for every j (Gram–Schmidt order,
+    by Cholesky in float64: UᵀU is the identity but for the rounding).
+
+    Raises:
+        InputError: the columns are not nearly orthonormal, as those of a damaged file.
     """
-    columns = basis.to(torch.float64)
-    for _ in range(2):
-        factor = torch.linalg.cholesky(columns.T @ columns)
-        columns = torch.linalg.solve_triangular(factor, columns.T, upper=False).T
-    return columns.float()
+    wide = basis.double()
+    gram = wide.T @ wide
+    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    if not bool(((gram - eye).abs() < 0.01).all()):
+        raise InputError("the stored basis is not orthonormal; copy or measure it again")
+    factor = torch.linalg.cholesky(gram)
+    return torch.linalg.solve_triangular(factor.T, wide, upper=True, left=False).float()
+
+
+def _count(eigenvalues: Tensor, trace: float, energy: float) -> tuple[int, bool]:
+    """Return the fewest leading values whose sum is ``energy`` of the trace, or all, and False."""
+    if trace == 0:
+        return 0, True
+    enough = eigenvalues.cumsum(0) >= energy * trace * (1 - _ROUNDING)
+    reached = bool(enough.any())
+    return (int(enough.int().argmax()) + 1 if reached else len(eigenvalues)), reached
+
+
+def _eigenpairs(sketch: Tensor, test: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues (falling, positive) and eigenvectors of XᵀX, in float64 on the CPU.
+
+    On the CPU, since its result does not depend on the accelerator, and no pass over data waits.
+    """
+    y = sketch.cpu().double()
+    if test is None:
+        values, vectors = torch.linalg.eigh((y + y.T) / 2)
+        values, vectors = values.flip(0), vectors.flip(1)
+        return _resolved(values, vectors)
+    omega = test.cpu().double()
+    core = omega.T @ y
+    values, vectors = _resolved(*(one.flip(-1) for one in torch.linalg.eigh((core + core.T) / 2)))
+    # XᵀX ≈ B Bᵀ; directions of the core that are lost in Y's rounding would blow it up.
+    half = y @ (vectors / values.sqrt())
+    left, singular, _ = torch.linalg.svd(half, full_matrices=False)
+    return _resolved(singular.square(), left)
+
+
+def _resolved(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop eigenpairs that the float32 sums of a sketch cannot have resolved."""
+    floor = float(values.max()) * _ROUNDING if values.numel() else 0.0
+    kept = int((values > floor).sum())
+    return values[:kept], vectors[:, :kept]

@@ -143,7 +143,7 @@ def kernel(what: str, rows: int, width: int, rank: int, dtype: str) -> dict[str,
     """One ARM step on a weight, or one pair of products of its task vector with the basis."""
     import torch
 
-    from mergekit_arm.methods.arm import Incoming, arm_step
+    from mergekit_arm.methods.rotation import Incoming, arm_step
 
     generator = torch.Generator().manual_seed(0)
     kind = getattr(torch, dtype)
