@@ -65,11 +65,12 @@ def arm_step(
 
     Plain task arithmetic, W + Σ η_i τ_i, where a rotation has no meaning: tensors with fewer
     than two dimensions, ``basis`` None, without columns or with as many as inputs, and
-    ρ = γ = 0. It equals W, bit for bit, wherever every checkpoint does, and W_c for a single
-    checkpoint at η = 1.
+    ρ = γ = 0. There a single checkpoint at η = 1 gives W_c itself. A row in which every
+    checkpoint equals W stays W, bit for bit, at any setting.
 
-    Extra memory besides the result: about an eighth of the weight or a few MiB, whichever is
-    more, and a float64 copy of the bases where rows need it (see the module's notes).
+    Extra memory: the result, and working copies of a block of rows that come to less than
+    another copy of the weight (or a few MiB, if that is more); where rows need float64 (see the
+    module's notes), a float64 copy of the bases too.
 
     Args:
         weight: W; floating point, any number of dimensions. Of three or more, the leading ones

@@ -38,7 +38,7 @@ def default_rank(width: int) -> int:
 
 
 @functools.lru_cache(maxsize=16)
-def test_matrix(width: int, rank: int, seed: int, device: torch.device) -> Tensor | None:
+def sketch_matrix(width: int, rank: int, seed: int, device: torch.device) -> Tensor | None:
     """Return Ω (width × rank, float32), the same on every device, or None for the identity.
 
     One matrix serves every site of a width. Entries are normal with variance 1/width, so that
@@ -69,6 +69,7 @@ class Subspace:
         rank: int | None = None,
         energy: float = 0.97,
         seed: int = 42,
+        keep_sketch: bool = False,
     ) -> None:
         """Start with nothing seen.
 
@@ -78,46 +79,48 @@ class Subspace:
             rank: r, at least 1; ``default_rank`` where None.
             energy: p in (0, 1]; ``finish`` keeps the fewest directions that hold p · tr C.
             seed: decides Ω. States add only if rank and seed agree.
+            keep_sketch: store the state beside the basis, so that directories can be added.
         """
         self.energy = energy
-        self._test = test_matrix(width, rank or default_rank(width), seed, device)
-        columns = width if self._test is None else self._test.shape[1]
+        self._keep_sketch = keep_sketch
+        self._omega = sketch_matrix(width, rank or default_rank(width), seed, device)
+        columns = width if self._omega is None else self._omega.shape[1]
         self.sketch = torch.zeros(width, columns, device=device)
         # Apple's GPUs have no float64.
         wide = torch.float32 if device.type == "mps" else torch.float64
         self.square_norm = torch.zeros((), dtype=wide, device=device)
-        self.sampled = torch.zeros((), dtype=torch.int64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
 
     def update(self, x: Tensor) -> None:
         x = x.float()
-        self.sketch.addmm_(x.T, x if self._test is None else x @ self._test)
+        self.sketch.addmm_(x.T, x if self._omega is None else x @ self._omega)
         self.square_norm += x.square().sum()
-        self.sampled += x.shape[0]
+        self.tokens += x.shape[0]
 
     def state(self) -> dict[str, Tensor]:
         return {
             "sketch": self.sketch,
-            "sketch_square_norm": self.square_norm,
-            "sketch_tokens": self.sampled,
+            "square_norm": self.square_norm,
+            "subspace_tokens": self.tokens,
         }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         self.sketch.copy_(state["sketch"])
-        self.square_norm.copy_(state["sketch_square_norm"])
-        self.sampled.copy_(state["sketch_tokens"])
+        self.square_norm.copy_(state["square_norm"])
+        self.tokens.copy_(state["subspace_tokens"])
 
     def dominant(self) -> Dominant:
         """Return the leading eigenvectors; see ``dominant_subspace``."""
         return dominant_subspace(
             self.sketch,
-            self._test,
+            self._omega,
             float(self.square_norm),
-            int(self.sampled),
+            int(self.tokens),
             energy=self.energy,
         )
 
     def finish(self) -> dict[str, Tensor]:
-        return self.dominant().tensors()
+        return self.dominant().tensors() | (self.state() if self._keep_sketch else {})
 
     def checksum(self) -> Tensor:
         return self.square_norm
@@ -133,6 +136,8 @@ class Dominant:
     """(k,), float64: lower bounds of C's leading eigenvalues."""
     trace: float
     """tr C, exact: the mean squared norm of an input."""
+    tokens: int
+    """Inputs seen."""
     reached: bool
     """False where the sketch has too few columns for the energy asked for."""
 
@@ -147,11 +152,12 @@ class Dominant:
             "basis": self.basis.bfloat16(),
             "eigenvalues": self.eigenvalues.float(),
             "trace": torch.tensor(self.trace, dtype=torch.float64),
+            "subspace_tokens": torch.tensor(self.tokens),
         }
 
 
 def dominant_subspace(
-    sketch: Tensor, test: Tensor | None, square_norm: float, tokens: int, *, energy: float
+    sketch: Tensor, omega: Tensor | None, square_norm: float, tokens: int, *, energy: float
 ) -> Dominant:
     """Return the fewest leading eigenvectors of C = XᵀX / n that hold ``energy`` of tr C.
 
@@ -160,16 +166,16 @@ def dominant_subspace(
 
     Args:
         sketch: Y = Σ Xᵀ(XΩ), in × r.
-        test: Ω, or None for the identity.
+        omega: Ω, or None for the identity.
         square_norm: Σ ‖x‖².
         tokens: n.
         energy: p in (0, 1].
     """
-    values, vectors = _eigenpairs(sketch, test)
+    values, vectors = _eigenpairs(sketch, omega)
     values = values / max(tokens, 1)
     trace = square_norm / max(tokens, 1)
     count, reached = _count(values, trace, energy)
-    return Dominant(vectors[:, :count], values[:count], trace, reached)
+    return Dominant(vectors[:, :count], values[:count], trace, tokens, reached)
 
 
 def columns_for_energy(
@@ -215,7 +221,8 @@ def orthonormal(basis: Tensor) -> Tensor:
     if not bool(((gram - eye).abs() < 0.01).all()):
         raise InputError("the stored basis is not orthonormal; copy or measure it again")
     factor = torch.linalg.cholesky(gram)
-    return torch.linalg.solve_triangular(factor.T, wide, upper=True, left=False).float()
+    narrow: Tensor = torch.linalg.solve_triangular(factor.T, wide, upper=True, left=False).float()
+    return narrow
 
 
 def _count(eigenvalues: Tensor, trace: float, energy: float) -> tuple[int, bool]:
@@ -227,27 +234,20 @@ def _count(eigenvalues: Tensor, trace: float, energy: float) -> tuple[int, bool]
     return (int(enough.int().argmax()) + 1 if reached else len(eigenvalues)), reached
 
 
-def _eigenpairs(sketch: Tensor, test: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues (falling, positive) and eigenvectors of XᵀX, in float64 on the CPU.
+def _eigenpairs(sketch: Tensor, omega: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues (falling, ≥ 0) and eigenvectors of XᵀX, in float64 on the CPU.
 
     On the CPU, since its result does not depend on the accelerator, and no pass over data waits.
     """
     y = sketch.cpu().double()
-    if test is None:
+    if omega is None:
         values, vectors = torch.linalg.eigh((y + y.T) / 2)
-        values, vectors = values.flip(0), vectors.flip(1)
-        return _resolved(values, vectors)
-    omega = test.cpu().double()
-    core = omega.T @ y
-    values, vectors = _resolved(*(one.flip(-1) for one in torch.linalg.eigh((core + core.T) / 2)))
-    # XᵀX ≈ B Bᵀ; directions of the core that are lost in Y's rounding would blow it up.
-    half = y @ (vectors / values.sqrt())
+        return values.flip(0).clamp(min=0), vectors.flip(1)
+    wide = omega.cpu().double()
+    core = wide.T @ y
+    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+    # XᵀX ≈ B Bᵀ. Directions of the core that are lost in Y's float32 rounding would blow B up.
+    sound = values > 1e-6 * float(values[-1])
+    half = y @ (vectors[:, sound] / values[sound].sqrt())
     left, singular, _ = torch.linalg.svd(half, full_matrices=False)
-    return _resolved(singular.square(), left)
-
-
-def _resolved(values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop eigenpairs that the float32 sums of a sketch cannot have resolved."""
-    floor = float(values.max()) * _ROUNDING if values.numel() else 0.0
-    kept = int((values > floor).sum())
-    return values[:kept], vectors[:, :kept]
+    return singular.square(), left
