@@ -8,6 +8,7 @@ Only the paper's abstract is public to us: the formulas are ours and contain eac
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from mergekit import merge_methods
@@ -103,8 +104,11 @@ class ArmMerge(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
             return
         by_input = dict(zip(input_ids, references, strict=True))
         for model, reference in by_input.items():
-            if model == base_id or aligned:
-                check_planned(open_statistics(reference), model, group_name, input_ids)
+            if model != base_id:
+                if not aligned:
+                    continue
+                _require_own(model, reference, by_input.get(base_id))
+            check_planned(open_statistics(reference), model, group_name, input_ids)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Take one step with one weight.
@@ -147,11 +151,8 @@ class ArmMerge(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
         No basis for what is stepped along linearly: embeddings and the output head.
         """
         reference = parameters["activation_stats"][entry.id]
-        if not entry.is_base and reference == parameters["activation_stats"][group.base.id]:
-            raise InputError(
-                f"alignment > 0 needs statistics of {entry.id} itself: calibrate it and set "
-                "activation_stats under its own parameters"
-            )
+        if not entry.is_base:
+            _require_own(entry.id, reference, parameters["activation_stats"][group.base.id])
         statistics = open_statistics(reference)
         name, record = statistics.find(
             group.metadata.name or "",
@@ -171,6 +172,15 @@ class ArmMerge(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
         return (
             None if basis is None else basis.to(entry.tensor.device),
             record.input_axis - entry.tensor.ndim,
+        )
+
+
+def _require_own(model: Hashable, reference: str, base_reference: str | None) -> None:
+    # mergekit hands an input without a value of its own the shared one, which is the base's.
+    if reference == base_reference:
+        raise InputError(
+            f"alignment > 0 needs statistics of {model} itself: calibrate it and set "
+            "activation_stats under its own parameters"
         )
 
 
