@@ -161,7 +161,7 @@ def test_parameters_outside_their_range(parameter: str, value: Any, family: Path
 
 
 def test_more_energy_than_was_stored(family: Path) -> None:
-    with pytest.raises(InputError, match="calibrate again with --energy 0.999"):
+    with pytest.raises(InputError, match=r"calibrate again with --energy 0\.999"):
         arm(states(family, "a"), family / "stats", energy=0.999)
 
 
