@@ -112,8 +112,8 @@ def test_ready_ids_need_no_tokenizer() -> None:
     rows = datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5], [6, 7, 8]]})
     corpus = build(rows, None)
     assert sorted(block.tolist() for block in corpus.blocks) == [[1, 2, 3], [4, 5], [6, 7, 8]]
-    # No padding: sequences of one batch have one length.
-    assert sorted(tuple(batch.shape) for batch in corpus.batches(8)) == [(1, 2), (2, 3)]
+    assert corpus.lengths == [2, 3, 3]  # equal lengths side by side, so that batches fill
+    assert corpus.stack(1, 2).shape == (2, 3)
     assert corpus.tokens == 8
 
 

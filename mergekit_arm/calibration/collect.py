@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mergekit_arm.calibration.batches import Batch
 from mergekit_arm.calibration.sites import SitePlan, layer_input
 from mergekit_arm.errors import Failure
 from mergekit_arm.statistics.observers import Observer
+
+_TOKENS = "tokens"
 
 ObserverFactory = Callable[[int, torch.device], Observer]
 
@@ -38,33 +42,60 @@ class Site:
     statistics: Mapping[str, Statistic]
     observers: dict[str, Observer] = field(default_factory=dict)
     tokens: int = 0
+    _earlier: Mapping[str, Tensor] | None = None
+    """State to continue from, until it is known on which device."""
 
     def update(self, x: Tensor, batch: Batch) -> None:
         """Add an input of any leading shape; observers are made on its device."""
         rows = x.reshape(-1, x.shape[-1])
-        if not self.observers:
-            self.observers = {
-                name: statistic.make(rows.shape[1], rows.device)
-                for name, statistic in self.statistics.items()
-            }
+        self.prepare(rows.device)
         for name, observer in self.observers.items():
-            observer.update(batch.sampled(rows) if self.statistics[name].sampled else rows)
-        self.tokens += rows.shape[0]
+            seen = batch.sampled(rows) if self.statistics[name].sampled else rows
+            batch.add(self.name, name, partial(observer.update, seen))
+        batch.add(self.name, _TOKENS, partial(self._count, rows.shape[0]))
+
+    def prepare(self, device: torch.device) -> None:
+        """Make the observers, on ``device``, unless they are made."""
+        if self.observers:
+            return
+        self.observers = {
+            name: statistic.make(self.plan.width, device)
+            for name, statistic in self.statistics.items()
+        }
+        if self._earlier is not None:
+            for name, observer in self.observers.items():
+                prefix = f"{name}."
+                observer.load_state(
+                    {
+                        key.removeprefix(prefix): value
+                        for key, value in self._earlier.items()
+                        if key.startswith(prefix)
+                    }
+                )
+            self._earlier = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that has accumulated; every entry adds up."""
+        if self._earlier is not None:
+            return dict(self._earlier)
+        state = {_TOKENS: torch.tensor(self.tokens)}
+        for name, observer in self.observers.items():
+            state.update({f"{name}.{key}": value for key, value in observer.state().items()})
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from an earlier ``state()``."""
+        self.tokens = int(state[_TOKENS])
+        self.observers = {}
+        # Without observers there was no input yet, and there is nothing to continue.
+        self._earlier = state if len(state) > 1 else None
+
+    def _count(self, tokens: int) -> None:
+        self.tokens += tokens
 
 
-@dataclass
-class Batch:
-    """What the hooks must know of the batch that is under way."""
-
-    tokens: int = 0
-    sample: Tensor | None = None
-    """Sampled rows; None means all."""
-
-    def sampled(self, rows: Tensor) -> Tensor:
-        """Return the sampled rows of an input that has one row for each token, or all rows."""
-        if self.sample is None or rows.shape[0] != self.tokens:
-            return rows
-        return rows[self.sample.to(rows.device)]
+class NotFinite(Failure):
+    """An activation is a NaN or an infinity: this model cannot be measured as it is."""
 
 
 class Collector:
@@ -72,7 +103,8 @@ class Collector:
 
     def __init__(self, sites: list[Site]) -> None:
         self.sites = sites
-        self.batch = Batch()
+        self.batch: Batch | None = None
+        """What is under way; between batches nothing is measured."""
         self._handles: list[Any] = []
 
     def __enter__(self) -> Collector:
@@ -93,7 +125,7 @@ class Collector:
         Costs one synchronisation, so it is called once a batch.
 
         Raises:
-            Failure: naming the weight that reads the bad input.
+            NotFinite: naming the weight that reads the bad input.
         """
         seen = [site for site in self.sites if site.observers]
         sums: dict[torch.device, list[tuple[Site, Tensor]]] = {}
@@ -105,7 +137,7 @@ class Collector:
             finite = torch.isfinite(torch.stack([total for _, total in pairs])).tolist()
             for (site, _), good in zip(pairs, finite, strict=True):
                 if not good:
-                    raise Failure(
+                    raise NotFinite(
                         f"NaN or infinity in the input of {site.plan.readings[0].parameter}: "
                         "the model or the dtype is broken; try --dtype float32"
                     )
@@ -113,7 +145,7 @@ class Collector:
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def observe(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = layer_input(args, kwargs)
-            if x is not None:
+            if x is not None and self.batch is not None:
                 site.update(x, self.batch)
 
         return observe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,16 +53,14 @@ class Corpus:
             digest.update(block.numpy().tobytes())
         return digest.hexdigest()
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield (sequences, length) batches; sequences of one batch have one length, no padding."""
-        batch: list[Tensor] = []
-        for block in self.blocks:
-            if batch and (len(batch) == batch_size or len(batch[0]) != len(block)):
-                yield torch.stack(batch)
-                batch = []
-            batch.append(block)
-        if batch:
-            yield torch.stack(batch)
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every block."""
+        return [len(block) for block in self.blocks]
+
+    def stack(self, first: int, count: int) -> Tensor:
+        """Return ``count`` blocks of one length as (sequences, length); nothing is padded."""
+        return torch.stack(self.blocks[first : first + count])
 
 
 def load_rows(name: str, subset: str | None, split: str | None) -> tuple[Dataset, str | None]:

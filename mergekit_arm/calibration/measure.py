@@ -2,71 +2,120 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
-from mergekit_arm.calibration.collect import Batch, Collector, Site, Statistic, without_logits
-from mergekit_arm.calibration.corpus import Corpus
+from mergekit_arm.calibration.batches import Batch, Feeder, Span, plan_spans
+from mergekit_arm.calibration.collect import Collector, Site, Statistic, without_logits
 from mergekit_arm.calibration.coverage import Coverage
 from mergekit_arm.calibration.options import CalibrationOptions
+from mergekit_arm.calibration.preflight import Cost, Preflight, free_disk, free_memory
 from mergekit_arm.calibration.records import site_name
-from mergekit_arm.calibration.sample import TokenSample
+from mergekit_arm.calibration.session import Session
 from mergekit_arm.calibration.sites import SitePlan, share_sites
 from mergekit_arm.statistics.observers import Importance
 from mergekit_arm.statistics.subspace import Subspace
 
-Progress = Callable[[int, int], None]
-"""Called after every batch with tokens done and tokens in all."""
-
-_DISCOVERY_TOKENS = 16
+DISCOVERY_TOKENS = 16
 _TOKENS_PER_BATCH = 4096
 
 
 def measure(
-    model: PreTrainedModel,
-    coverage: Coverage,
-    corpus: Corpus,
-    options: CalibrationOptions,
-    progress: Progress | None = None,
-) -> tuple[list[Site], float]:
-    """Pass ``corpus`` through ``model``; return the sites and the seconds it took.
+    model: PreTrainedModel, coverage: Coverage, device: torch.device, session: Session
+) -> list[Site]:
+    """Pass the session's corpus through ``model``, which takes inputs on ``device``.
 
     Holds one batch of activations and the sums of every site.
 
     Raises:
-        Failure: a NaN or an infinity in an activation.
+        Failure: a NaN or an infinity in an activation, or not enough memory for one block.
+        DryRun: only the preflight was wanted.
     """
-    device = model.device
-    first = corpus.blocks[0][None, :_DISCOVERY_TOKENS].to(device)
+    corpus, options = session.corpus, session.options
+    spans = spans_of(session, _TOKENS_PER_BATCH)
+    first = corpus.blocks[0][None, :DISCOVERY_TOKENS].to(device)
     with without_logits(model), torch.inference_mode():
         plans = share_sites(
             {name: coverage.readings[name] for name in coverage.read_parameters},
             lambda: model(input_ids=first) and None,
         )
         sites = plan_sites(model, plans, options)
-        sample = TokenSample(
-            [len(block) for block in corpus.blocks],
-            options.subspace_tokens,
-            seed=options.seed,
-            skip_first=options.skip_first,
-        )
-        batch_size = options.batch_size or max(1, _TOKENS_PER_BATCH // len(corpus.blocks[-1]))
-        done = blocks = 0
-        started = time.perf_counter()
-        with Collector(sites) as collector:
-            for ids in corpus.batches(batch_size):
-                collector.batch = Batch(ids.numel(), sample.rows(blocks, len(ids)))
-                model(input_ids=ids.to(device))
+        feeder = Feeder(corpus, session.sample, session.reports.say)
+        start = 0
+        if snapshot := session.resume():
+            snapshot.restore(sites)
+            start, feeder.limit = snapshot.position["batches"], snapshot.position["limit"]
+        done, total = tokens_of(session, spans[:start]), tokens_of(session, spans)
+        with Collector(sites) as collector, session.running():
+
+            def forward(batch: Batch) -> None:
+                collector.batch = batch
+                model(input_ids=batch.ids.to(device))
                 collector.check()
-                blocks += len(ids)
-                done += ids.numel()
-                if progress:
-                    progress(done, corpus.tokens)
-        return sites, time.perf_counter() - started
+
+            for number, span in enumerate(spans[start:], start):
+                if number == 0:
+                    with Cost(device) as cost:
+                        feeder.feed(span, forward)
+                    session.preflight(_estimate(model, sites, spans, cost, device, session))
+                else:
+                    feeder.feed(span, forward)
+                done += tokens_of(session, [span])
+                position = {"batches": number + 1, "limit": feeder.limit}
+                session.after_batch(done, total, position, sites)
+        session.after_last({"batches": len(spans), "limit": feeder.limit}, sites)
+        return sites
+
+
+def spans_of(session: Session, tokens_at_once: int) -> list[Span]:
+    """Return this process's batches: of ``--batch-size`` blocks, or of about so many tokens."""
+    corpus, job = session.corpus, session.job
+    by_tokens = max(1, tokens_at_once // corpus.lengths[-1])
+    # Few blocks are shared out evenly rather than batched well.
+    fair = -(-len(corpus.blocks) // job.processes)
+    return plan_spans(
+        corpus.lengths,
+        session.options.batch_size or min(by_tokens, fair),
+        process=job.process,
+        processes=job.processes,
+    )
+
+
+def tokens_of(session: Session, spans: Sequence[Span]) -> int:
+    """Return how many tokens ``spans`` hold."""
+    return sum(session.corpus.lengths[span.first] * span.count for span in spans)
+
+
+def _estimate(
+    model: PreTrainedModel,
+    sites: list[Site],
+    spans: list[Span],
+    first: Cost,
+    device: torch.device,
+    session: Session,
+) -> Preflight:
+    """Extrapolate from what the first block took."""
+    block, total = tokens_of(session, spans[:1]), tokens_of(session, spans)
+    largest = max(tokens_of(session, [span]) for span in spans)
+    sums = sum(value.nbytes for site in sites for value in site.state().values())
+    held = [*model.parameters(), *model.buffers()]
+    return Preflight(
+        tokens=total,
+        seconds=first.seconds * total / block,
+        weights=sum(tensor.nbytes for tensor in held if not tensor.is_meta),
+        sums=sums,
+        # The first block made the sums, too.
+        activations=max(first.extra - sums, 0) * largest // block,
+        batch_size=max(span.count for span in spans),
+        free=free_memory(device),
+        device=str(device),
+        output=sums,
+        disk=sums,
+        disk_free=free_disk(session.progress.folder),
+    )
 
 
 def plan_sites(
@@ -79,7 +128,13 @@ def plan_sites(
     every = {
         "importance": Statistic(Importance),
         "subspace": Statistic(
-            partial(Subspace, rank=options.rank, energy=options.energy, seed=options.seed),
+            partial(
+                Subspace,
+                rank=options.rank,
+                energy=options.energy,
+                seed=options.seed,
+                keep_sketch=options.keep_sketch,
+            ),
             sampled=True,
             matrices_only=True,
         ),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+from mergekit_arm.errors import InputError
 
 DEFAULT_DATASET = "mit-han-lab/pile-val-backup"
 """The AIM authors' calibration data, split ``validation``."""
@@ -26,6 +29,7 @@ class CalibrationOptions:
     batch_size: int | None = None
     seed: int = 42
     device: str = "auto"
+    device_map: str | None = None
     dtype: str = "auto"
     statistics: tuple[str, ...] = STATISTICS
     rank: int | None = None
@@ -33,6 +37,38 @@ class CalibrationOptions:
     subspace_tokens: int = 16384
     skip_first: int = 0
     keep_sketch: bool = False
+    low_memory: bool = False
+    activation_budget: str = "auto"
+    save_every: str = "5m"
+    dry_run: bool = False
     trust_remote_code: bool = False
     lora_merge_cache: str | None = None
     force: bool = False
+
+
+_BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that ``512MB``, ``8GB`` or a plain number mean.
+
+    Raises:
+        InputError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise InputError(f"{text!r} is no size: write 512MB or 8GB")
+    return int(float(found[1]) * _BYTES[found[2].upper()])
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds that ``90s``, ``5m``, ``1h`` or a plain number mean.
+
+    Raises:
+        InputError: it is no duration.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    if not found:
+        raise InputError(f"{text!r} is no duration: write 90s, 5m or 1h")
+    return float(found[1]) * _SECONDS[found[2]]

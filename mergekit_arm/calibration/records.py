@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from mergekit_arm.calibration.collect import Site
 from mergekit_arm.calibration.corpus import Corpus
 from mergekit_arm.calibration.coverage import Coverage
+from mergekit_arm.calibration.job import Job
 from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.calibration.sites import SitePlan
 from mergekit_arm.statistics.format import (
@@ -29,13 +31,51 @@ def site_name(plan: SitePlan) -> str:
     return plan.readings[0].parameter.removesuffix(".weight")
 
 
+@dataclass(frozen=True)
+class MeasuredSite:
+    """A site whose sums are complete, as a directory stores it."""
+
+    name: str
+    parameters: list[str]
+    """What reads there."""
+    record: SiteRecord
+    tensors: Mapping[str, Tensor]
+    """By key, without the site's name."""
+
+
+def finish_site(site: Site, *, subspaces: bool) -> MeasuredSite:
+    """Turn the sums of a site that has seen tokens into what is stored."""
+    tensors: dict[str, Tensor] = {}
+    for observer in site.observers.values():
+        tensors |= observer.finish()
+    parameters = [reading.parameter for reading in site.plan.readings]
+    return MeasuredSite(site.name, parameters, _site_record(site, tensors, subspaces), tensors)
+
+
+def add_up(
+    sites: Iterable[Site], job: Job, device: torch.device, *, subspaces: bool
+) -> list[MeasuredSite]:
+    """Sum the sites over all processes, each of which calls this, and finish them on the first.
+
+    Sites that no process saw an input of are left out.
+    """
+    measured = []
+    for site in sites:
+        if job.processes > 1:
+            site.prepare(device)
+            site.load_state({k: job.total(v.to(device)) for k, v in site.state().items()})
+        if site.tokens and job.main:
+            site.prepare(device)
+            measured.append(finish_site(site, subspaces=subspaces))
+    return measured
+
+
 def collect_results(
-    coverage: Coverage, sites: list[Site], *, subspaces: bool
+    coverage: Coverage, measured: Iterable[MeasuredSite]
 ) -> tuple[dict[str, WeightRecord], dict[str, SiteRecord], Mapping[str, Tensor]]:
     """Return the records of all weights and sites, and the tensors to store."""
-    site_of = {
-        reading.parameter: site for site in sites for reading in site.plan.readings if site.tokens
-    }
+    measured = list(measured)
+    site_of = {parameter: site for site in measured for parameter in site.parameters}
     weights: dict[str, WeightRecord] = {}
     for row, weight in enumerate(coverage.weights):
         site = site_of.get(weight.parameter) if weight.parameter else None
@@ -49,15 +89,9 @@ def collect_results(
             reason=None if site else weight.reason or NEVER_USED,
         )
     tensors = {PROBES: coverage.probes}
-    records: dict[str, SiteRecord] = {}
-    for site in sites:
-        if site.tokens:
-            finished: dict[str, Tensor] = {}
-            for observer in site.observers.values():
-                finished |= observer.finish()
-            tensors |= {f"{site.name}.{key}": value for key, value in finished.items()}
-            records[site.name] = _site_record(site, finished, subspaces)
-    return weights, records, tensors
+    for site in measured:
+        tensors |= {f"{site.name}.{key}": value for key, value in site.tensors.items()}
+    return weights, {site.name: site.record for site in measured}, tensors
 
 
 def _site_record(site: Site, finished: Mapping[str, Tensor], subspaces: bool) -> SiteRecord:
@@ -109,6 +143,19 @@ def settings_record(
         subspace_tokens=options.subspace_tokens if subspace else None,
         skip_first=options.skip_first,
     )
+
+
+def fingerprint(data: DataRecord, settings: SettingsRecord, content: str) -> dict[str, str]:
+    """Return what decides a run's numbers, by names that a user knows.
+
+    ``content`` is the hash of the model's content.
+    """
+    facts = {"model": f"content {content[:16]}"}
+    facts["data"] = f"{data.sequences} sequences, {data.tokens} tokens ({data.content_hash[:16]})"
+    facts["seed"] = str(data.seed)
+    for name, value in settings.model_dump().items():
+        facts[name.replace("_", " ")] = ", ".join(value) if isinstance(value, list) else str(value)
+    return facts
 
 
 def _hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
+from mergekit_arm.calibration.collect import NotFinite
 from mergekit_arm.calibration.corpus import Corpus, build_corpus, load_rows
 from mergekit_arm.calibration.coverage import cover_checkpoint
-from mergekit_arm.calibration.measure import Progress, measure
+from mergekit_arm.calibration.job import Job
+from mergekit_arm.calibration.measure import measure
 from mergekit_arm.calibration.model import (
     Source,
     choose_device,
@@ -21,9 +25,19 @@ from mergekit_arm.calibration.model import (
     load_tokenizer,
     open_checkpoint,
 )
-from mergekit_arm.calibration.options import CalibrationOptions
-from mergekit_arm.calibration.records import collect_results, data_record, settings_record
+from mergekit_arm.calibration.options import CalibrationOptions, parse_duration
+from mergekit_arm.calibration.preflight import Preflight, check_weights_fit
+from mergekit_arm.calibration.progress import Progress
+from mergekit_arm.calibration.records import (
+    add_up,
+    collect_results,
+    data_record,
+    fingerprint,
+    settings_record,
+)
+from mergekit_arm.calibration.session import DryRun, ProgressReport, Reports, Session
 from mergekit_arm.calibration.sites import plan_readings
+from mergekit_arm.calibration.weights import BriefLoader, fetch_checkpoint
 from mergekit_arm.errors import InputError
 from mergekit_arm.reports.card import statistics_card
 from mergekit_arm.statistics.format import Metadata, ModelRecord
@@ -46,53 +60,106 @@ class CalibrationResult:
 
 def calibrate(
     options: CalibrationOptions,
-    progress: Progress | None = None,
+    progress: ProgressReport | None = None,
     say: Callable[[str], None] | None = None,
-) -> CalibrationResult:
+    preflight: Callable[[Preflight], None] | None = None,
+) -> CalibrationResult | None:
     """Measure ``options.model`` and write a statistics directory to ``options.out``.
 
-    Holds the model, one batch of activations and one set of sums per site. ``say`` receives
-    one-line notes for the user, ``progress`` every batch.
+    Holds the model, one batch of activations and one set of sums per site. Progress is saved in
+    ``OUT.partial``; called again, a run that was stopped continues from there. Under
+    ``torchrun`` every process calls this.
+
+    Args:
+        options: what the command line can say.
+        progress: called after every batch with tokens done and tokens in all.
+        say: receives one-line notes for the user.
+        preflight: receives the estimate, once one block has gone through.
+
+    Returns:
+        What was written; None after a dry run, and on all processes but the first.
 
     Raises:
         InputError: anything that cannot work, found before the first forward pass.
-        Failure: a NaN or an infinity in an activation.
+        Failure: a NaN or an infinity in an activation, too little memory for a single block, or
+            a signal or another process's death that ended the run; progress is saved then.
     """
+    with Job() as job:
+        if not job.main:
+            progress = say = preflight = None
+        reports = Reports(
+            say or (lambda note: None),
+            progress or (lambda done, total: None),
+            preflight or (lambda estimate: None),
+        )
+        try:
+            return _calibrate(options, job, reports)
+        except DryRun:
+            return None
+
+
+def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> CalibrationResult | None:
     out = Path(options.out)
     check_destination(out, options.force)
-    device = choose_device(options.device)
+    every = parse_duration(options.save_every)
+    device = job.device(choose_device(options.device))
     dtype = choose_dtype(options.dtype, device)
-    with find_model(
-        options.model,
-        trust_remote_code=options.trust_remote_code,
-        lora_cache=options.lora_merge_cache,
-    ) as source:
+    with ExitStack() as stack:
+        # A merged adapter's cache is written once and then read.
+        with job.first_here("model"):
+            source = stack.enter_context(
+                find_model(
+                    options.model,
+                    trust_remote_code=options.trust_remote_code,
+                    lora_cache=options.lora_merge_cache,
+                )
+            )
         tokenizer = load_tokenizer(source)
         corpus = _read_corpus(options, tokenizer)
-        _check_corpus(corpus, source, say or (lambda note: None))
+        _check_corpus(corpus, source, reports.say)
+        fetch_checkpoint(source)
+        checkpoint = BriefLoader(open_checkpoint(source).index)
+        check_weights_fit(checkpoint.size(dtype), device, dtype, options.model)
         model = load_model(source, device, dtype)
-        coverage = cover_checkpoint(model, open_checkpoint(source), plan_readings(model))
-        sites, seconds = measure(model, coverage, corpus, options, progress)
-        weights, site_records, tensors = collect_results(
-            coverage, sites, subspaces="subspace" in options.statistics
-        )
-        metadata = Metadata(
-            model=ModelRecord(
-                reference=options.model,
-                revision=source.commit,
-                architecture=type(model).__name__,
-                content_hash=coverage.content_hash(),
-            ),
-            data=data_record(options, corpus, tokenizer),
-            settings=settings_record(options, device, dtype),
-            versions={package: version(package) for package in _RECORDED_VERSIONS},
-            sites=site_records,
-            weights=weights,
-        )
-        write_statistics(
-            out, metadata, tensors, statistics_card(metadata, out.name), force=options.force
-        )
-    return CalibrationResult(out, metadata, corpus.requested, seconds)
+        coverage = cover_checkpoint(model, checkpoint, plan_readings(model))
+        data = data_record(options, corpus, tokenizer)
+        settings = settings_record(options, device, dtype)
+        facts = fingerprint(data, settings, coverage.content_hash())
+        job.agree(facts)
+        saved = Progress(out, facts, every=every, process=job.process, processes=job.processes)
+        if not options.dry_run:
+            saved.check(options.force)
+        session = Session(options, corpus, job, saved, reports)
+        try:
+            sites = measure(model, coverage, device, session)
+        except NotFinite:
+            saved.discard()  # nobody will want to continue this one
+            raise
+        job.wait("measured")
+        with torch.inference_mode():
+            measured = add_up(sites, job, device, subspaces="subspace" in options.statistics)
+        result = None
+        if job.main:
+            weights, site_records, tensors = collect_results(coverage, measured)
+            metadata = Metadata(
+                model=ModelRecord(
+                    reference=options.model,
+                    revision=source.commit,
+                    architecture=type(model).__name__,
+                    content_hash=coverage.content_hash(),
+                ),
+                data=data,
+                settings=settings,
+                versions={package: version(package) for package in _RECORDED_VERSIONS},
+                sites=site_records,
+                weights=weights,
+            )
+            card = statistics_card(metadata, out.name)
+            write_statistics(out, metadata, tensors, card, force=options.force)
+            result = CalibrationResult(out, metadata, corpus.requested, session.seconds)
+        job.wait("written")
+        saved.discard()
+    return result
 
 
 def _read_corpus(options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase | None) -> Corpus:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mergekit_arm.calibration.options import STATISTICS, CalibrationOptions
+from mergekit_arm.calibration.options import (
+    STATISTICS,
+    CalibrationOptions,
+    parse_duration,
+    parse_size,
+)
+
+if TYPE_CHECKING:
+    from mergekit_arm.calibration.preflight import Preflight
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _EPILOG = """\b
 Examples:
   mergekit-arm calibrate meta-llama/Llama-3.2-1B ./llama-stats
   mergekit-arm calibrate ./my-model ./stats --dataset ./chats.jsonl --samples 128
   mergekit-arm calibrate org/model@main+org/lora ./stats --dataset ./text.txt
+  mergekit-arm calibrate meta-llama/Llama-3.1-70B ./stats --low-memory
+  torchrun --nproc-per-node 8 -m mergekit_arm calibrate meta-llama/Llama-3.1-8B ./stats
 """
 
 
-def _option(name: str, **settings: Any) -> Any:
+def _option(name: str, **settings: Any) -> Callable[[Function], Function]:
     """Declare an option whose default is the library's."""
     field = CalibrationOptions.__dataclass_fields__[name]
     flag = "--" + name.replace("_", "-")
@@ -24,6 +37,16 @@ def _option(name: str, **settings: Any) -> Any:
         return click.option(flag, is_flag=True, **settings)
     default = settings.pop("default", field.default)
     return click.option(flag, default=default, show_default=default is not None, **settings)
+
+
+def _checked(parse: Callable[[str], object]) -> Callable[..., str]:
+    """Return a callback that refuses what ``parse`` refuses and keeps the text."""
+
+    def check(_context: click.Context, _option: click.Parameter, text: str) -> str:
+        parse(text)
+        return text
+
+    return check
 
 
 @click.command("calibrate", epilog=_EPILOG)
@@ -70,6 +93,29 @@ def _option(name: str, **settings: Any) -> Any:
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
     help="Of the forward passes.",
 )
+@_option(
+    "device_map",
+    type=click.Choice(["auto", "balanced", "balanced_low_0", "sequential"]),
+    help="Spread the model over GPUs, CPU and disk, as accelerate does.",
+)
+@_option(
+    "low_memory",
+    help="Walk through the model layer by layer, reading each layer's weights once.",
+)
+@_option(
+    "activation_budget",
+    metavar="SIZE",
+    callback=_checked(lambda text: text == "auto" or parse_size(text)),
+    help="With --low-memory: hold up to so much of hidden states (512MB, 8GB) in memory, the rest "
+    "on disk. auto is 4 % of the checkpoint, at least 256MB.",
+)
+@_option(
+    "save_every",
+    metavar="TIME",
+    callback=_checked(parse_duration),
+    help="Save progress so often (90s, 5m, 1h); the same command continues a run that was killed.",
+)
+@_option("dry_run", help="Let one block through, print what the run would take, and stop.")
 @_option("lora_merge_cache", type=click.Path(), help="Keep the merged model of model+lora here.")
 @_option("trust_remote_code", help="Run code that comes with the model (danger).")
 @_option("force", help="Replace statistics that exist at OUT.")
@@ -77,6 +123,8 @@ def command(**values: Any) -> None:
     """Measure MODEL's activations on calibration text and write statistics to OUT.
 
     MODEL is a local directory, a Hub id, id@revision, or model+lora.
+
+    Progress is kept in OUT.partial while it runs. Under torchrun, processes share the work.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -103,9 +151,19 @@ def command(**values: Any) -> None:
             rate = f"{speed:,.0f} tokens/s" if speed else ""
             bar.update(task, completed=done, total=total, visible=True, rate=rate)
 
-        result = calibrate(
-            CalibrationOptions(**values), progress, lambda note: console.print(note, style="yellow")
+        def say(note: str) -> None:
+            console.print(note, style="yellow", highlight=False)
+
+        def preflight(estimate: Preflight) -> None:
+            for line in estimate.lines():
+                console.print(line, highlight=False)
+            for warning in estimate.warnings():
+                say(warning)
+
+        result = calibrate(CalibrationOptions(**values), progress, say, preflight)
+    if result:
+        console.print(
+            calibration_summary(
+                result.metadata, result.out, result.requested_sequences, result.seconds
+            )
         )
-    console.print(
-        calibration_summary(result.metadata, result.out, result.requested_sequences, result.seconds)
-    )

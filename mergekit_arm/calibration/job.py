@@ -1,0 +1,256 @@
+"""Many processes on one job: who takes part, sums over all of them, and what when one dies.
+
+Started by ``torchrun`` (or anything that sets its environment variables), every process measures
+its own batches. Each shows the others a heartbeat in the job's key-value store, so that a death
+is noticed by name, wherever the others are; only then would a collective operation hang, and
+none starts before all are known to have arrived.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from types import TracebackType
+
+import click
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.rendezvous import rendezvous
+
+from mergekit_arm.errors import Failure, InputError, first_line
+
+_BEAT = 2.0  # seconds
+_DEAD_AFTER = 60.0  # seconds without a heartbeat; loading a library can hold one up for some
+_POLL = 0.1  # seconds
+_FAILED = "failed"
+_TIMEOUT = timedelta(minutes=10)  # of one collective, all processes being there
+
+
+class PeerLost(Failure):
+    """Another process of the job failed or died."""
+
+
+class Job:
+    """The processes that measure together; without a launcher, this one alone.
+
+    Use as a context: entering waits for the others, and leaving by an exception tells them.
+    """
+
+    def __init__(self) -> None:
+        self.processes = int(os.environ.get("WORLD_SIZE", "1"))
+        self.process = int(os.environ.get("RANK", "0")) if self.processes > 1 else 0
+        self._lost: str | None = None
+        self._over = threading.Event()
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes, and talks to the user."""
+        return self.process == 0
+
+    @property
+    def local_process(self) -> int:
+        """Number of this process on its host."""
+        return int(os.environ.get("LOCAL_RANK", "0")) if self.processes > 1 else 0
+
+    @property
+    def local_processes(self) -> int:
+        """Processes of the job on this host."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes > 1 else 1
+
+    def __enter__(self) -> Job:
+        if self.processes == 1:
+            return self
+        self._name = f"rank {self.process} on {socket.gethostname()}"
+        # A launcher that restarts the job keeps the store: an old failure must not be read again.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
+        self._store = PrefixStore(f"mergekit-arm/{attempt}", store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("group", self._store),
+            rank=self.process,
+            world_size=self.processes,
+            timeout=_TIMEOUT,
+        )
+        # A connection of its own: a heartbeat must not wait for the main thread's requests.
+        own = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=_TIMEOUT,
+        )
+        watch = PrefixStore(f"mergekit-arm/{attempt}", own)
+        watch.set(f"name/{self.process}", self._name)
+        threading.Thread(target=self._watch, args=(watch,), daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        if self.processes == 1:
+            return
+        if error is None:
+            self._store.set(f"left/{self.process}", "")
+            self._over.set()
+            dist.destroy_process_group()
+            return
+        self._over.set()
+        self._report(error)
+
+    def check(self) -> None:
+        """Stop when another process has failed or died.
+
+        Raises:
+            PeerLost: naming it.
+        """
+        if self._lost is not None:
+            raise PeerLost(self._lost)
+
+    def wait(self, stage: str) -> None:
+        """Wait until every process has arrived at ``stage``, however long that takes.
+
+        Raises:
+            PeerLost: one never will.
+        """
+        if self.processes == 1:
+            return
+        self._store.set(f"{stage}/{self.process}", "")
+        everybody = [f"{stage}/{other}" for other in range(self.processes)]
+        while not self._store.check(everybody):
+            self.check()
+            time.sleep(_POLL)
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Make sure that every process measures the same thing.
+
+        Raises:
+            InputError: one has another model, data set or setting; the first is named.
+        """
+        if self.processes == 1:
+            return
+        for name, value in facts.items():
+            self._store.set(f"fact/{name}/{self.process}", value)
+        self.wait("facts")
+        for name, value in facts.items():
+            first = self._store.get(f"fact/{name}/0").decode()
+            if value != first:
+                raise InputError(
+                    f"its {name} is {value}, but that of rank 0 is {first}: "
+                    "all processes must measure the same model on the same data"
+                )
+
+    @contextmanager
+    def first_here(self, stage: str) -> Iterator[None]:
+        """Run the block on the first process of each host, then on that host's others."""
+        if self.local_processes == 1:
+            yield
+            return
+        key = f"{stage}/{socket.gethostname()}"
+        while self.local_process and not self._store.check([key]):
+            self.check()
+            time.sleep(_POLL)
+        yield
+        if not self.local_process:
+            self._store.set(key, "")
+
+    def device(self, chosen: torch.device) -> torch.device:
+        """Return this process's own accelerator where ``chosen`` names none in particular.
+
+        Raises:
+            InputError: the host has more processes than accelerators.
+        """
+        if chosen.type != "cuda" or chosen.index is not None or self.processes == 1:
+            return chosen
+        if self.local_processes > torch.cuda.device_count():
+            raise InputError(
+                f"{self.local_processes} processes on a host with {torch.cuda.device_count()} "
+                "GPUs: start one process for each GPU, or add --device cpu"
+            )
+        own = torch.device("cuda", self.local_process)
+        torch.cuda.set_device(own)
+        return own
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum of every process's ``tensor``, which keeps its dtype and device.
+
+        Every process must call this in the same order, after a common ``wait``.
+
+        Raises:
+            PeerLost: another process died on the way.
+        """
+        if self.processes == 1:
+            return tensor
+        # nccl adds on GPUs and gloo on the CPU; no backend does on other accelerators.
+        where = tensor.device if tensor.is_cuda else torch.device("cpu")
+        summed = tensor.to(where, copy=True).contiguous()
+        try:
+            dist.all_reduce(summed)
+        except RuntimeError as error:
+            self._over.wait(_DEAD_AFTER + 2 * _BEAT)  # until it is known who
+            self.check()
+            raise PeerLost(
+                f"the connection to another process broke ({first_line(error)})"
+            ) from error
+        return summed.to(tensor.device)
+
+    def _watch(self, store: Store) -> None:
+        """Beat, and look after the next process in the ring, until the job is over."""
+        peer = (self.process + 1) % self.processes
+        heard, beats = time.monotonic(), -1
+        try:
+            while not self._over.wait(_BEAT):
+                store.add(f"beat/{self.process}", 1)
+                found = store.add(f"beat/{peer}", 0)
+                if found != beats:
+                    heard, beats = time.monotonic(), found
+                elif time.monotonic() - heard > _DEAD_AFTER and not store.check([f"left/{peer}"]):
+                    name = store.get(f"name/{peer}").decode() if beats else f"rank {peer}"
+                    store.set(_FAILED, f"{name} died: no sign of life for {_DEAD_AFTER:.0f} s")
+                if store.check([_FAILED]):
+                    self._lost = store.get(_FAILED).decode()
+                    break
+        except RuntimeError:
+            if not self._over.is_set():
+                self._lost = f"rank 0 on {os.environ['MASTER_ADDR']} cannot be reached: it died"
+        self._over.set()
+
+    def _report(self, error: BaseException) -> None:
+        """Tell the others of this process's failure, and name it in the message for the user."""
+        text = error.message if isinstance(error, click.ClickException) else _describe(error)
+        try:
+            if not isinstance(error, PeerLost) and not self._store.check([_FAILED]):
+                self._store.set(_FAILED, f"{self._name} failed: {text}")
+            self._store.set(f"error/{self.process}", text)
+            if isinstance(error, InputError) and not self.main and self._said_by_main(text):
+                raise click.exceptions.Exit(error.exit_code) from error
+        except RuntimeError as lost:
+            if isinstance(lost, click.exceptions.Exit):
+                raise
+        if isinstance(error, Exception):
+            kind = InputError if isinstance(error, InputError) else Failure
+            raise kind(f"{self._name}: {text}") from error
+
+    def _said_by_main(self, text: str) -> bool:
+        """Say whether rank 0 ends with the same message: once is enough."""
+        key, until = "error/0", time.monotonic() + 3
+        while not self._store.check([key]) and time.monotonic() < until:
+            time.sleep(_POLL)
+        if not self._store.check([key]) or self._store.get(key).decode() != text:
+            return False
+        time.sleep(1)  # the launcher stops everybody when the first has gone: let rank 0 speak
+        return True
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
