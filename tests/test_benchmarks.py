@@ -52,7 +52,14 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("benchmarks"), launch_here, quick=True, rounds=1)
 
 
-@pytest.mark.parametrize("name", list(BENCHMARKS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        # torchrun's processes cannot be stood in for.
+        pytest.param(name, marks=pytest.mark.slow if name == "processes" else ())
+        for name in BENCHMARKS
+    ],
+)
 def test_every_benchmark_runs(name: str, shop: Workshop, tmp_path: Path) -> None:
     rows = BENCHMARKS[name](shop)
     assert rows

@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from tests.benchmarks.catalogue import BENCHMARKS, ON_REQUEST
-from tests.benchmarks.harness import launch
+from tests.benchmarks.harness import Row, launch
 from tests.benchmarks.inputs import Workshop
 from tests.benchmarks.report import machine, results_table, write_json
 
@@ -33,7 +33,8 @@ def main(names: tuple[str, ...], out: Path, quick: bool, rounds: int | None, for
         raise click.UsageError(f"{out} exists: choose another --out, or --force")
     console = Console()
     chosen = names or tuple(name for name in BENCHMARKS if name not in ON_REQUEST)
-    rows = []
+    rows: list[Row] = []
+    failed: list[str] = []
     with TemporaryDirectory(prefix="mergekit-arm-benchmarks-") as folder:
         shop = Workshop(Path(folder), launch, quick, rounds or (1 if quick else 5))
         settings = {"quick": quick, "rounds": shop.rounds, "load": {}}
@@ -41,9 +42,16 @@ def main(names: tuple[str, ...], out: Path, quick: bool, rounds: int | None, for
             with console.status(name):
                 # A busy machine shows in the results; the reader should know.
                 settings["load"][name] = round(os.getloadavg()[0], 2)
-                rows += BENCHMARKS[name](shop)
+                try:
+                    rows += BENCHMARKS[name](shop)
+                except RuntimeError as error:
+                    # What the others measured, for an hour perhaps, is not lost with this one.
+                    failed.append(name)
+                    console.print(f"{name}: {error}", style="red", markup=False)
             write_json(out, rows, settings)
     console.print(results_table(rows, machine()))
+    if failed:
+        raise click.ClickException(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

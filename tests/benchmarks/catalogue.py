@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.benchmarks.harness import MEMORY, TIME, WALL, Measured, Row, Side, compare, growth
-from tests.benchmarks.inputs import Workshop
-from tests.benchmarks.worker import EXTRA, FORWARD
+from tests.benchmarks.harness import (
+    MEMORY,
+    PROCESSOR,
+    TIME,
+    WALL,
+    Measured,
+    Row,
+    Side,
+    compare,
+    growth,
+)
+from tests.benchmarks.inputs import REAL, Workshop
+from tests.benchmarks.worker import EXTRA, FORWARD, LOADED
 
 _SHAPE = "SmolLM2-135M"
 
@@ -17,8 +27,34 @@ def calibrate_importance(shop: Workshop) -> list[Row]:
     return _against_forward(shop, "calibrate-importance", 0.95, statistics=["importance"])
 
 
+def calibrate_all(shop: Workshop) -> list[Row]:
+    """Calibration at its defaults, subspaces included, against ``model(ids)``.
+
+    At the default number of tokens, since subspaces are measured on a sample of fixed size.
+    """
+    return _against_forward(shop, "calibrate-all", 1.15, sequences=256)
+
+
+def calibrate_all_short(shop: Workshop) -> list[Row]:
+    """The same on so few tokens that every one of them is in the sample."""
+    return _against_forward(shop, "calibrate-all-short", None)
+
+
+def calibrate_subspaces(shop: Workshop) -> list[Row]:
+    """Calibration with subspaces against calibration without."""
+    shape = shop.shape(_SHAPE)
+    tokens = shop.tokens(shape, 4, 32) if shop.quick else shop.tokens(shape, 256, 512)
+    return compare(
+        "calibrate-subspaces",
+        Side("with subspaces", lambda: shop.calibrate(shape, tokens)),
+        Side("without", lambda: shop.calibrate(shape, tokens, statistics=["importance"])),
+        {TIME: None, FORWARD: None, PROCESSOR: None, MEMORY: None},
+        rounds=min(shop.rounds, 3),
+    )
+
+
 def _against_forward(
-    shop: Workshop, name: str, at_most: float, sequences: int = 32, **options: Any
+    shop: Workshop, name: str, at_most: float | None, sequences: int = 32, **options: Any
 ) -> list[Row]:
     shape = shop.shape(_SHAPE)
     tokens = shop.tokens(shape, 4, 32) if shop.quick else shop.tokens(shape, sequences, 512)
@@ -27,8 +63,8 @@ def _against_forward(
         name,
         Side("calibrate", lambda: shop.calibrate(shape, tokens, **options)),
         Side("forward", lambda: shop.launch("forward", model=str(model), dataset=str(tokens))),
-        {TIME: at_most, FORWARD: at_most, MEMORY: None},
-        rounds=shop.rounds,
+        {TIME: at_most, FORWARD: at_most, PROCESSOR: None, MEMORY: None},
+        rounds=shop.rounds if sequences < 256 else min(shop.rounds, 3),
     )
 
 
@@ -40,6 +76,17 @@ def merge_aim_task_arithmetic(shop: Workshop) -> list[Row]:
 def merge_aim_ties(shop: Workshop) -> list[Row]:
     """``aim_ties`` against mergekit's ``ties``."""
     return _merges(shop, "aim_ties", "ties", {"weight": 0.5, "density": 0.5})
+
+
+def merge_arm(shop: Workshop) -> list[Row]:
+    """``arm`` against mergekit's ``task_arithmetic``.
+
+    On the real SmolLM2: how many directions a subspace has decides what a rotation costs, and
+    random activations have far more than text's.
+    """
+    return _merges(
+        shop, "arm", "task_arithmetic", own={"learning_rate": 0.5}, base=REAL, time=1.5, memory=1.25
+    )
 
 
 def merge_every_aim(shop: Workshop) -> list[Row]:
@@ -68,21 +115,22 @@ def _merges(
     own: dict[str, Any] | None = None,
     models: int = 2,
     with_base: bool = True,
+    base: str = _SHAPE,
     time: float = 1.10,
     memory: float = 1.15,
 ) -> list[Row]:
-    shape = shop.shape(_SHAPE)
+    shape = shop.shape(base)
     statistics = {"activation_stats": str(shop.statistics(shape))}
     shared = {"weight": 0.5} if parameters is None else parameters
 
-    def merge(method: str, extra: dict[str, Any], base: bool) -> Measured:
+    def merge(method: str, extra: dict[str, Any], with_base: bool) -> Measured:
         config: dict[str, Any] = {
             "merge_method": method,
             "models": [{"model": str(shop.model(shape, 1 + i))} for i in range(models)],
             "parameters": extra,
             "dtype": "bfloat16",
         }
-        if base:
+        if with_base:
             config["base_model"] = str(shop.model(shape))
         with shop.scratch() as scratch:
             return shop.launch("merge", config=config, out=str(scratch / "merged"))
@@ -92,10 +140,62 @@ def _merges(
         f"merge-{ours}",
         Side(ours, lambda: merge(ours, {**(own or shared), **statistics}, True)),
         Side(theirs, lambda: merge(theirs, shared, with_base)),
-        {TIME: time, WALL: time, MEMORY: memory},
+        {TIME: time, WALL: time, PROCESSOR: None, MEMORY: memory},
         rounds=shop.rounds,
         warm_up=not shop.quick,
     )
+
+
+def low_memory(shop: Workshop) -> list[Row]:
+    """``--low-memory`` against a calibration in memory, on a checkpoint of more than 6 GB.
+
+    In bfloat16, so that the in-memory run fits a machine of 16 GB.
+    """
+    shape = shop.shape("Llama 3.2B")
+    tokens = shop.tokens(shape, 4, 32) if shop.quick else shop.tokens(shape, 8, 512)
+    size = sum(file.stat().st_size for file in shop.model(shape).glob("*.safetensors"))
+    rounds = min(shop.rounds, 3)
+    walked: list[Measured] = []
+
+    def walk() -> Measured:
+        walked.append(shop.calibrate(shape, tokens, low_memory=True, dtype="bfloat16"))
+        return walked[-1]
+
+    found = compare(
+        "low-memory",
+        Side("layer by layer", walk),
+        Side("in memory", lambda: shop.calibrate(shape, tokens, dtype="bfloat16")),
+        {LOADED: 1.5, PROCESSOR: None, MEMORY: None},
+        rounds=rounds,
+    )
+    peaks = iter(walked)
+    return found + compare(
+        "low-memory",
+        Side("layer by layer", lambda: next(peaks)),
+        Side("the checkpoint", lambda: {MEMORY: float(size)}),
+        {MEMORY: max(0.25, 1.5e9 / size)},
+        rounds=rounds,
+    )
+
+
+def processes(shop: Workshop) -> list[Row]:
+    """Two and four processes of one thread against one process of two threads."""
+    shape = shop.shape(_SHAPE)
+    tokens = shop.tokens(shape, 4, 32) if shop.quick else shop.tokens(shape, 32, 512)
+    found = []
+    counts = ((2, 1.1),) if shop.quick else ((2, 1.1), (4, None))
+    for count, target in counts:
+        found += compare(
+            "processes",
+            Side(
+                f"{count} × 1 thread",
+                lambda count=count: shop.calibrate(shape, tokens, processes=count, threads=1),
+            ),
+            Side("1 × 2 threads", lambda: shop.calibrate(shape, tokens, threads=2)),
+            {TIME: target},
+            rounds=shop.rounds,
+        )
+    return found
 
 
 def growth_tokens(shop: Workshop) -> list[Row]:
@@ -158,8 +258,14 @@ def kernel(shop: Workshop) -> list[Row]:
 
 BENCHMARKS: dict[str, Callable[[Workshop], list[Row]]] = {
     "calibrate-importance": calibrate_importance,
+    "calibrate-all": calibrate_all,
+    "calibrate-all-short": calibrate_all_short,
+    "calibrate-subspaces": calibrate_subspaces,
     "merge-aim_task_arithmetic": merge_aim_task_arithmetic,
     "merge-aim_ties": merge_aim_ties,
+    "merge-arm": merge_arm,
+    "low-memory": low_memory,
+    "processes": processes,
     "growth-tokens": growth_tokens,
     "growth-parameters": growth_parameters,
     "kernel": kernel,

@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 TIME = "time"
 """Seconds of the work itself: the process is up and its libraries are imported."""
+PROCESSOR = "processor time"
+"""Seconds of processor time for the same work, all threads together: steadier on a busy machine."""
 WALL = "whole process"
 """Seconds from start to exit of the process."""
 MEMORY = "peak memory"
@@ -26,7 +28,7 @@ MEMORY = "peak memory"
 UNITS = {MEMORY: "MB"}
 """Quantity → unit, where it is not seconds."""
 
-Measured = Mapping[str, float]
+Measured = Mapping[str, Any]
 Launch = Callable[..., Measured]
 """``launch(task, **arguments)`` runs a task of ``worker.py`` and returns what it took."""
 

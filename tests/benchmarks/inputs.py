@@ -38,8 +38,12 @@ SHAPES = {
     "Llama 45M": _llama(384, 1024, 15, 6, 2, 49152),
     "SmolLM2-135M": _llama(576, 1536, 30, 9, 3, 49152),
     "SmolLM2-360M": _llama(960, 2560, 32, 15, 5, 49152),
+    "Llama 3.2B": {**_llama(2560, 6912, 40, 20, 20, 32000), "tie_word_embeddings": False},
 }
 """Name → arguments of transformers' ``LlamaConfig``."""
+
+REAL = "SmolLM2-135M-Instruct"
+"""The one model that is not random, and measured on text: from ``tests/real/smollm2.py``."""
 
 
 @dataclass
@@ -57,11 +61,16 @@ class Workshop:
         return "tiny" if self.quick else name
 
     def model(self, shape: str, tuned: int = 0) -> Path:
-        """Return a random model in bfloat16; ``tuned`` > 0 is its so-manieth fine-tune."""
+        """Return a model in bfloat16; ``tuned`` > 0 is its so-manieth fine-tune (noise)."""
         if ("model", shape, tuned) not in self._made:
             path = self.folder / f"{shape} {tuned}"
-            base = str(self.model(shape)) if tuned else None
-            self.launch("build_model", shape=SHAPES[shape], out=str(path), seed=tuned, base=base)
+            if shape == REAL and not tuned:
+                path = Path(str(self.launch("build_smollm2")["folder"]))
+            else:
+                base = str(self.model(shape)) if tuned else None
+                self.launch(
+                    "build_model", shape=SHAPES.get(shape), out=str(path), seed=tuned, base=base
+                )
             self._made["model", shape, tuned] = path
         return self._made["model", shape, tuned]
 
@@ -81,8 +90,13 @@ class Workshop:
         """Return statistics of ``model(shape)``, of every kind, from a few tokens."""
         if ("statistics", shape) not in self._made:
             path = self.folder / f"{shape} statistics"
-            few = self.tokens(shape, 4, 32) if self.quick else self.tokens(shape, 8, 512)
-            self.calibrate(shape, few, path)
+            if shape == REAL:
+                text = self.folder / "text.txt"
+                self.launch("build_text", out=str(text))
+                self.calibrate(shape, text, path, samples=16)
+            else:
+                few = self.tokens(shape, 4, 32) if self.quick else self.tokens(shape, 8, 512)
+                self.calibrate(shape, few, path)
             self._made["statistics", shape] = path
         return self._made["statistics", shape]
 
