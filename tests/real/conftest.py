@@ -1,0 +1,62 @@
+"""The real model and two fine-tunes of it, made once for all tests that need them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from mergekit_arm.demo.text import Corpus, standard_library
+from mergekit_arm.demo.train import checkpoints, pack, train
+from tests.real import smollm2
+
+STEPS = 24
+EVERY = 8
+LENGTH = 128
+
+
+@pytest.fixture(scope="session")
+def base() -> Path:
+    """SmolLM2-135M-Instruct: bfloat16, tied embeddings, tokenizer with chat template."""
+    try:
+        return smollm2.smollm2()
+    except smollm2.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="session")
+def corpora() -> dict[str, Corpus]:
+    """Real text from this machine's Python: general, prose and code."""
+    return standard_library(characters=200_000)
+
+
+@pytest.fixture(scope="session")
+def runs(
+    base: Path, corpora: dict[str, Corpus], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Path]]:
+    """Two short fine-tunes, ``prose`` and ``code``: directories of float32 ``checkpoint-N``."""
+    folder = tmp_path_factory.mktemp("runs")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for domain in ("prose", "code"):
+        model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+        train(
+            model,
+            pack(tokenizer, corpora[domain].train, LENGTH),
+            steps=STEPS,
+            learning_rate=2e-4,
+            batch_size=1,
+            on_step=checkpoints(model, tokenizer, folder / domain, EVERY),
+        )
+    yield {domain: folder / domain for domain in ("prose", "code")}
+    # pytest keeps the folders of three sessions; these would be ten gigabytes.
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def variants(runs: dict[str, Path]) -> dict[str, Path]:
+    """The last checkpoint of either fine-tune."""
+    return {domain: run / f"checkpoint-{STEPS}" for domain, run in runs.items()}
