@@ -233,7 +233,7 @@ def test_a_broken_model_is_not_given_a_score(tmp_path: Path) -> None:
     broken.model.norm.weight.data[0] = math.inf
     broken.save_pretrained(tmp_path / "run" / "checkpoint-1")
     heldout = write_tokens(tmp_path / "heldout.jsonl", 12)
-    with pytest.raises(Failure, match="the loss of .* is nan"):
+    with pytest.raises(Failure, match=r"the loss of .* is nan"):
         stream(config(tmp_path, evaluation={"dataset": str(heldout)}), tmp_path / "out")
 
 

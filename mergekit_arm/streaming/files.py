@@ -1,4 +1,7 @@
-"""Small verbs on files: atomic writes, publishing a directory, sizes."""
+"""Small verbs on files: atomic writes, publishing a directory, sizes.
+
+Whatever is not finished has a name that begins with a dot; ``state.sweep`` removes it.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,6 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-
-DOOMED = ".removed."
-"""Prefix of directories on their way out; a later run removes what a kill left of them."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,7 +56,7 @@ def remove(path: Path) -> None:
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
-        doomed = Path(tempfile.mkdtemp(prefix=DOOMED, dir=path.parent))
+        doomed = Path(tempfile.mkdtemp(prefix=".removed.", dir=path.parent))
         path.rename(doomed / path.name)
         shutil.rmtree(doomed)
 

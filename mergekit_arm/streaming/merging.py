@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 import yaml
 from mergekit.architecture.auto import infer_architecture_info
 from mergekit.common import ModelReference
@@ -136,6 +137,9 @@ def merge_adapter(reference: str, options: MergeOptions) -> None:
     final = cache / f"{parsed.model._unique_id()}_{parsed.lora._unique_id()}"
     if final.exists():
         return
+    for left in cache.glob(".partial.*"):
+        if not psutil.pid_exists(int(left.suffix[1:])):
+            remove(left)
     staging = fresh_directory(cache / f".partial.{os.getpid()}")
     try:
         merged = parsed.merged(

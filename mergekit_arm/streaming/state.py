@@ -10,12 +10,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming.files import DOOMED, remove, write_text
+from mergekit_arm.streaming.files import remove, write_text
 from mergekit_arm.streaming.watch import INCOMING
 
 STATE_FILE = "stream_state.json"
 LOCK_FILE = ".lock"
-BEFORE_STATE = frozenset({LOCK_FILE, INCOMING})
+BEFORE_STATE = (LOCK_FILE, INCOMING)
 """What may lie in OUT before the state: the lock, and checkpoints a callback has taken."""
 
 FORMAT_VERSION = 1
@@ -132,7 +132,8 @@ def read_state(out: Path) -> State | None:
         raise InputError(f"{out} is a file; name a directory for the stream")
     file = out / STATE_FILE
     if not file.is_file():
-        others = [path.name for path in out.iterdir() if path.name not in BEFORE_STATE]
+        ours = (f".{STATE_FILE}.", *BEFORE_STATE)
+        others = [path.name for path in out.iterdir() if not path.name.startswith(ours)]
         if others:
             raise InputError(
                 f"{out} exists and holds no stream (but {sorted(others)[0]}); nothing there will "
@@ -153,14 +154,11 @@ def read_state(out: Path) -> State | None:
 
 
 def sweep(out: Path) -> None:
-    """Remove what a killed run left half-way: temporary files and directories on their way out."""
-    for pattern in (f"{DOOMED}*", f".{STATE_FILE}.*", ".stream.*", ".model.partial"):
-        for path in [
-            *out.glob(pattern),
-            *out.glob(f"steps/{pattern}"),
-            *out.glob(f"steps/*/{pattern}"),
-        ]:
-            remove(path)
+    """Remove what a killed run left half-way: all that begins with a dot, but for the lock."""
+    for folder in (out, out / "steps", *out.glob("steps/*")):
+        for path in folder.glob(".*"):
+            if path.name != LOCK_FILE:
+                remove(path)
 
 
 def _difference(old: Mapping[str, str], new: Mapping[str, str]) -> str | None:

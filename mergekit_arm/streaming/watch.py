@@ -24,6 +24,8 @@ from mergekit_arm.streaming.files import remove
 INCOMING = "incoming"
 END_MARKER = "stream.end"
 
+_ABANDONED = 900.0  # seconds: no copy of one file takes so long, so its process is gone
+
 # What a trainer needs to go on and a merge does not.
 _TRAINING_ONLY = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
 
@@ -65,6 +67,9 @@ class Watch:
         marker is there, or nothing new came within the timeout.
         """
         self.incoming.mkdir(parents=True, exist_ok=True)
+        for left in self.incoming.glob(".*"):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                remove(left)
         deadline = time.monotonic() + self.options.timeout
         told = False
         while True:
