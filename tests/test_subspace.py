@@ -67,7 +67,7 @@ def test_a_sketch_captures_the_leading_directions() -> None:
 def test_a_rank_of_half_the_width_is_the_exact_second_moment() -> None:
     x = activations(2000)
     moment, values, vectors = exact(x)
-    observer = observed(x, rank=WIDTH // 2)
+    observer = observed(x, rank=WIDTH // 2, energy=0.97)
     torch.testing.assert_close(observer.sketch.double() / 2000, moment, rtol=1e-5, atol=1e-7)
     found = observer.dominant()
     k = found.basis.shape[1]
@@ -113,7 +113,7 @@ def test_a_rank_too_small_for_the_energy_says_so() -> None:
     x = activations(3000, decay=0.2)
     found = observed(x, rank=10, energy=0.97).dominant()
     assert not found.reached
-    assert found.basis.shape == (WIDTH, 10)
+    assert found.basis.shape == (WIDTH, 5)  # half the columns: the others are poorly resolved
     assert found.energy < 0.97
 
 

