@@ -154,7 +154,8 @@ def test_a_step_turns_every_matrix_and_keeps_its_length(
             # float32 weights hold few digits of a small step; whole rows still show its length.
             lengths = [step.norm(dim=1) for step in steps]
             torch.testing.assert_close(*lengths, rtol=2e-2, atol=1e-7, msg=name)
-            moved += int((steps[0] - steps[1]).norm() > 0.05 * steps[0].norm())
+            # A little, where a single massive activation is all of the subspace.
+            moved += int((steps[0] - steps[1]).norm() > 1e-3 * steps[0].norm())
         else:
             assert torch.equal(*steps), name
     assert moved == 210
