@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mergekit_arm.methods.rotation import Incoming, align, arm_step, principal_planes, rotate_rows
+from mergekit_arm.methods.rotation import Incoming, align, arm_step, principal_planes
+
+pytestmark = pytest.mark.filterwarnings("error")
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 REPEATABLE = settings(deadline=None, derandomize=True)
@@ -309,7 +311,7 @@ def test_rows_with_almost_no_second_part_keep_their_direction(
         assert result[2] @ first == pytest.approx(math.cos(turned), abs=1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e15])
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-13, 1.0, 1e15, 1e25])
 def test_the_scale_of_a_row_does_not_matter(scale: float) -> None:
     rng = np.random.default_rng(8)
     basis = orthonormal(rng, 32, 8)
@@ -367,6 +369,29 @@ def test_permuting_rows_permutes_the_result_across_blocks() -> None:
     torch.testing.assert_close(permuted, result[order], rtol=1e-6, atol=1e-6)
     again = arm_step(weight, [Incoming(checkpoint, 0.5)], basis, rotation=-0.4)
     assert torch.equal(again, result)
+
+
+def test_rows_that_float32_does_not_resolve_are_mixed_in_correctly() -> None:
+    """Rows that did not move, and rows almost inside or outside, in every block."""
+    rng = np.random.default_rng(21)
+    basis = tensor(orthonormal(rng, 96, 11), torch.float32)
+    span = np.linalg.qr(basis.double().numpy())[0]
+    tau = rng.standard_normal((2000, 96))
+    inside = tau @ span @ span.T
+    tau[::3] = 1e-4 * tau[::3] + inside[::3]
+    tau[1::5] = tau[1::5] - inside[1::5] * (1 - 1e-3)
+    tau[2::7] = 0
+    tau = tau.astype(np.float32).astype(np.float64)
+    expected = reference(np.zeros_like(tau), tau, 1.0, span, -0.7)
+    result = task_of(tau, basis.numpy(), -0.7, dtype=torch.float32)
+    np.testing.assert_allclose(result, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (5, 0), (2, 0, 16), (0, 4, 16)])
+def test_empty_weights(shape: tuple[int, ...]) -> None:
+    basis = None if shape[-1] == 0 else torch.eye(16)[:, :3]
+    weight = torch.zeros(shape)
+    assert arm_step(weight, [Incoming(weight, 0.5)], basis, rotation=-0.4).shape == shape
 
 
 def test_updates_of_several_checkpoints_add() -> None:
@@ -458,7 +483,6 @@ def test_views_are_taken_and_nothing_given_is_changed() -> None:
         copies[0], [Incoming(copies[1], 0.5, other)], basis, rotation=-0.4, alignment=1.0
     )
     torch.testing.assert_close(result, dense)
-    rotate_rows(weight, basis, 0.5)
     align(weight, principal_planes(basis, other, 0.5))
     for one, copy in zip((weight, checkpoint, basis, other), copies, strict=True):
         assert torch.equal(one, copy)

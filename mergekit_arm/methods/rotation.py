@@ -15,16 +15,16 @@ basis ``U`` (in × k) of the layer's dominant input subspace::
 Several checkpoints' updates add: W + Σ η_i τ'_i. Nothing here is ever in × in: every product is
 of a block of rows with an in × k basis.
 
-Numbers. Sums are taken in float32, in float64 where an input is float64; angles and norms
-always in float64. A row whose part inside or outside the subspace is so small that float32
-would hold few of its digits is computed again in float64. On CUDA, float32 means what
+Numbers. Sums are taken in float32, in float64 where an input is float64; angles always in
+float64. A row whose part inside or outside the subspace is so small that float32 would hold few
+of its digits is computed again in float64. On CUDA, float32 means what
 ``torch.backends.cuda.matmul`` lets it mean: with TF32 switched on (off by default) it is less.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,9 @@ STRAIGHT = 1e-6
 DELICATE = 2**-8
 """Below this share a part has lost too many digits in float32 (errors are about 1e-7 of the
 row, thus 3e-5 of the part), and the row is computed again in float64."""
+
+SMALLEST = 1e-12
+"""Rows of a norm below this lose squares to float32's underflow; they go to float64 too."""
 
 
 @dataclass(frozen=True)
@@ -122,17 +125,25 @@ def align(task: Tensor, planes: Planes) -> Tensor:
     return task + (along_p @ to_p.T) @ start.T + (along_q @ to_q.T) @ end.T
 
 
-def rotate_rows(task: Tensor, basis: Tensor, rotation: float) -> tuple[Tensor, Tensor]:
-    """Return τ' for rows ``task`` (rows × in), and which rows the dtype could not resolve: step 3.
+def rotate_rows(
+    task: Tensor, basis: Tensor, rotation: float, spare: Tensor | None = None
+) -> Tensor:
+    """Turn rows ``task`` (rows × in) into τ', in place; return which the dtype does not resolve.
 
     A row of zeros, and one whose part inside or outside span U is under ``STRAIGHT`` of its
-    norm, keeps its direction. The second result (bool, rows) marks rows with a part under
-    ``DELICATE``; it marks none in float64.
+    norm, keeps its direction. Unresolved rows (bool, rows; none in float64) are those with a
+    part under ``DELICATE``, and those whose squares leave float32's range; zeros are among them.
+
+    Args:
+        task: τ.
+        basis: U, in × k.
+        rotation: ρ.
+        spare: scratch like ``task``, whose content is lost; made where None.
     """
     basis = basis.to(task.dtype)
     coordinates = task @ basis
-    parallel = coordinates @ basis.T
-    orthogonal = task - parallel
+    parallel = torch.mm(coordinates, basis.T, out=spare)
+    orthogonal = task.sub_(parallel)
     if task.dtype == torch.float64:
         # A basis stored in float32 is orthonormal to 1e-7 only. Projecting twice squares that
         # error, which a small part enlarged to full length would otherwise show.
@@ -140,9 +151,8 @@ def rotate_rows(task: Tensor, basis: Tensor, rotation: float) -> tuple[Tensor, T
         coordinates += again
         parallel.addmm_(again, basis.T)
         orthogonal.addmm_(again, basis.T, alpha=-1)
-    # Squares of float32 values can underflow in float32.
-    inside = torch.linalg.vector_norm(coordinates, dim=-1, dtype=torch.float64)
-    outside = torch.linalg.vector_norm(orthogonal, dim=-1, dtype=torch.float64)
+    inside = torch.linalg.vector_norm(coordinates, dim=-1).double()
+    outside = torch.linalg.vector_norm(orthogonal, dim=-1).double()
     norm = torch.hypot(inside, outside)
     angle = torch.atan2(outside, inside)
     goal = 0.0 if rotation >= 0 else math.pi / 2
@@ -151,10 +161,11 @@ def rotate_rows(task: Tensor, basis: Tensor, rotation: float) -> tuple[Tensor, T
     straight = (smaller < STRAIGHT * norm) | (norm == 0)
     along = torch.where(straight, 1.0, norm * angle.cos() / inside)
     across = torch.where(straight, 1.0, norm * angle.sin() / outside)
-    parallel.mul_(along[:, None].to(task.dtype))
-    turned = parallel.addcmul_(orthogonal, across[:, None].to(task.dtype))
-    delicate = (smaller < DELICATE * norm) & (task.dtype != torch.float64)
-    return turned, delicate
+    orthogonal.mul_(across[:, None].to(task.dtype))
+    task.addcmul_(parallel, along[:, None].to(task.dtype))
+    if task.dtype == torch.float64:
+        return torch.zeros_like(straight)
+    return (smaller < DELICATE * norm) | ~(norm > SMALLEST) | ~norm.isfinite()
 
 
 @dataclass(frozen=True)
@@ -257,53 +268,72 @@ def _step(
         for index in range(weight.shape[0]):
             _step(result[index], weight[index], [one[index] for one in checkpoints], steering)
         return
-    for block in _blocks(weight):
-        current = weight[block].to(steering.dtype)
-        updated = result[block] if result.dtype == steering.dtype else torch.empty_like(current)
+    rows, width = weight.shape
+    step = min(_block_rows(weight), rows)
+    converted = result.dtype != steering.dtype
+    # One allocation for all blocks: fresh pages cost a third of a step's time.
+    scratch = weight.new_empty((4 if converted else 2, step, width), dtype=steering.dtype)
+    for start in range(0, rows, max(step, 1)):
+        block = slice(start, start + step)
+        turned, spare, *copies = scratch[:, : min(step, rows - start)]
+        current, updated = copies if converted else (weight[block], result[block])
+        if converted:
+            current.copy_(weight[block])
         updated.copy_(current)
         for one, rate, planes in zip(checkpoints, steering.rates, steering.planes, strict=True):
             if steering.basis is None and rate == 1 and len(checkpoints) == 1:
                 # W + (W_c − W) is rounded; W_c is not.
                 updated.copy_(one[block])
             else:
-                updated.sub_(_turned(current, one[block], steering, planes), alpha=rate)
-        if result.dtype != steering.dtype:
+                _turn(current, one[block], steering, planes, turned, spare)
+                updated.sub_(turned, alpha=rate)
+        if converted:
             result[block] = updated
 
 
-def _turned(
-    current: Tensor, checkpoint: Tensor, steering: _Steering, planes: Planes | None
-) -> Tensor:
-    """Return −τ' of a block of rows.
+def _turn(
+    current: Tensor,
+    checkpoint: Tensor,
+    steering: _Steering,
+    planes: Planes | None,
+    turned: Tensor,
+    spare: Tensor,
+) -> None:
+    """Write −τ' of a block of rows into ``turned``.
 
     Reversed, since W − W is +0 and x − (+0) is x for every x: x + (+0) would turn −0 into +0.
     """
-    turned = current - checkpoint.to(steering.dtype)
+    same = checkpoint.dtype == turned.dtype
+    torch.sub(current, checkpoint if same else spare.copy_(checkpoint), out=turned)
     if steering.basis is None:
-        return turned
+        return
     if planes is not None:
-        turned = align(turned, planes)
+        turned.copy_(align(turned, planes))
     if steering.rotation == 0:
-        return turned
-    turned, delicate = rotate_rows(turned, steering.basis, steering.rotation)
-    if delicate.any():
-        rows = current[delicate].double() - checkpoint[delicate].double()
+        return
+    unresolved = rotate_rows(turned, steering.basis, steering.rotation, spare)
+    # A few rows at a time, since float64 rows and their products are large beside the block.
+    for rows in torch.split(unresolved.nonzero()[:, 0], len(turned) // 8 + 1):
+        wide = current[rows].double() - checkpoint[rows].double()
+        moved = wide.any(dim=1)
+        if not moved.any():
+            continue
+        wide, rows = wide[moved], rows[moved]
         if planes is not None:
-            rows = align(rows, planes)
-        rows, _ = rotate_rows(rows, steering.basis, steering.rotation)
-        turned[delicate] = rows.to(turned.dtype)
-    return turned
+            wide = align(wide, planes)
+        rotate_rows(wide, steering.basis, steering.rotation)
+        turned[rows] = wide.to(turned.dtype)
 
 
 def _rows(tensor: Tensor, input_axis: int) -> Tensor:
     return tensor.movedim(input_axis, -1)
 
 
-def _blocks(weight: Tensor) -> Iterator[slice]:
-    """Cut the rows so that a block's few float32 copies stay in cache and small beside W."""
-    rows, width = weight.shape
-    largest = 1 << (21 if weight.device.type == "cpu" else 24)
-    elements = min(largest, max(weight.numel() // 16, 1 << 16))
-    step = max(elements // max(width, 1), 1)
-    for start in range(0, rows, step):
-        yield slice(start, start + step)
+def _block_rows(weight: Tensor) -> int:
+    """Return how many rows to take at once: few enough for their working copies to be small.
+
+    A 32nd of the weight's bytes, in float32 numbers: four copies and what alignment adds stay
+    below one copy of the weight. More rows at once would only use more memory; fewer, more time.
+    """
+    elements = min(1 << 23, max(weight.nbytes // 32, 1 << 16))
+    return int(max(elements // max(weight.shape[1], 1), 1))
