@@ -47,11 +47,21 @@ def assert_float32_equal(found: dict[str, torch.Tensor], expected: dict[str, tor
         assert (tensor.double() - expected[name]).abs().max() <= bound, name
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "aim"])
-def test_one_pass_is_the_recurrence(run: Path, tmp_path: Path, method: str) -> None:
-    changes: dict[str, Any] = {"merge_method": method}
-    if method == "aim":  # at ω = 1 AIM leaves its inner method's result alone
-        changes["parameters"] = {"omega": 1.0}
+@pytest.mark.parametrize(
+    ("method", "neutral"),
+    [
+        ("task_arithmetic", None),
+        ("ties", None),
+        ("aim", {"omega": 1.0}),
+        ("arm", {"rotation": 0}),
+        ("aim_arm", {"rotation": 0, "omega": 1}),
+    ],
+)
+def test_one_pass_is_the_recurrence(
+    run: Path, tmp_path: Path, method: str, neutral: dict[str, float] | None
+) -> None:
+    changes: dict[str, Any] = {"merge_method": method, "parameters": neutral}
+    if neutral:
         changes["calibration"] = {"dataset": str(run / "tokens.jsonl")}
     result = stream(config(run, **changes), tmp_path / "out")
     assert_float32_equal(weights(result.model), recurrence(run, [0.5] * 3, [10, 20, 30]))
@@ -81,11 +91,22 @@ def test_a_list_of_references_is_merged_in_its_order(run: Path, tmp_path: Path) 
     assert_float32_equal(weights(result.model), recurrence(run, [0.5, 0.5], [30, 10]))
 
 
-def test_every_step_can_be_repeated_with_mergekit_yaml(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        # Random, so that the seed matters too; with a gradient over the layers.
+        ("aim_dare_ties", {"density": 0.5, "omega": [0.2, 0.6]}),
+        ("arm", {"rotation": [{"filter": "mlp", "value": [-0.4, -0.8]}, {"value": -0.2}]}),
+        ("arm", {"alignment": 0.5, "energy": 0.8}),  # the checkpoints are measured as well
+    ],
+)
+def test_every_step_can_be_repeated_with_mergekit_yaml(
+    run: Path, tmp_path: Path, method: str, parameters: dict[str, Any]
+) -> None:
     document = config(
         run,
-        merge_method="aim_dare_ties",  # random, so that the seed matters too
-        parameters={"density": 0.5, "omega": [0.2, 0.6]},
+        merge_method=method,
+        parameters=parameters,
         calibration={"dataset": str(run / "tokens.jsonl"), "refresh": 2},
     )
     out = tmp_path / "out"
@@ -151,6 +172,23 @@ def test_what_a_step_reports_is_what_its_models_say(run: Path, tmp_path: Path) -
     assert record.rotation_degrees["max"] > 1
     lines = [json.loads(line) for line in (out / "stream.jsonl").read_text().splitlines()]
     assert lines == [one.model_dump(mode="json") for one in result.steps]
+
+
+def test_rotation_turns_the_steps(run: Path, tmp_path: Path) -> None:
+    found = {}
+    for rotation in (0.0, -0.4, -0.8):
+        document = config(
+            run,
+            merge_method="arm",
+            parameters={"rotation": rotation, "energy": 0.6},
+            calibration={"dataset": str(run / "tokens.jsonl")},
+        )
+        result = stream(document, tmp_path / str(rotation))
+        angles = [record.rotation_degrees for record in result.steps]
+        assert all(record.task_norm > record.update_norm > 0 for record in result.steps)
+        found[rotation] = [angle["mean"] for angle in angles if angle]
+    assert all(angle < 1e-3 for angle in found[0.0])
+    assert all(0.1 < less < more for less, more in zip(found[-0.4], found[-0.8], strict=True))
 
 
 def test_angles_keep_their_digits() -> None:

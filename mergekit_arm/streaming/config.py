@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from mergekit_arm.calibration.run import CalibrationOptions
+from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.errors import InputError, did_you_mean, first_line
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -28,7 +28,9 @@ DEFAULT_LEARNING_RATE = 0.5
 HIGHEST_LEARNING_RATE = 2.0
 
 # Fields of CalibrationOptions that the stream itself decides.
-_DECIDED = ("model", "out", "statistics", "force", "trust_remote_code", "lora_merge_cache")
+_DECIDED = (
+    "model", "out", "statistics", "force", "dry_run", "trust_remote_code", "lora_merge_cache",
+)  # fmt: skip
 _ELSEWHERE = {
     "models": "a stream merges one checkpoint a step; list them under checkpoints",
     "slices": "a stream merges whole models; layers cannot be rearranged",

@@ -123,20 +123,21 @@ def merge(document: Mapping[str, Any], text: str, out: Path, options: MergeOptio
     publish(staging, out)
 
 
-def merge_adapter(reference: str, options: MergeOptions) -> None:
+def merge_adapter(reference: str, options: MergeOptions) -> str:
     """Put base+adapter into mergekit's own cache of such models, complete or absent.
 
+    Returns a reference without adapter: the merged model's, or ``reference`` if it has none.
     mergekit takes any directory it finds there for a finished one, so that a kill in the midst
     of writing it would poison every later merge.
     """
     parsed = ModelReference.parse(reference)
     if parsed.lora is None:
-        return
+        return reference
     assert options.lora_merge_cache is not None  # the stream always names one
     cache = Path(options.lora_merge_cache)
     final = cache / f"{parsed.model._unique_id()}_{parsed.lora._unique_id()}"
     if final.exists():
-        return
+        return str(final)
     for left in cache.glob(".partial.*"):
         if not psutil.pid_exists(int(left.suffix[1:])):
             remove(left)
@@ -152,6 +153,7 @@ def merge_adapter(reference: str, options: MergeOptions) -> None:
         raise Failure(f"adapter {reference}: {first_line(error)}") from error
     finally:
         remove(staging)
+    return str(final)
 
 
 def forget(references: Iterable[str], statistics: Iterable[Path | None]) -> None:

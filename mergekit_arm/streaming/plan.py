@@ -124,9 +124,7 @@ def make_plan(
         notes.extend(_adapter_note(checkpoint, config))
     steps = len(checkpoints) * config.passes if checkpoints is not None else None
     rates = check.run(lambda: _rates(config, method, steps))
-    calibration = config.calibration if method.statistics else None
-    if method.statistics and calibration is None:
-        calibration = Calibration.model_validate({})
+    calibration = _calibration(config) if method.statistics else None
     if config.calibration is not None and not method.statistics:
         notes.append(f"calibration is not used: {method.name} reads no statistics")
     if config.evaluation is None:
@@ -209,6 +207,14 @@ def _rates(config: StreamConfig, method: StepMethod, steps: int | None) -> Rates
     rates = DEFAULT_LEARNING_RATE if config.learning_rate is None else config.learning_rate
     check_rates(rates, steps)
     return rates
+
+
+def _calibration(config: StreamConfig) -> Calibration:
+    """Return how the steps measure: subspaces must hold the energy that the merge will ask for."""
+    calibration = config.calibration or Calibration.model_validate({})
+    energies = [one for one in leaves(config.parameters.get("energy")) if isinstance(one, float)]
+    energy = max([calibration.settings["energy"], *energies])
+    return calibration.model_copy(update={"settings": {**calibration.settings, "energy": energy}})
 
 
 def _check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | None) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,7 +88,7 @@ class Judge:
         return self._held
 
     def score(self, reference: str, scratch: Path, *, run_command: bool) -> Score:
-        """Score a model; ``run_command`` false leaves out the user's, where only the loss counts.
+        """Score a model without adapter; ``run_command`` false leaves out the user's, where only the loss counts.
 
         Loads the model for the loss and frees it before the command starts.
 
@@ -97,7 +98,9 @@ class Judge:
         loss = self._loss(reference) if self.settings.dataset is not None else None
         metric = None
         if self.settings.metric_command is not None and run_command:
-            metric = run_metric(self.settings.metric_command, reference, scratch)
+            # A directory: what evaluators know of Hub names ends before @revision.
+            folder = ModelReference.parse(reference).local_path(self._merge.transformers_cache)
+            metric = run_metric(self.settings.metric_command, folder, scratch)
         return Score(loss, metric)
 
     def _loss(self, reference: str) -> float:
@@ -165,7 +168,7 @@ def mean_loss(model: PreTrainedModel, held: HeldOut, batch_size: int | None = No
 def run_metric(command: str, model: str, scratch: Path) -> float:
     """Run the user's command for ``model`` and return the last number it printed on its own line.
 
-    ``{model}`` becomes the model's reference and ``{scratch}`` an empty directory for files.
+    ``{model}`` becomes the model's directory and ``{scratch}`` an empty directory for files.
 
     Raises:
         Failure: it fails, or no line of its output is a number.

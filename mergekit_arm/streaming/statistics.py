@@ -13,7 +13,8 @@ from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_arm.calibration.run import CalibrationOptions, calibrate
+from mergekit_arm.calibration.options import CalibrationOptions
+from mergekit_arm.calibration.run import calibrate
 from mergekit_arm.errors import InputError
 from mergekit_arm.reports.card import statistics_card
 from mergekit_arm.statistics.format import METADATA_FILE, Metadata, WeightRecord

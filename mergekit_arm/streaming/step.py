@@ -249,10 +249,10 @@ def _comment(
 def _score(place: Workplace, reference: str, *, run_command: bool = True) -> Score:
     if place.judge is None:
         return Score()
-    merge_adapter(reference, place.merge)
+    model = merge_adapter(reference, place.merge)
     scratch = fresh_directory(place.out / SCRATCH)
     try:
-        return place.judge.score(reference, scratch, run_command=run_command)
+        return place.judge.score(model, scratch, run_command=run_command)
     finally:
         remove(scratch)
 

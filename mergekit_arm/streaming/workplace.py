@@ -73,6 +73,8 @@ class Workplace:
             folder = self.folder(record.step)
             if record.step not in kept:
                 remove(folder / MODEL)
+            for name in (STATISTICS, CHECKPOINT_STATISTICS):
+                remove(folder / f"{name}.partial")  # of a calibration killed at its very end
             if self.keep == "all":
                 continue
             if record.step < newest or not running:
