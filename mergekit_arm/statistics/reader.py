@@ -48,10 +48,13 @@ class Statistics:
                 f"activation_stats {reference}: cannot read its tensors ({first_line(error)}); "
                 "copy or measure it again"
             ) from error
+        # Where subspaces alone were measured, the inputs of norms have nothing to store.
+        only_subspaces = "importance" not in self.metadata.settings.statistics
         absent = [
             name
-            for name in self.metadata.sites
+            for name, site in self.metadata.sites.items()
             if not any(f"{name}.{key}" in stored for key in ("abs_sum", "basis", "sketch"))
+            and not (only_subspaces and site.no_subspace is not None)
         ]
         if absent:
             raise InputError(
