@@ -250,8 +250,8 @@ def test_a_damaged_basis_is_refused(damage: str) -> None:
         basis *= 1.5
     else:
         basis[:, 3] = basis[:, 0]
-    with pytest.raises(InputError, match="not orthonormal"):
-        orthonormal(basis.bfloat16())
+    with pytest.raises(InputError, match="stats, layer 3: the stored basis is damaged"):
+        orthonormal(basis.bfloat16(), "stats, layer 3")
 
 
 def test_less_energy_takes_fewer_columns() -> None:
@@ -265,6 +265,14 @@ def test_more_energy_than_stored_is_refused() -> None:
     eigenvalues = torch.tensor([5.0, 3.0, 1.0, 0.7])
     with pytest.raises(InputError, match=r"stats, layer 3: energy 0\.99 .* 0\.9700 stored"):
         columns_for_energy(eigenvalues, 10.0, 0.99, measured=0.97, where="stats, layer 3")
+
+
+@pytest.mark.parametrize(("trace", "last"), [(float("nan"), 1.0), (10.0, float("inf"))])
+def test_energies_that_are_not_finite_are_refused(trace: float, last: float) -> None:
+    with pytest.raises(InputError, match="layer 3: .* not finite"):
+        columns_for_energy(
+            torch.tensor([5.0, last]), trace, 0.5, measured=0.97, where="stats, layer 3"
+        )
 
 
 def test_a_rank_bound_measurement_gives_what_it_has() -> None:

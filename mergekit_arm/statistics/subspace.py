@@ -199,8 +199,10 @@ def columns_for_energy(
         where: the statistics and site, for the message.
 
     Raises:
-        InputError: more energy than the statistics hold.
+        InputError: more energy than the statistics hold, or numbers that are not finite.
     """
+    if not (math.isfinite(trace) and bool(eigenvalues.isfinite().all())):
+        raise InputError(f"{where}: the subspace's energies are not finite; measure it again")
     count, reached = _count(eigenvalues.double(), trace, energy)
     if not reached and energy > measured * (1 + _ROUNDING):
         held = float(eigenvalues.double().sum()) / trace
@@ -211,20 +213,20 @@ def columns_for_energy(
     return count
 
 
-def orthonormal(basis: Tensor) -> Tensor:
+def orthonormal(basis: Tensor, where: str = "activation_stats") -> Tensor:
     """Return float32 columns, orthonormal to 1e-7, with the spans of a rounded basis.
 
     The first j columns span what the first j given ones do, for every j (Gram–Schmidt order,
     by Cholesky in float64: UᵀU is the identity but for the rounding).
 
     Raises:
-        InputError: the columns are not nearly orthonormal, as those of a damaged file.
+        InputError: ``where``: the columns are not nearly orthonormal, as a damaged file's.
     """
     wide = basis.double()
     gram = wide.T @ wide
     eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     if not bool(((gram - eye).abs() < 0.01).all()):
-        raise InputError("the stored basis is not orthonormal; copy or measure it again")
+        raise InputError(f"{where}: the stored basis is damaged; copy or measure it again")
     factor = torch.linalg.cholesky(gram)
     narrow: Tensor = torch.linalg.solve_triangular(factor.T, wide, upper=True, left=False).float()
     return narrow
