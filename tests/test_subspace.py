@@ -269,7 +269,7 @@ def test_more_energy_than_stored_is_refused() -> None:
 
 @pytest.mark.parametrize(("trace", "last"), [(float("nan"), 1.0), (10.0, float("inf"))])
 def test_energies_that_are_not_finite_are_refused(trace: float, last: float) -> None:
-    with pytest.raises(InputError, match="layer 3: .* not finite"):
+    with pytest.raises(InputError, match=r"layer 3: .* not finite"):
         columns_for_energy(
             torch.tensor([5.0, last]), trace, 0.5, measured=0.97, where="stats, layer 3"
         )
