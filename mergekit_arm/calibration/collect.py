@@ -119,6 +119,14 @@ class Collector:
         while self._handles:
             self._handles.pop().remove()
 
+    def resume(self, batch: Batch) -> None:
+        """Measure, as of ``batch``."""
+        self.batch = batch
+
+    def pause(self) -> None:
+        """Measure nothing until there is another batch."""
+        self.batch = None
+
     def check(self) -> None:
         """Stop at the first site whose input held a NaN or an infinity.
 

@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
@@ -117,8 +117,10 @@ class Job:
         if self._lost is not None:
             raise PeerLost(self._lost)
 
-    def wait(self, stage: str) -> None:
+    def wait(self, stage: str, meanwhile: Callable[[], None] | None = None) -> None:
         """Wait until every process has arrived at ``stage``, however long that takes.
+
+        ``meanwhile`` is called again and again; without it, this stops when one never will.
 
         Raises:
             PeerLost: one never will.
@@ -128,8 +130,19 @@ class Job:
         self._store.set(f"{stage}/{self.process}", "")
         everybody = [f"{stage}/{other}" for other in range(self.processes)]
         while not self._store.check(everybody):
+            (meanwhile or self.check)()
+            time.sleep(_POLL)
+
+    def tell(self, name: str, value: str) -> str:
+        """Return the first process's ``value``, on all of them."""
+        if self.processes == 1:
+            return value
+        if self.main:
+            self._store.set(f"told/{name}", value)
+        while not self._store.check([f"told/{name}"]):
             self.check()
             time.sleep(_POLL)
+        return self._store.get(f"told/{name}").decode()
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Make sure that every process measures the same thing.

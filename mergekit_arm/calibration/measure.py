@@ -20,7 +20,7 @@ from mergekit_arm.statistics.observers import Importance
 from mergekit_arm.statistics.subspace import Subspace
 
 DISCOVERY_TOKENS = 16
-_TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 4096
 
 
 def measure(
@@ -35,7 +35,7 @@ def measure(
         DryRun: only the preflight was wanted.
     """
     corpus, options = session.corpus, session.options
-    spans = spans_of(session, _TOKENS_PER_BATCH)
+    spans = spans_of(session, TOKENS_PER_BATCH)
     first = corpus.blocks[0][None, :DISCOVERY_TOKENS].to(device)
     with without_logits(model), torch.inference_mode():
         plans = share_sites(

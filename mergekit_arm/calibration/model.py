@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +126,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(
+    source: Source,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
     """Load the model for forward passes: evaluation mode, no cache, no gradients.
 
-    Holds all weights in ``dtype`` on ``device``.
+    Holds all weights in ``dtype`` on ``device``, or where ``placement`` puts them.
 
     Raises:
         InputError: transformers cannot load it as a causal language model.
@@ -141,11 +146,13 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> PreT
             config=source.config,
             trust_remote_code=source.trust_remote_code,
             dtype=dtype,
+            **(placement or {}),
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(_unloadable(source.reference, error)) from error
     model.config.use_cache = False
-    return model.eval().requires_grad_(False).to(device)
+    model = model.eval().requires_grad_(False)
+    return model if placement else model.to(device)
 
 
 def open_checkpoint(source: Source) -> LazyTensorLoader:

@@ -1,8 +1,9 @@
 """Progress on disk: a run that was killed continues where it last saved.
 
-Beside ``OUT`` lies ``OUT.partial`` while a run is under way, with one file for each process: the
-sums so far, exactly as they are in memory, and how far they go. The file is replaced in one
-step, so it is always whole.
+Beside ``OUT`` lies ``OUT.partial`` while a run is under way. In it every process keeps a file of
+its sums so far, exactly as they are in memory, and of how far they go. It is replaced in one
+step, so it is always whole. A walk layer by layer keeps finished layers and hidden states there
+too, in files of their own.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_arm.calibration.collect import Site
+from mergekit_arm.calibration.records import MeasuredSite
 from mergekit_arm.errors import InputError, first_line
+from mergekit_arm.statistics.format import SiteRecord
 
 _RECORD = "progress"
+_SUMS, _FINISHED = "sums", "finished"
 _PARTS = "\x1f"  # between a site's name and the key of its state; in neither
 
 
@@ -55,6 +58,7 @@ class Progress:
         every: float,
         process: int = 0,
         processes: int = 1,
+        suffix: str = "partial",
     ) -> None:
         """Prepare; touches nothing.
 
@@ -65,10 +69,11 @@ class Progress:
             every: seconds between two savings.
             process: number of this process among ``processes``.
             processes: how many there are.
+            suffix: of the directory, after the name of ``out``.
         """
         out = out.absolute()
-        self.folder = out.parent / f"{out.name}.partial"
-        self._file = self.folder / f"process-{process}.safetensors"
+        self.folder = out.parent / f"{out.name}.{suffix}"
+        self._prefix = f"process-{process}."
         self._fingerprint = {**fingerprint, "number of processes": str(processes)}
         self._every = every
         self._saved = time.monotonic()
@@ -79,10 +84,13 @@ class Progress:
         Raises:
             InputError: naming what differs.
         """
+        difference = None
         try:
-            earlier = self._read_record()
-            difference = earlier and _difference(earlier["fingerprint"], self._fingerprint)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            for path in [*self.files(_SUMS), *self.files(_FINISHED)]:
+                difference = difference or _difference(
+                    self._read_record(path)["fingerprint"], self._fingerprint
+                )
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             difference = f"it cannot be read ({first_line(error)})"
         if difference and not force:
             raise InputError(
@@ -92,16 +100,21 @@ class Progress:
         if difference:
             self.discard()
 
+    def position(self) -> dict[str, Any] | None:
+        """Return where the saved run was, None where nothing was saved."""
+        path = self.path(_SUMS)
+        return dict(self._read_record(path)["position"]) if path.is_file() else None
+
     def load(self) -> Snapshot | None:
         """Return what was saved, None where nothing was."""
-        record = self._read_record()
-        if record is None:
+        path = self.path(_SUMS)
+        if not path.is_file():
             return None
+        record = self._read_record(path)
         states: dict[str, dict[str, Tensor]] = {name: {} for name in record["sites"]}
-        with safe_open(self._file, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  # the file is no dictionary
-                site, _, entry = key.partition(_PARTS)
-                states[site][entry] = file.get_tensor(key).clone()
+        for key, value in _read_tensors(path).items():
+            site, _, entry = key.partition(_PARTS)
+            states[site][entry] = value.clone()
         return Snapshot(record["position"], record["sites"], states)
 
     def due(self) -> bool:
@@ -110,37 +123,86 @@ class Progress:
 
     def save(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
         """Replace what was saved before; flushed, so that it outlives a power failure."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         names: dict[str, list[str]] = {}
         tensors: dict[str, Tensor] = {}
         for site in sites:
             names[site.name] = [reading.parameter for reading in site.plan.readings]
             for key, value in site.state().items():
-                tensors[f"{site.name}{_PARTS}{key}"] = value.detach().cpu().contiguous()
-        record = {"fingerprint": self._fingerprint, "position": position, "sites": names}
-        temporary = self._file.with_suffix(".writing")
-        save_file(tensors, temporary, metadata={_RECORD: json.dumps(record)})
-        flush(temporary)
-        temporary.replace(self._file)
-        flush(self.folder)
+                tensors[f"{site.name}{_PARTS}{key}"] = value
+        self._write(_SUMS, tensors, {"position": position, "sites": names})
         self._saved = time.monotonic()
+
+    def finished(self) -> int:
+        """Return how many parts ``finish`` has written, one after the other."""
+        count = 0
+        while self.path(f"{_FINISHED}.{count}").is_file():
+            count += 1
+        return count
+
+    def finish(self, number: int, measured: Sequence[MeasuredSite]) -> None:
+        """Keep sites that nothing will be added to any more as part ``number``."""
+        self._write(
+            f"{_FINISHED}.{number}",
+            {f"{s.name}{_PARTS}{key}": value for s in measured for key, value in s.tensors.items()},
+            {"sites": {s.name: [s.parameters, s.record.model_dump()] for s in measured}},
+        )
+
+    def read_finished(self, number: int) -> list[MeasuredSite]:
+        """Return what ``finish`` kept; tensors are mapped, and read when they are used."""
+        path = self.path(f"{_FINISHED}.{number}")
+        tensors = _read_tensors(path)
+        return [
+            MeasuredSite(
+                name,
+                parameters,
+                SiteRecord.model_validate(record),
+                {
+                    key.removeprefix(f"{name}{_PARTS}"): value
+                    for key, value in tensors.items()
+                    if key.startswith(f"{name}{_PARTS}")
+                },
+            )
+            for name, (parameters, record) in self._read_record(path)["sites"].items()
+        ]
+
+    def path(self, name: str) -> Path:
+        """Return the path of this process's file of that name."""
+        return self.folder / f"{self._prefix}{name}.safetensors"
+
+    def files(self, kind: str) -> list[Path]:
+        """Return this process's files whose names begin with ``kind``."""
+        return sorted(self.folder.glob(f"{self._prefix}{kind}.*"))
 
     def discard(self) -> None:
         """Remove what this process has saved, and the directory with the last of it."""
-        for path in self.folder.glob(f"{self._file.stem}.*"):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        for path in self.folder.glob(f"{self._prefix}*"):
+            path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty: other processes' progress
             self.folder.rmdir()
 
-    def _read_record(self) -> dict[str, Any] | None:
-        if not self._file.is_file():
-            return None
-        with safe_open(self._file, framework="pt") as file:
+    def _write(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(name)
+        temporary = path.with_suffix(".writing")
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+            temporary,
+            metadata={_RECORD: json.dumps({"fingerprint": self._fingerprint, **record})},
+        )
+        flush(temporary)
+        temporary.replace(path)
+        flush(self.folder)
+
+    @staticmethod
+    def _read_record(path: Path) -> dict[str, Any]:
+        with safe_open(path, framework="pt") as file:
             record: dict[str, Any] = json.loads(file.metadata()[_RECORD])
         return record
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def flush(path: Path) -> None:

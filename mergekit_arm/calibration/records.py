@@ -57,13 +57,15 @@ def add_up(
 ) -> list[MeasuredSite]:
     """Sum the sites over all processes, each of which calls this, and finish them on the first.
 
-    Sites that no process saw an input of are left out.
+    Sites that no process saw an input of are left out. The sums of this process stay what they
+    are: should another die now, they are what must be saved.
     """
     measured = []
     for site in sites:
         if job.processes > 1:
             site.prepare(device)
-            site.load_state({k: job.total(v.to(device)) for k, v in site.state().items()})
+            own, site = site, Site(site.name, site.plan, site.statistics)
+            site.load_state({k: job.total(v.to(device)) for k, v in own.state().items()})
         if site.tokens and job.main:
             site.prepare(device)
             measured.append(finish_site(site, subspaces=subspaces))

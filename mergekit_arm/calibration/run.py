@@ -9,12 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mergekit_arm.calibration.calls import NotWalkable
+from mergekit_arm.calibration.chain import Chain
 from mergekit_arm.calibration.collect import NotFinite
 from mergekit_arm.calibration.corpus import Corpus, build_corpus, load_rows
-from mergekit_arm.calibration.coverage import cover_checkpoint
+from mergekit_arm.calibration.coverage import Coverage, cover_checkpoint
 from mergekit_arm.calibration.job import Job
+from mergekit_arm.calibration.layerwise import measure_by_layer
 from mergekit_arm.calibration.measure import measure
 from mergekit_arm.calibration.model import (
     Source,
@@ -25,10 +28,12 @@ from mergekit_arm.calibration.model import (
     load_tokenizer,
     open_checkpoint,
 )
-from mergekit_arm.calibration.options import CalibrationOptions, parse_duration
+from mergekit_arm.calibration.options import CalibrationOptions, parse_duration, parse_size
+from mergekit_arm.calibration.placement import check_placement, offload, spread
 from mergekit_arm.calibration.preflight import Preflight, check_weights_fit
 from mergekit_arm.calibration.progress import Progress
 from mergekit_arm.calibration.records import (
+    MeasuredSite,
     add_up,
     collect_results,
     data_record,
@@ -37,13 +42,20 @@ from mergekit_arm.calibration.records import (
 )
 from mergekit_arm.calibration.session import DryRun, ProgressReport, Reports, Session
 from mergekit_arm.calibration.sites import plan_readings
-from mergekit_arm.calibration.weights import BriefLoader, fetch_checkpoint
+from mergekit_arm.calibration.weights import (
+    BriefLoader,
+    LayerWeights,
+    empty_model,
+    fetch_checkpoint,
+)
 from mergekit_arm.errors import InputError
 from mergekit_arm.reports.card import statistics_card
 from mergekit_arm.statistics.format import Metadata, ModelRecord
 from mergekit_arm.statistics.store import check_destination, write_statistics
 
 __all__ = ["CalibrationOptions", "CalibrationResult", "calibrate"]
+
+_SMALLEST_BUDGET = 256_000_000  # bytes of hidden states
 
 _RECORDED_VERSIONS = ("mergekit-arm", "mergekit", "torch", "transformers", "datasets", "tokenizers")
 
@@ -101,6 +113,7 @@ def calibrate(
 def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> CalibrationResult | None:
     out = Path(options.out)
     check_destination(out, options.force)
+    check_placement(options, job)
     every = parse_duration(options.save_every)
     device = job.device(choose_device(options.device))
     dtype = choose_dtype(options.dtype, device)
@@ -119,25 +132,36 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
         _check_corpus(corpus, source, reports.say)
         fetch_checkpoint(source)
         checkpoint = BriefLoader(open_checkpoint(source).index)
-        check_weights_fit(checkpoint.size(dtype), device, dtype, options.model)
-        model = load_model(source, device, dtype)
+        if options.low_memory:
+            model = empty_model(source, dtype)
+        else:
+            if options.device_map is None:
+                check_weights_fit(checkpoint.size(dtype), device, dtype, options.model)
+                placement = None
+            else:
+                placement = spread(options.device_map, stack, out)
+            model = load_model(source, device, dtype, placement)
         coverage = cover_checkpoint(model, checkpoint, plan_readings(model))
         data = data_record(options, corpus, tokenizer)
         settings = settings_record(options, device, dtype)
         facts = fingerprint(data, settings, coverage.content_hash())
+        facts["low memory"] = "on" if options.low_memory else "off"
         job.agree(facts)
-        saved = Progress(out, facts, every=every, process=job.process, processes=job.processes)
-        if not options.dry_run:
-            saved.check(options.force)
+        saved = Progress(
+            out,
+            facts,
+            every=every,
+            process=job.process,
+            processes=job.processes,
+            suffix="dry-run" if options.dry_run else "partial",
+        )
+        saved.check(options.force)
         session = Session(options, corpus, job, saved, reports)
         try:
-            sites = measure(model, coverage, device, session)
-        except NotFinite:
+            measured = _measure(session, source, model, checkpoint, coverage, device, dtype, stack)
+        except (NotFinite, DryRun):
             saved.discard()  # nobody will want to continue this one
             raise
-        job.wait("measured")
-        with torch.inference_mode():
-            measured = add_up(sites, job, device, subspaces="subspace" in options.statistics)
         result = None
         if job.main:
             weights, site_records, tensors = collect_results(coverage, measured)
@@ -160,6 +184,45 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
         job.wait("written")
         saved.discard()
     return result
+
+
+def _measure(
+    session: Session,
+    source: Source,
+    model: PreTrainedModel,
+    checkpoint: BriefLoader,
+    coverage: Coverage,
+    device: torch.device,
+    dtype: torch.dtype,
+    stack: ExitStack,
+) -> list[MeasuredSite]:
+    """Measure in the way that the options ask for; return the sites on the first process."""
+    options, job = session.options, session.job
+    earlier = session.progress.position()
+    if options.low_memory and (earlier is None or "stage" in earlier):
+        budget = (
+            max(_SMALLEST_BUDGET, checkpoint.bytes_on_disk() // 25)
+            if options.activation_budget == "auto"
+            else parse_size(options.activation_budget)
+        )
+        try:
+            weights = LayerWeights(model, checkpoint, device, dtype)
+            chain = Chain(model, weights, device)
+            return measure_by_layer(chain, coverage, device, session, budget=budget)
+        except NotWalkable as reason:
+            session.reports.say(
+                f"{type(model).__name__} cannot be walked layer by layer: {reason}. Its weights "
+                "stay on the disk instead (accelerate's offload) and are read for every batch, "
+                "which takes longer."
+            )
+            session.progress.discard()
+    if options.low_memory:
+        placement = offload(device, stack, Path(options.out))
+        model = load_model(source, device, dtype, placement)
+    sites = measure(model, coverage, device, session)
+    session.wait("measured", {}, sites)
+    with torch.inference_mode():
+        return add_up(sites, job, device, subspaces="subspace" in options.statistics)
 
 
 def _read_corpus(options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase | None) -> Corpus:

@@ -47,6 +47,8 @@ class Session:
     job: Job
     progress: Progress
     reports: Reports
+    before_save: Callable[[], None] = lambda: None
+    after_save: Callable[[], None] = lambda: None
     seconds: float = 0.0
     """Spent on forward passes, by earlier runs of the same command too."""
     _stop: str | None = None
@@ -64,7 +66,7 @@ class Session:
 
     def resume(self) -> Snapshot | None:
         """Return what an earlier run of the same command has saved."""
-        snapshot = None if self.options.dry_run else self.progress.load()
+        snapshot = self.progress.load()
         if snapshot:
             self.seconds = snapshot.position["seconds"]
         return snapshot
@@ -117,6 +119,26 @@ class Session:
         now = time.perf_counter()
         self.seconds += now - self._since
         self._since = now
+        self._heed(position, sites)
+        if self.progress.due():
+            self._save(position, sites)
+            self._since = time.perf_counter()
+
+    def wait(self, stage: str, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
+        """Wait for all processes at ``stage``, ready to save should that be in vain.
+
+        Raises:
+            Failure: as ``after_batch`` does.
+        """
+        self.job.wait(stage, lambda: self._heed(position, sites))
+
+    def after_last(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
+        """Save before waiting for other processes: one of them may never arrive."""
+        if self.job.processes > 1 and not self.options.dry_run:
+            self._save(position, sites)
+
+    def _heed(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
+        """Save and stop if a signal asked for that, or another process is gone."""
         try:
             self.job.check()
         except PeerLost as lost:
@@ -125,17 +147,11 @@ class Session:
         if self._stop:
             self._save(position, sites)
             raise Failure(f"stopped by {self._stop}; {self._saved_note()}")
-        if self.progress.due():
-            self._save(position, sites)
-            self._since = time.perf_counter()
-
-    def after_last(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
-        """Save before waiting for other processes: one of them may never arrive."""
-        if self.job.processes > 1 and not self.options.dry_run:
-            self._save(position, sites)
 
     def _save(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
+        self.before_save()
         self.progress.save({**position, "seconds": self.seconds}, sites)
+        self.after_save()
 
     def _saved_note(self) -> str:
         return f"progress is in {self.progress.folder}: the same command continues"

@@ -86,13 +86,13 @@ def forward(model: str, dataset: str) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from mergekit_arm.calibration.measure import _TOKENS_PER_BATCH
+    from mergekit_arm.calibration.measure import TOKENS_PER_BATCH
     from mergekit_arm.calibration.model import choose_dtype
 
     dtype = choose_dtype("auto", torch.device("cpu"))
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
     rows = [json.loads(line)["input_ids"] for line in Path(dataset).read_text().splitlines()]
-    size = max(1, _TOKENS_PER_BATCH // len(rows[0]))
+    size = max(1, TOKENS_PER_BATCH // len(rows[0]))
     with torch.inference_mode():
         loaded(torch.tensor(rows[:1])[:, :_WARM_UP_TOKENS])
         clock = Clock()

@@ -1,0 +1,369 @@
+"""Walk through a model layer by layer, for models that do not fit into memory.
+
+All blocks pass through one layer before the next layer's weights are read. The model's own
+forward leads, on a few tokens: whenever it reaches a layer, that layer's weights are read, the
+few tokens pass as they would in any forward, and all blocks follow before the weights are let
+go. How the blocks must be handed to each layer (masks, positions, …) is recorded beforehand by
+letting them through the model with every layer replaced by one that hands on what it gets.
+
+That is right only where the forward is a plain chain: each layer takes what the one before it
+returned, and nothing else that depends on it. So the few tokens are recorded in the same way,
+and at every layer what was recorded must equal what really arrives, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mergekit_arm.calibration.batches import Batch, Feeder, Span
+from mergekit_arm.calibration.batches import Call as CountedCall
+from mergekit_arm.calibration.calls import Call, Form, NotWalkable
+from mergekit_arm.calibration.chain import Chain
+from mergekit_arm.calibration.collect import Collector, Site, without_logits
+from mergekit_arm.calibration.coverage import Coverage
+from mergekit_arm.calibration.hidden import HiddenStates, Key
+from mergekit_arm.calibration.measure import (
+    DISCOVERY_TOKENS,
+    TOKENS_PER_BATCH,
+    plan_sites,
+    spans_of,
+    tokens_of,
+)
+from mergekit_arm.calibration.preflight import Cost, Preflight, free_disk, free_memory
+from mergekit_arm.calibration.progress import Snapshot
+from mergekit_arm.calibration.records import MeasuredSite, add_up
+from mergekit_arm.calibration.session import Session
+from mergekit_arm.calibration.sites import Reading, SitePlan, share_sites
+from mergekit_arm.errors import first_line
+
+_LEADER = "leader"
+
+
+def measure_by_layer(
+    chain: Chain, coverage: Coverage, device: torch.device, session: Session, *, budget: int
+) -> list[MeasuredSite]:
+    """Pass the session's corpus through ``chain``, whose weights are read layer by layer.
+
+    Holds the weights of one layer, one batch of activations, the sums of one layer's sites, and
+    hidden states of up to ``budget`` bytes; the rest of them lies in the session's progress
+    directory. Each weight is read once. Returns the sites on the first process only.
+
+    Raises:
+        NotWalkable: the model's forward is no plain chain of layers.
+        Failure: as ``measure`` does.
+        DryRun: only the preflight was wanted.
+    """
+    walk = _Walk(chain, coverage, device, session, budget)
+    with without_logits(chain.model), torch.inference_mode(), chain.wired(), session.running():
+        return walk.run()
+
+
+@dataclass
+class _Follower:
+    """A batch that follows the leader."""
+
+    span: Span
+    calls: list[Call]
+    counted: Mapping[CountedCall, int] = field(default_factory=dict)
+
+    def key(self, passed: int) -> Key:
+        return f"{self.span.first}-{self.span.count}", passed
+
+
+class _Walk:
+    """The state of a walk. A *stage* is a layer, or, behind the last, what follows them."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        coverage: Coverage,
+        device: torch.device,
+        session: Session,
+        budget: int,
+    ) -> None:
+        self._chain = chain
+        self._coverage = coverage
+        self._device = device
+        self._session = session
+        self._hidden = HiddenStates(session.progress, budget)
+        self._feeder = Feeder(session.corpus, session.sample, session.reports.say)
+        self._leader = session.corpus.blocks[0][None, :DISCOVERY_TOKENS]
+        self._leader_calls: list[Call] = []
+        self._arriving: Tensor | None = None
+        """The hidden states with which the leader comes to the stage."""
+        self._spans = spans_of(session, TOKENS_PER_BATCH)
+        if session.options.dry_run:
+            del self._spans[1:]
+        self._followers: list[_Follower] = []
+        self._stage = self._start = 0
+        """Where the walk is, and where it began: not at 0 if an earlier run had come further."""
+        self._done = 0
+        """How many batches have passed the stage."""
+        self._snapshot: Snapshot | None = None
+        # What is finished comes in parts: before the layers, each layer, behind them.
+        self._finished = int(session.job.tell("finished", str(session.progress.finished())))
+        session.before_save = lambda: self._hidden.persist(self._needed())
+        session.after_save = lambda: self._hidden.settle(self._needed())
+
+    def run(self) -> list[MeasuredSite]:
+        self._resume()
+        try:
+            self._chain.run(self._leader, self._lead)
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise
+            # What torch says of a weight that was used without its module being called.
+            raise NotWalkable(f"it uses weights outside its layers: {first_line(error)}") from error
+        self._measure_behind()
+        if not self._session.job.main:
+            return []
+        parts = range(len(self._chain) + 2)
+        return [site for part in parts for site in self._session.progress.read_finished(part)]
+
+    def _lead(self, index: int, call: Call, hidden: Tensor, forward: Callable[..., Any]) -> Any:
+        """Take the leader, and after it everybody, through layer ``index``."""
+        chain = self._chain
+        if index < self._start:  # an earlier run has been here
+            if index == self._start - 1:
+                hidden = self._arriving = self._hidden.get((_LEADER, self._start)).to(self._device)
+            return chain.form.wrap(hidden)
+        chain.follows(index, self._stage)
+        if self._arriving is not None and not torch.equal(self._arriving, hidden):
+            raise NotWalkable(f"layer {index} takes more than what the one before it returns")
+        self._hidden.put((_LEADER, index), hidden)
+
+        with Cost(self._device) as reading:
+            size = chain.weights.load(chain.layer(index), inner=True)
+        args, kwargs = call.fill(hidden)
+        outputs: list[Any] = []
+        plans = share_sites(
+            self._readings(lambda name: name.startswith(f"{chain.layer(index)}.")),
+            lambda: outputs.append(forward(*args, **kwargs)),
+        )
+        form = Form.of(outputs[0], hidden)
+        if index == 0:
+            chain.form = form
+        if form != chain.form:
+            raise NotWalkable(f"layer {index} does not return what the one before it does")
+        if not self._followers:
+            self._begin()
+        difference = self._leader_calls[index].difference(call)
+        if difference is not None:
+            raise NotWalkable(f"what layer {index} takes as {difference} depends on other layers")
+
+        sites = self._sites(plans)
+        self._follow(
+            sites,
+            partial(self._through_layer, forward),
+            partial(self._estimate, reading, size, sites) if index == 0 else None,
+        )
+        self._close(self._stage + 1, sites)
+        chain.weights.unload(chain.layer(index), inner=True)
+        self._hidden.drop((_LEADER, index))
+        self._arriving = form.unwrap(outputs[0])
+        self._stage, self._done = index + 1, 0
+        return outputs[0]
+
+    def _begin(self) -> None:
+        """Record how the leader and every batch come to the layers."""
+        called = set(self._chain.loaded)
+        before = self._readings(
+            lambda name: not self._chain.holds(name) and name.rpartition(".")[0] in called
+        )
+        self._before = set(before)
+        plans = share_sites(
+            before, lambda: self._leader_calls.extend(self._chain.record(self._leader)[0])
+        )
+        sites = plan_sites(self._chain.model, plans, self._session.options)
+        with Collector(sites if self._finished == 0 else []) as collector:
+            for span in self._spans:
+                batch = self._feeder.batch(span)
+                collector.batch = batch
+                calls, hidden = self._chain.record(batch.ids, collector.pause)
+                collector.check()
+                follower = _Follower(span, calls)
+                self._followers.append(follower)
+                if self._start == 0 and self._done == 0:
+                    self._hidden.put(follower.key(0), hidden)
+        self._chain.drop_embeddings()
+        self._close(0, sites)
+
+    def _follow(
+        self,
+        sites: list[Site],
+        work: Callable[[_Follower, Collector, Batch], None],
+        estimate: Callable[[Cost], Preflight] | None = None,
+    ) -> None:
+        """Do ``work`` with every batch that has not passed the stage yet."""
+        with Collector(sites) as collector:
+            while self._done < len(self._followers):
+                follower = self._followers[self._done]
+                limit = self._feeder.limit or follower.span.count
+                if follower.span.count > limit:
+                    self._split(self._feeder.batch(span) for span in follower.span.pieces(limit))
+                    continue
+                batch = self._feeder.batch(follower.span, follower.counted)
+                first = estimate is not None and self._done == 0
+                with Cost(self._device) if first else nullcontext() as cost:
+                    fits = self._feeder.fits(batch, partial(work, follower, collector))
+                if not fits:
+                    self._split(self._feeder.smaller(batch))
+                    continue
+                if estimate and cost:
+                    self._session.preflight(estimate(cost))
+                follower.counted = {}
+                self._done += 1
+                self._session.after_batch(*self._tokens(), self._position(), sites)
+
+    def _through_layer(
+        self,
+        forward: Callable[..., Any],
+        follower: _Follower,
+        collector: Collector,
+        batch: Batch,
+    ) -> None:
+        hidden = self._hidden.get(follower.key(self._stage)).to(self._device)
+        args, kwargs = follower.calls[self._stage].fill(hidden)
+        collector.batch = batch
+        output = self._chain.form.unwrap(forward(*args, **kwargs))
+        collector.check()
+        self._hidden.put(follower.key(self._stage + 1), output)
+        self._hidden.drop(follower.key(self._stage))
+
+    def _split(self, batches: Iterable[Batch]) -> None:
+        """Put smaller batches in the place of the next one."""
+        whole = self._followers[self._done]
+        hidden = self._hidden.get(whole.key(self._stage))
+        smaller = []
+        for batch in batches:
+            offset = batch.span.first - whole.span.first
+            follower = _Follower(batch.span, self._chain.record(batch.ids)[0], batch.counted)
+            self._hidden.put(
+                follower.key(self._stage), hidden[offset : offset + batch.span.count].clone()
+            )
+            smaller.append(follower)
+        self._chain.drop_embeddings()
+        self._hidden.drop(whole.key(self._stage))
+        self._followers[self._done : self._done + 1] = smaller
+
+    def _measure_behind(self) -> None:
+        """Let every block through what follows the layers: the last norm, the head's input."""
+        chain = self._chain
+        if not chain.name:
+            raise NotWalkable("its forward reaches no list of layers")
+        chain.follows(len(chain), self._stage)
+        arriving = self._arriving
+        assert arriving is not None
+        self._hidden.put((_LEADER, self._stage), arriving)
+        if not self._followers:
+            self._begin()
+        chain.blank_embeddings()
+        plans = share_sites(
+            self._readings(lambda name: not chain.holds(name) and name not in self._before),
+            lambda: chain.leave(self._leader, arriving, lambda: None),
+        )
+        sites = self._sites(plans)
+        self._follow(sites, self._leave)
+        self._close(self._stage + 1, sites)
+
+    def _leave(self, follower: _Follower, collector: Collector, batch: Batch) -> None:
+        states = self._hidden.get(follower.key(self._stage)).to(self._device)
+        self._chain.leave(batch.ids, states, lambda: collector.resume(batch))
+        collector.check()
+        collector.pause()
+
+    def _close(self, part: int, sites: list[Site]) -> None:
+        """Add up a part's sums over all processes and put its results on the disk."""
+        if part < self._finished:
+            return
+        session = self._session
+        wait = partial(session.wait, position=self._position(), sites=sites)
+        wait(f"part {part}")
+        subspaces = "subspace" in session.options.statistics
+        measured = add_up(sites, session.job, self._device, subspaces=subspaces)
+        if session.job.main:
+            session.progress.finish(part, measured)
+        # Nobody may go on, and lose these sums, before they are in the finished part.
+        wait(f"finished part {part}")
+
+    def _sites(self, plans: list[SitePlan]) -> list[Site]:
+        """Return the sites of the stage; none where an earlier run has finished it."""
+        if self._stage + 1 < self._finished:
+            return []
+        sites = plan_sites(self._chain.model, plans, self._session.options)
+        if self._snapshot and self._stage == self._start:
+            self._snapshot.restore(sites)
+        return sites
+
+    def _readings(self, wanted: Callable[[str], bool]) -> dict[str, Reading]:
+        names = [name for name in self._coverage.read_parameters if wanted(name)]
+        return {name: self._coverage.readings[name] for name in names}
+
+    def _resume(self) -> None:
+        self._snapshot = self._session.resume()
+        if self._snapshot is None:
+            self._hidden.adopt([])
+            return
+        position = self._snapshot.position
+        self._stage = self._start = position["stage"]
+        self._done = position["done"]
+        self._chain.form = Form(**position["form"])
+        self._spans = [Span(*pair) for pair in position["spans"]]
+        self._feeder.limit = position["limit"]
+        self._hidden.adopt((name, passed) for name, passed in position["hidden"])
+
+    def _position(self) -> dict[str, Any]:
+        return {
+            "stage": self._stage,
+            "done": self._done,
+            "form": asdict(self._chain.form),
+            "spans": [[f.span.first, f.span.count] for f in self._followers],
+            "limit": self._feeder.limit,
+            "hidden": self._needed(),
+        }
+
+    def _needed(self) -> list[Key]:
+        """Return the hidden states without which the walk cannot go on from here."""
+        behind = self._stage == len(self._chain)
+        return [(_LEADER, self._stage)] + [
+            follower.key(self._stage + (number < self._done and not behind))
+            for number, follower in enumerate(self._followers)
+        ]
+
+    def _tokens(self) -> tuple[int, int]:
+        """Return tokens done and tokens in all; every layer counts."""
+        session, layers = self._session, len(self._chain)
+        everything = tokens_of(session, self._spans)
+        done = tokens_of(session, [f.span for f in self._followers[: self._done]])
+        return min(self._stage * everything + done, layers * everything), layers * everything
+
+    def _estimate(self, reading: Cost, size: int, sites: list[Site], block: Cost) -> Preflight:
+        """Extrapolate from the first block's way through the first layer."""
+        session, layers = self._session, len(self._chain)
+        spans = spans_of(session, TOKENS_PER_BATCH)
+        first, total = tokens_of(session, spans[:1]), tokens_of(session, spans)
+        largest = max(tokens_of(session, [span]) for span in spans)
+        sums = sum(value.nbytes for site in sites for value in site.state().values())
+        states = self._hidden.get(self._followers[0].key(1)).nbytes * total // first
+        return Preflight(
+            tokens=total,
+            seconds=layers * (reading.seconds + block.seconds * total / first),
+            weights=size + sum(self._chain.loaded.values()),
+            sums=sums,
+            activations=max(block.extra - sums, 0) * largest // first,
+            batch_size=max(span.count for span in spans),
+            free=free_memory(self._device),
+            device=str(self._device),
+            output=sums * layers,
+            # Saved states stay until newer ones are saved.
+            disk=2 * states + sums * layers,
+            disk_free=free_disk(session.progress.folder),
+            low_memory=True,
+        )
