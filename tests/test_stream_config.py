@@ -8,12 +8,17 @@ from typing import Any
 
 import pytest
 import yaml
+from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.streaming.config import Schedule, StreamConfig, absolute_reference, load_config
 from mergekit_arm.streaming.method import fit_method
+from mergekit_arm.streaming.plan import make_plan
 from mergekit_arm.streaming.schedule import check_rates, rate_at
+from mergekit_arm.streaming.scoring import run_metric
+from tests.streams import config, write_run
 
+EXAMPLES = Path(__file__).parents[1] / "example_configs"
 MINIMAL = {"merge_method": "task_arithmetic", "base_model": "base", "checkpoints": "run"}
 
 
@@ -181,3 +186,45 @@ def test_a_method_that_cannot_be_a_step_is_refused(
     with pytest.raises(InputError) as caught:
         fit_method(name, parameters)
     assert said in caught.value.message
+
+
+def test_subspaces_hold_the_energy_that_the_merge_asks_for(tmp_path: Path) -> None:
+    write_run(tmp_path, (1,))
+    arm = {"merge_method": "arm", "calibration": {"dataset": str(tmp_path / "tokens.jsonl")}}
+    for asked, measured in ((None, 0.9), (0.5, 0.9), ([0.2, 0.95], 0.95)):
+        parameters = {"energy": asked} if asked else {}
+        document = load_config(config(tmp_path, **arm, parameters=parameters))
+        plan, problems = make_plan(document, MergeOptions(), None)
+        assert not problems
+        assert plan is not None
+        assert plan.calibration is not None
+        assert plan.calibration.settings["energy"] == measured
+    arm["calibration"] = {**arm["calibration"], "energy": 0.6}
+    _, problems = make_plan(load_config(config(tmp_path, **arm)), MergeOptions(), None)
+    (problem,) = problems
+    assert "calibration.energy 0.6 is less than the merge's energy 0.9" in problem
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("stream*.yml")), ids=lambda file: file.stem)
+def test_the_examples_are_right(file: Path) -> None:
+    example = load_config(file)
+    fit_method(example.merge_method, example.parameters)
+
+
+def test_the_harness_example_reads_what_the_harness_writes(tmp_path: Path) -> None:
+    """With a stand-in for lm_eval that writes a results file where the real one does."""
+    evaluation = load_config(EXAMPLES / "stream_lm_eval.yml").evaluation
+    assert evaluation is not None
+    assert evaluation.metric_command is not None
+    harness = tmp_path / "bin" / "lm_eval"
+    harness.parent.mkdir()
+    harness.write_text(
+        '#!/bin/sh\nwhile [ "$1" != --output_path ]; do shift; done\nmkdir -p "$2/org__model"\n'
+        'echo \'{"results": {"arc_easy": {"alias": "arc_easy", "acc,none": 0.625}}}\' '
+        '> "$2/org__model/results_2026-01-01T00-00-00.json"\necho 17\n'
+    )
+    harness.chmod(0o755)
+    scratch = tmp_path / "a scratch"
+    scratch.mkdir()
+    command = f"PATH={harness.parent}:$PATH; {evaluation.metric_command}"
+    assert run_metric(command, "some/model", scratch) == 0.625

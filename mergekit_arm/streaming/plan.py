@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from pydantic import ValidationError
@@ -124,7 +125,7 @@ def make_plan(
         notes.extend(_adapter_note(checkpoint, config))
     steps = len(checkpoints) * config.passes if checkpoints is not None else None
     rates = check.run(lambda: _rates(config, method, steps))
-    calibration = _calibration(config) if method.statistics else None
+    calibration = check.run(lambda: _calibration(config, method)) if method.statistics else None
     if config.calibration is not None and not method.statistics:
         notes.append(f"calibration is not used: {method.name} reads no statistics")
     if config.evaluation is None:
@@ -209,17 +210,26 @@ def _rates(config: StreamConfig, method: StepMethod, steps: int | None) -> Rates
     return rates
 
 
-def _calibration(config: StreamConfig) -> Calibration:
-    """Return how the steps measure: subspaces must hold the energy that the merge will ask for."""
+def _calibration(config: StreamConfig, method: StepMethod) -> Calibration:
+    """Return how the steps measure: subspaces hold the energy that the merge will ask for."""
     calibration = config.calibration or Calibration.model_validate({})
-    energies = [one for one in leaves(config.parameters.get("energy")) if isinstance(one, float)]
-    energy = max([calibration.settings["energy"], *energies])
-    return calibration.model_copy(update={"settings": {**calibration.settings, "energy": energy}})
+    specs = {spec.name: spec for spec in merge_methods.get(method.name).spec.parameters}
+    if "energy" not in specs:
+        return calibration
+    wanted = leaves(config.parameters.get("energy", specs["energy"].default))
+    needed = max(float(one) for one in wanted if isinstance(one, (int, float)))
+    measured = calibration.settings["energy"]
+    if measured >= needed:
+        return calibration
+    if "energy" in calibration.document():
+        raise InputError(
+            f"calibration.energy {measured:g} is less than the merge's energy {needed:g}: "
+            "raise it, or lower parameters.energy"
+        )
+    return calibration.model_copy(update={"settings": {**calibration.settings, "energy": needed}})
 
 
 def _check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | None) -> None:
-    from mergekit import merge_methods
-
     document = step_document(
         config,
         method,

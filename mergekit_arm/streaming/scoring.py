@@ -88,9 +88,10 @@ class Judge:
         return self._held
 
     def score(self, reference: str, scratch: Path, *, run_command: bool) -> Score:
-        """Score a model without adapter; ``run_command`` false leaves out the user's, where only the loss counts.
+        """Score a model without adapter.
 
-        Loads the model for the loss and frees it before the command starts.
+        ``run_command`` false leaves out the user's, for models that only lend their loss. Loads
+        the model for the loss and frees it before the command starts.
 
         Raises:
             Failure: a loss that is not finite, or a command that fails or prints no number.
