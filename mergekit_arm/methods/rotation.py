@@ -91,16 +91,12 @@ def arm_step(
     incoming = [item for item in incoming if item.learning_rate != 0]
     steering = _steering(weight, incoming, basis, rotation, alignment, input_axis)
     result = torch.empty_like(weight)
+    tensors = [result, weight, *(item.checkpoint for item in incoming)]
     if weight.ndim < 2:
-        views = [tensor.reshape(1, -1) for tensor in (result, weight)]
-        _step(views[0], views[1], [i.checkpoint.reshape(1, -1) for i in incoming], steering)
-        return result
-    _step(
-        _rows(result, input_axis),
-        _rows(weight, input_axis),
-        [_rows(item.checkpoint, input_axis) for item in incoming],
-        steering,
-    )
+        tensors = [tensor.reshape(1, -1) for tensor in tensors]
+    elif steering.basis is not None:
+        tensors = [tensor.movedim(input_axis, -1) for tensor in tensors]
+    _step(tensors[0], tensors[1], tensors[2:], steering)
     return result
 
 
@@ -263,14 +259,15 @@ def _steering(
 def _step(
     result: Tensor, weight: Tensor, checkpoints: Sequence[Tensor], steering: _Steering
 ) -> None:
-    """Write the step into ``result``; all tensors are (…, rows, in), views of any layout."""
+    """Write the step into ``result``; all tensors are (…, rows, in), of any layout."""
     if weight.ndim > 2:
         for index in range(weight.shape[0]):
             _step(result[index], weight[index], [one[index] for one in checkpoints], steering)
         return
     rows, width = weight.shape
     step = min(_block_rows(weight), rows)
-    converted = result.dtype != steering.dtype
+    # Products of strided rows, and sums with them, are slow: copies are not.
+    converted = result.dtype != steering.dtype or not result.is_contiguous()
     # One allocation for all blocks: fresh pages cost a third of a step's time.
     scratch = weight.new_empty((4 if converted else 2, step, width), dtype=steering.dtype)
     for start in range(0, rows, max(step, 1)):
@@ -323,10 +320,6 @@ def _turn(
             wide = align(wide, planes)
         rotate_rows(wide, steering.basis, steering.rotation)
         turned[rows] = wide.to(turned.dtype)
-
-
-def _rows(tensor: Tensor, input_axis: int) -> Tensor:
-    return tensor.movedim(input_axis, -1)
 
 
 def _block_rows(weight: Tensor) -> int:
