@@ -60,6 +60,10 @@ class Chain:
         """Say whether a parameter belongs to one of the layers."""
         return parameter.startswith(f"{self.name}.")
 
+    def called(self) -> set[nn.Module]:
+        """Return the modules outside the layers that were called so far."""
+        return {self.model.get_submodule(name) for name in self.loaded}
+
     @contextmanager
     def wired(self) -> Iterator[None]:
         """Take the place of every layer, and read other modules' weights when they are called."""

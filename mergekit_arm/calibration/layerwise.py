@@ -44,6 +44,8 @@ from mergekit_arm.calibration.sites import Reading, SitePlan, share_sites
 from mergekit_arm.errors import first_line
 
 _LEADER = "leader"
+_SAME = 0.01
+"""Relative difference of two equal computations, at most: some GPU kernels add in any order."""
 
 
 def measure_by_layer(
@@ -61,8 +63,12 @@ def measure_by_layer(
         DryRun: only the preflight was wanted.
     """
     walk = _Walk(chain, coverage, device, session, budget)
-    with without_logits(chain.model), torch.inference_mode(), chain.wired(), session.running():
-        return walk.run()
+    session.beside = walk
+    try:
+        with without_logits(chain.model), torch.inference_mode(), chain.wired(), session.running():
+            return walk.run()
+    finally:
+        session.beside = None
 
 
 @dataclass
@@ -102,6 +108,8 @@ class _Walk:
         if session.options.dry_run:
             del self._spans[1:]
         self._followers: list[_Follower] = []
+        self._before: set[str] = set()
+        """Parameters that are read before the layers."""
         self._stage = self._start = 0
         """Where the walk is, and where it began: not at 0 if an earlier run had come further."""
         self._done = 0
@@ -109,8 +117,6 @@ class _Walk:
         self._snapshot: Snapshot | None = None
         # What is finished comes in parts: before the layers, each layer, behind them.
         self._finished = int(session.job.tell("finished", str(session.progress.finished())))
-        session.before_save = lambda: self._hidden.persist(self._needed())
-        session.after_save = lambda: self._hidden.settle(self._needed())
 
     def run(self) -> list[MeasuredSite]:
         self._resume()
@@ -164,6 +170,7 @@ class _Walk:
             partial(self._through_layer, forward),
             partial(self._estimate, reading, size, sites) if index == 0 else None,
         )
+        self._check_memory(index, call, hidden, forward, form.unwrap(outputs[0]))
         self._close(self._stage + 1, sites)
         chain.weights.unload(chain.layer(index), inner=True)
         self._hidden.drop((_LEADER, index))
@@ -171,12 +178,27 @@ class _Walk:
         self._stage, self._done = index + 1, 0
         return outputs[0]
 
+    def _check_memory(
+        self, index: int, call: Call, hidden: Tensor, forward: Callable[..., Any], output: Tensor
+    ) -> None:
+        """Let the leader through the layer again, behind everybody else.
+
+        Raises:
+            NotWalkable: another output came out, so that layers hand on something out of sight.
+        """
+        args, kwargs = call.fill(hidden)
+        again = self._chain.form.unwrap(forward(*args, **kwargs))
+        if float((again - output).float().norm()) > _SAME * float(output.float().norm()):
+            raise NotWalkable(f"layer {index} depends on what other layers did")
+
     def _begin(self) -> None:
         """Record how the leader and every batch come to the layers."""
-        called = set(self._chain.loaded)
-        before = self._readings(
-            lambda name: not self._chain.holds(name) and name.rpartition(".")[0] in called
-        )
+        called = self._chain.called()
+        before = {
+            name: reading
+            for name, reading in self._readings(lambda name: not self._chain.holds(name)).items()
+            if any(layer in called for layer in reading.layers)
+        }
         self._before = set(before)
         plans = share_sites(
             before, lambda: self._leader_calls.extend(self._chain.record(self._leader)[0])
@@ -328,6 +350,14 @@ class _Walk:
             "limit": self._feeder.limit,
             "hidden": self._needed(),
         }
+
+    def persist(self) -> None:
+        """Put the hidden states on the disk that progress about to be saved refers to."""
+        self._hidden.persist(self._needed())
+
+    def settle(self) -> None:
+        """Remove those that only earlier progress referred to."""
+        self._hidden.settle(self._needed())
 
     def _needed(self) -> list[Key]:
         """Return the hidden states without which the walk cannot go on from here."""

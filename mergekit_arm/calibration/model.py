@@ -137,19 +137,29 @@ def load_model(
     Holds all weights in ``dtype`` on ``device``, or where ``placement`` puts them.
 
     Raises:
-        InputError: transformers cannot load it as a causal language model.
+        InputError: transformers cannot load it as a causal language model, or only with random
+            numbers for weights that the checkpoint lacks.
     """
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel
+        model, report = AutoModelForCausalLM.from_pretrained(
             source.name,
             revision=source.revision,
             config=source.config,
             trust_remote_code=source.trust_remote_code,
             dtype=dtype,
+            output_loading_info=True,
             **(placement or {}),
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(_unloadable(source.reference, error)) from error
+    # A head that the checkpoint lacks changes nothing that is measured.
+    absent = [k for k in report["missing_keys"] if k.startswith(f"{model.base_model_prefix}.")]
+    if absent:
+        raise InputError(
+            f"model {source.reference} lacks {len(absent)} weights of a {type(model).__name__}, "
+            f"first {min(absent)}; transformers would make them up: complete the checkpoint"
+        )
     model.config.use_cache = False
     model = model.eval().requires_grad_(False)
     return model if placement else model.to(device)

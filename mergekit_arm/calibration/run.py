@@ -115,6 +115,7 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
     check_destination(out, options.force)
     check_placement(options, job)
     every = parse_duration(options.save_every)
+    budget = None if options.activation_budget == "auto" else parse_size(options.activation_budget)
     device = job.device(choose_device(options.device))
     dtype = choose_dtype(options.dtype, device)
     with ExitStack() as stack:
@@ -158,7 +159,9 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
         saved.check(options.force)
         session = Session(options, corpus, job, saved, reports)
         try:
-            measured = _measure(session, source, model, checkpoint, coverage, device, dtype, stack)
+            measured = _measure(
+                session, source, model, checkpoint, coverage, device, dtype, stack, budget
+            )
         except (NotFinite, DryRun):
             saved.discard()  # nobody will want to continue this one
             raise
@@ -195,16 +198,14 @@ def _measure(
     device: torch.device,
     dtype: torch.dtype,
     stack: ExitStack,
+    budget: int | None,
 ) -> list[MeasuredSite]:
     """Measure in the way that the options ask for; return the sites on the first process."""
     options, job = session.options, session.job
     earlier = session.progress.position()
     if options.low_memory and (earlier is None or "stage" in earlier):
-        budget = (
-            max(_SMALLEST_BUDGET, checkpoint.bytes_on_disk() // 25)
-            if options.activation_budget == "auto"
-            else parse_size(options.activation_budget)
-        )
+        if budget is None:
+            budget = max(_SMALLEST_BUDGET, checkpoint.bytes_on_disk() // 25)
         try:
             weights = LayerWeights(model, checkpoint, device, dtype)
             chain = Chain(model, weights, device)
@@ -219,6 +220,7 @@ def _measure(
     if options.low_memory:
         placement = offload(device, stack, Path(options.out))
         model = load_model(source, device, dtype, placement)
+        coverage = cover_checkpoint(model, checkpoint, plan_readings(model))
     sites = measure(model, coverage, device, session)
     session.wait("measured", {}, sites)
     with torch.inference_mode():

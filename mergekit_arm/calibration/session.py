@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from mergekit_arm.calibration.collect import Site
 from mergekit_arm.calibration.corpus import Corpus
@@ -34,6 +34,16 @@ class Reports:
     preflight: Callable[[Preflight], None]
 
 
+class SavedBeside(Protocol):
+    """Files that saved progress refers to."""
+
+    def persist(self) -> None:
+        """Write what progress that is about to be saved will refer to."""
+
+    def settle(self) -> None:
+        """Remove what only earlier progress referred to."""
+
+
 class DryRun(Exception):
     """The preflight is done and nothing more was asked for."""
 
@@ -47,8 +57,8 @@ class Session:
     job: Job
     progress: Progress
     reports: Reports
-    before_save: Callable[[], None] = lambda: None
-    after_save: Callable[[], None] = lambda: None
+    beside: SavedBeside | None = None
+    """What else the saved position refers to."""
     seconds: float = 0.0
     """Spent on forward passes, by earlier runs of the same command too."""
     _stop: str | None = None
@@ -149,9 +159,11 @@ class Session:
             raise Failure(f"stopped by {self._stop}; {self._saved_note()}")
 
     def _save(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
-        self.before_save()
+        if self.beside:
+            self.beside.persist()
         self.progress.save({**position, "seconds": self.seconds}, sites)
-        self.after_save()
+        if self.beside:
+            self.beside.settle()
 
     def _saved_note(self) -> str:
         return f"progress is in {self.progress.folder}: the same command continues"

@@ -6,11 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 import transformers
 from accelerate import init_empty_weights
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -28,9 +29,9 @@ _FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class BriefLoader:
-    """mergekit's lazy loader, but a file is mapped only while a tensor of it is in use.
+    """Reads tensors of a checkpoint; a file is mapped only while a tensor of it is in use.
 
-    Pages of a mapped file count as memory of the process; a loader that keeps its file open
+    Pages of a mapped file count as memory of the process: a loader that keeps its file open
     ends up with all of it.
     """
 
@@ -38,9 +39,20 @@ class BriefLoader:
         self.index = index
 
     def get_tensor(self, name: str) -> Tensor:
-        """Return a tensor of the checkpoint, mapped where the file allows it."""
-        tensor: Tensor = LazyTensorLoader(self.index).get_tensor(name)
-        return tensor
+        """Return a tensor of the checkpoint, mapped where the file allows it.
+
+        Raises:
+            KeyError: it has no such tensor.
+        """
+        path = Path(self.index.base_path, self.index.tensor_paths[name])
+        if self.index.is_safetensors:
+            with safe_open(path, framework="pt") as file:
+                stored: Tensor = file.get_tensor(name)
+            return stored
+        # Files of torch before 1.6 are no archives, and cannot be mapped.
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        unpacked: Tensor = saved.get("state_dict", saved)[name]
+        return unpacked
 
     def size(self, dtype: torch.dtype) -> int:
         """Return the bytes that all weights take in ``dtype``; reads headers only."""
@@ -209,5 +221,6 @@ def empty_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
             )
     except (ValueError, KeyError, ImportError, OSError) as error:
         raise InputError(f"model {source.reference}: {first_line(error)}") from error
+    model.tie_weights()  # what was tied has become separate on the way
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
