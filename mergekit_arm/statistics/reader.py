@@ -148,14 +148,21 @@ class Statistics:
             return None
         key = (record.site, energy)
         if getattr(self._last, "key", None) != key:
+            where = f"activation_stats {self.reference}: {record.site}"
+            stored = self.tensor(record.site, "basis")
+            if stored.shape[0] != site.width:
+                raise InputError(
+                    f"{where}: its basis has {stored.shape[0]} rows for {site.width} inputs; "
+                    "copy or measure it again"
+                )
             count = columns_for_energy(
                 self.tensor(record.site, "eigenvalues"),
                 float(self.tensor(record.site, "trace")),
                 energy,
                 measured=self.metadata.settings.energy or 1.0,
-                where=f"activation_stats {self.reference}: {record.site}",
+                where=where,
             )
-            self._last.basis = orthonormal(self.tensor(record.site, "basis")[:, :count])
+            self._last.basis = orthonormal(stored[:, :count], where)
             self._last.key = key
         basis: Tensor = self._last.basis
         return basis
