@@ -124,7 +124,7 @@ def _chat_sequences(
     if tokenizer is None:
         raise InputError(
             f"column {column!r} holds chats, and neither the base nor the checkpoint has a chat "
-            "template; set chat_template, or give rows of text"
+            "template; give rows of text, or a base whose tokenizer has one"
         )
     found: list[Sequence] = []
     for row in rows.shuffle(seed=settings.seed):

@@ -18,7 +18,9 @@ def make_judge(plan: Plan, merge: MergeOptions) -> Judge | None:
     if plan.config.evaluation is None:
         return None
     others = [checkpoint.reference for checkpoint in (plan.checkpoints or [])[:1]]
-    return Judge(plan.config.evaluation, [plan.config.base_model, *others], merge)
+    changes = plan.config.tokenizer is not None or plan.config.tokenizer_source is not None
+    references = [plan.config.base_model, *others]
+    return Judge(plan.config.evaluation, references, merge, changes_tokens=changes)
 
 
 def data_problems(plan: Plan, judge: Judge | None, merge: MergeOptions) -> list[str]:

@@ -64,9 +64,20 @@ class Score:
 class Judge:
     """Scores models on the same held-out tokens; the data is read when it is first needed."""
 
-    def __init__(self, settings: Evaluation, references: list[str], merge: MergeOptions) -> None:
-        """``references``: the base, then models whose chat template may stand in for its own."""
+    def __init__(
+        self,
+        settings: Evaluation,
+        references: list[str],
+        merge: MergeOptions,
+        *,
+        changes_tokens: bool = False,
+    ) -> None:
+        """``references``: the base, then models whose chat template may stand in for its own.
+
+        ``changes_tokens``: the merges change the tokenizer, so that ids must be compared.
+        """
         self.settings = settings
+        self._changes_tokens = changes_tokens
         self._references = list(references)
         self._merge = merge
         self._held: HeldOut | None = None
@@ -107,6 +118,7 @@ class Judge:
     def _loss(self, reference: str) -> float:
         device = choose_device(self.settings.device)
         dtype = choose_dtype(self.settings.dtype, device)
+        self._check_tokens(reference)
         with find_model(
             reference,
             trust_remote_code=self._merge.trust_remote_code,
@@ -126,6 +138,25 @@ class Judge:
                 "the model is broken; try a lower learning_rate"
             )
         return loss
+
+    def _check_tokens(self, reference: str) -> None:
+        """Refuse a model to which the base's token ids mean other tokens."""
+        if not self._changes_tokens:
+            return
+        base, own = (
+            load_own_tokenizer(one, self._merge.trust_remote_code)
+            for one in (self._references[0], reference)
+        )
+        if base is None or own is None:
+            return
+        known = own.get_vocab()
+        for token, number in base.get_vocab().items():
+            if known.get(token) != number:
+                raise InputError(
+                    f"evaluation: token {token!r} is {number} in the base, {known.get(token)} in "
+                    f"{reference}, so that losses cannot be compared: judge by a metric_command "
+                    "alone, or use tokenizer_source: base"
+                )
 
     def _tokenizers(self) -> list[PreTrainedTokenizerBase]:
         trust = self._merge.trust_remote_code

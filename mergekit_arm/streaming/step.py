@@ -172,6 +172,7 @@ def _options_of(place: Workplace, step: int) -> MergeOptions:
             "random_seed": (_DEFAULT_SEED if seed is None else seed) + step,
             # Calibration and evaluation need it, whatever the final model gets.
             "copy_tokenizer": place.plan.has_tokenizer,
+            "safe_serialization": True,
         }
     )
 
