@@ -169,9 +169,7 @@ def test_sequences_longer_than_the_model_takes(family: Path, tmp_path: Path) -> 
         )
 
 
-def test_existing_directories(
-    family: Path, tmp_path: Path, measure: Callable[..., Path]
-) -> None:
+def test_existing_directories(family: Path, tmp_path: Path, measure: Callable[..., Path]) -> None:
     measure(family / "base", tmp_path / "stats")
     first = (tmp_path / "stats" / "activation_stats.json").read_bytes()
     with pytest.raises(InputError, match="add --force"):

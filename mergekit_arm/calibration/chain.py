@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from mergekit_arm.calibration.batches import out_of_memory
 from mergekit_arm.calibration.calls import Call, Form, NotWalkable, Recorder
+from mergekit_arm.calibration.model import model_arguments
 from mergekit_arm.calibration.weights import LayerWeights
 from mergekit_arm.errors import first_line
 
@@ -95,7 +96,7 @@ class Chain:
         """Pass ``ids`` through the model's forward, with ``visit`` in the place of every layer."""
         previous, self._visit = self._visit, visit
         try:
-            self.model(input_ids=ids.to(self._device))
+            self.model(**model_arguments(self.model, ids.to(self._device), {}))
         finally:
             self._visit = previous
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mergekit_arm.calibration.batches import Batch
-from mergekit_arm.calibration.sites import SitePlan, layer_input
+from mergekit_arm.calibration.products import Product, ProductMode
+from mergekit_arm.calibration.sites import SitePlan
 from mergekit_arm.errors import Failure
 from mergekit_arm.statistics.observers import Observer
 
@@ -40,6 +42,8 @@ class Site:
     name: str
     plan: SitePlan
     statistics: Mapping[str, Statistic]
+    expert: int | None = None
+    """Whose share of the input it is, where the weight has many experts."""
     observers: dict[str, Observer] = field(default_factory=dict)
     tokens: int = 0
     _earlier: Mapping[str, Tensor] | None = None
@@ -108,11 +112,22 @@ class Collector:
         self._handles: list[Any] = []
 
     def __enter__(self) -> Collector:
+        plans = {id(site.plan): site.plan for site in self.sites}
+        by_plan: dict[int, list[Site]] = defaultdict(list)
         for site in self.sites:
-            for layer in site.plan.layers:
+            by_plan[id(site.plan)].append(site)
+        users: dict[nn.Module, dict[str, list[Site]]] = defaultdict(dict)
+        for key, plan in plans.items():
+            for layer in plan.layers:
                 self._handles.append(
-                    layer.register_forward_pre_hook(self._hook(site), with_kwargs=True)
+                    layer.register_forward_pre_hook(self._hook(by_plan[key]), with_kwargs=True)
                 )
+            for user in plan.users:
+                users[user][plan.readings[0].parameter] = by_plan[key]
+        for user, sites in users.items():
+            enter, leave = self._product_hooks(sites)
+            self._handles.append(user.register_forward_pre_hook(enter))
+            self._handles.append(user.register_forward_hook(leave, always_call=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -150,18 +165,59 @@ class Collector:
                         "the model or the dtype is broken; try --dtype float32"
                     )
 
-    def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def _hook(
+        self, sites: list[Site]
+    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        plan = sites[0].plan
+
         def observe(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = layer_input(args, kwargs)
-            if x is not None and self.batch is not None:
-                site.update(x, self.batch)
+            x = plan.inputs(args, kwargs)
+            if x is None or self.batch is None:
+                return
+            if len(sites) == 1:
+                sites[0].update(x, self.batch)
+            else:  # a norm for each head
+                for head, site in enumerate(sites):
+                    site.update(x.select(-2, head), self.batch)
 
         return observe
+
+    def _product_hooks(
+        self, sites: Mapping[str, list[Site]]
+    ) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Return hooks that watch the products with a module's weights while it runs."""
+        active: list[ExitStack] = []
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            for name, (site, *_) in sites.items():
+                module, own_name = site.plan.readings[0].holder
+                weight = module._parameters[own_name]
+                if weight is not None:
+                    yield name, weight
+
+        def observe(product: Product) -> None:
+            if self.batch is not None:
+                sites[product.parameter][product.expert or 0].update(product.x, self.batch)
+
+        def lost(name: str) -> None:
+            raise Failure(
+                f"{name} is multiplied in another way than at the first tokens: its input "
+                "cannot be measured in full"
+            )
+
+        def enter(*_: object) -> None:
+            active.append(ExitStack())
+            active[-1].enter_context(ProductMode(weights, observe, lost))
+
+        def leave(*_: object) -> None:
+            active.pop().close()
+
+        return enter, leave
 
 
 @contextmanager
 def without_logits(model: PreTrainedModel) -> Iterator[None]:
-    """Let the output head hand its input through instead of multiplying it.
+    """Let the output head return one channel of its input instead of multiplying it.
 
     The head's input is measured all the same, and the largest product of a small model is
     never computed. Whatever a model does between its last layer and its head still happens,
@@ -172,7 +228,7 @@ def without_logits(model: PreTrainedModel) -> Iterator[None]:
         yield
         return
     forward = head.forward
-    head.forward = _identity
+    head.forward = _no_logits
     try:
         yield
     finally:
@@ -183,5 +239,6 @@ def without_logits(model: PreTrainedModel) -> Iterator[None]:
             head.forward = forward
 
 
-def _identity(x: Tensor, *_: object, **__: object) -> Tensor:
-    return x
+def _no_logits(x: Tensor, *_: object, **__: object) -> Tensor:
+    # One wide, so that whatever a model does to its logits still broadcasts.
+    return x[..., :1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,21 @@ _BUILDERS = {
 _TOKEN_COLUMN, _CHAT_COLUMN, _TEXT_COLUMN = "input_ids", "messages", "text"
 _ROWS_AT_ONCE = 64
 
+MODEL_INPUTS = (
+    "pixel_values",
+    "pixel_values_videos",
+    "image_grid_thw",
+    "video_grid_thw",
+    "image_sizes",
+    "aspect_ratios",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "input_features",
+    "attention_mask",
+    "decoder_input_ids",
+)
+"""Columns that, beside ``input_ids``, are passed to the model as its processor made them."""
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -40,6 +55,8 @@ class Corpus:
     """Blocks asked for; fewer came out where the data set is small."""
     template_hash: str | None
     ready_ids: bool
+    extras: list[dict[str, Tensor]] = field(default_factory=list)
+    """What the model is given beside each block: images, audio. Empty where rows had none."""
 
     @property
     def tokens(self) -> int:
@@ -51,7 +68,15 @@ class Corpus:
         for block in self.blocks:
             digest.update(len(block).to_bytes(8, "little"))
             digest.update(block.numpy().tobytes())
+        for extra in self.extras:
+            for name, value in sorted(extra.items()):
+                digest.update(f"{name} {list(value.shape)} ".encode())
+                digest.update(value.numpy().tobytes())
         return digest.hexdigest()
+
+    def extra(self, block: int) -> dict[str, Tensor]:
+        """Return what the model is given beside ``block``."""
+        return self.extras[block] if self.extras else {}
 
     @property
     def lengths(self) -> list[int]:
@@ -132,17 +157,10 @@ def build_corpus(
     column = _choose_column(rows, column)
     rows = rows.shuffle(seed=seed)
     sample = rows[0][column] if len(rows) else None
+    while isinstance(sample, list) and sample and isinstance(sample[0], list):
+        sample = sample[0]  # a processor returns a batch of one
     if isinstance(sample, list) and sample and isinstance(sample[0], int):
-        blocks = [
-            torch.tensor(ids, dtype=torch.int64)
-            for ids in rows[: min(samples, len(rows))][column]
-            if ids
-        ]
-        if not blocks:
-            raise InputError(f"column {column!r} holds no token ids: nothing to measure")
-        # Equal lengths side by side make full batches; sums do not mind the order.
-        blocks.sort(key=len)
-        return Corpus(blocks, column, split, samples, None, ready_ids=True)
+        return _ready_corpus(rows.select(range(min(samples, len(rows)))), column, split, samples)
 
     if tokenizer is None:
         raise InputError(
@@ -168,6 +186,24 @@ def build_corpus(
     return Corpus(
         list(cut.view(count, sequence_length)), column, split, samples, template, ready_ids=False
     )
+
+
+def _ready_corpus(rows: Dataset, column: str, split: str | None, requested: int) -> Corpus:
+    """Use rows of token ids, and what stands beside them, as they are."""
+    beside = [name for name in MODEL_INPUTS if name in rows.column_names and name != column]
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for row in rows.select_columns([column, *beside]):
+        ids = torch.tensor(row[column] or [], dtype=torch.int64).flatten()
+        if len(ids):
+            extra = {name: torch.tensor(row[name]) for name in beside if row[name] is not None}
+            found.append((ids, extra))
+    if not found:
+        raise InputError(f"column {column!r} holds no token ids: nothing to measure")
+    # Equal lengths side by side make full batches; sums do not mind the order.
+    found.sort(key=lambda pair: len(pair[0]))
+    extras = [extra for _, extra in found] if any(extra for _, extra in found) else []
+    blocks = [ids for ids, _ in found]
+    return Corpus(blocks, column, split, requested, None, ready_ids=True, extras=extras)
 
 
 def _choose_column(rows: Dataset, column: str | None) -> str:

@@ -13,6 +13,7 @@ and at every layer what was recorded must equal what really arrives, bit for bit
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mergekit_arm.calibration.batches import Batch, Feeder, Span
 from mergekit_arm.calibration.batches import Call as CountedCall
@@ -28,6 +29,7 @@ from mergekit_arm.calibration.calls import Call, Form, NotWalkable
 from mergekit_arm.calibration.chain import Chain
 from mergekit_arm.calibration.collect import Collector, Site, without_logits
 from mergekit_arm.calibration.coverage import Coverage
+from mergekit_arm.calibration.discovery import discover
 from mergekit_arm.calibration.hidden import HiddenStates, Key
 from mergekit_arm.calibration.measure import (
     DISCOVERY_TOKENS,
@@ -40,7 +42,7 @@ from mergekit_arm.calibration.preflight import Cost, Preflight, free_disk, free_
 from mergekit_arm.calibration.progress import Snapshot
 from mergekit_arm.calibration.records import MeasuredSite, add_up
 from mergekit_arm.calibration.session import Session
-from mergekit_arm.calibration.sites import Reading, SitePlan, share_sites
+from mergekit_arm.calibration.sites import SitePlan
 from mergekit_arm.errors import first_line
 
 _LEADER = "leader"
@@ -149,10 +151,17 @@ class _Walk:
             size = chain.weights.load(chain.layer(index), inner=True)
         args, kwargs = call.fill(hidden)
         outputs: list[Any] = []
-        plans = share_sites(
-            self._readings(lambda name: name.startswith(f"{chain.layer(index)}.")),
+        layer = chain.model.get_submodule(chain.layer(index))
+        if index == 0:
+            self._check_sharing()
+        plans = self._discover(
+            layer,
+            lambda name: name.startswith(f"{chain.layer(index)}."),
             lambda: outputs.append(forward(*args, **kwargs)),
         )
+        if any(layer in plan.users for plan in plans):
+            # Its forward is called without it, where nothing can be observed.
+            raise NotWalkable(f"layer {index} multiplies weights itself")
         form = Form.of(outputs[0], hidden)
         if index == 0:
             chain.form = form
@@ -194,14 +203,18 @@ class _Walk:
     def _begin(self) -> None:
         """Record how the leader and every batch come to the layers."""
         called = self._chain.called()
-        before = {
-            name: reading
-            for name, reading in self._readings(lambda name: not self._chain.holds(name)).items()
-            if any(layer in called for layer in reading.layers)
-        }
-        self._before = set(before)
-        plans = share_sites(
-            before, lambda: self._leader_calls.extend(self._chain.record(self._leader)[0])
+        plan = self._coverage.plan
+        self._before = set()
+        for name, parameter in plan.parameters.items():
+            # A tied embedding is read where the head is.
+            known = plan.readings.get(name)
+            layers = known.layers if known else [holder for holder, _ in parameter.holders]
+            if not self._chain.holds(name) and not called.isdisjoint(layers):
+                self._before.add(name)
+        plans = self._discover(
+            self._chain.model,
+            self._before.__contains__,
+            lambda: self._leader_calls.extend(self._chain.record(self._leader)[0]),
         )
         sites = plan_sites(self._chain.model, plans, self._session.options)
         with Collector(sites if self._finished == 0 else []) as collector:
@@ -287,8 +300,9 @@ class _Walk:
         if not self._followers:
             self._begin()
         chain.blank_embeddings()
-        plans = share_sites(
-            self._readings(lambda name: not chain.holds(name) and name not in self._before),
+        plans = self._discover(
+            chain.model,
+            lambda name: not chain.holds(name) and name not in self._before,
             lambda: chain.leave(self._leader, arriving, lambda: None),
         )
         sites = self._sites(plans)
@@ -324,9 +338,28 @@ class _Walk:
             self._snapshot.restore(sites)
         return sites
 
-    def _readings(self, wanted: Callable[[str], bool]) -> dict[str, Reading]:
-        names = [name for name in self._coverage.read_parameters if wanted(name)]
-        return {name: self._coverage.readings[name] for name in names}
+    def _discover(
+        self, module: nn.Module, wanted: Callable[[str], bool], forward: Callable[[], None]
+    ) -> list[SitePlan]:
+        """Find the inputs of the ``wanted`` parameters in a pass of the leader."""
+        discover(module, self._coverage.plan, forward, wanted)
+        return self._coverage.plan.sites(list(filter(wanted, self._coverage.read_parameters)))
+
+    def _check_sharing(self) -> None:
+        """Refuse a model whose layers share weights: their inputs would be seen in one only.
+
+        Raises:
+            NotWalkable: it is one.
+        """
+        chain = self._chain
+        layers: dict[nn.Module, set[int]] = defaultdict(set)
+        for index in range(len(chain)):
+            for module in chain.model.get_submodule(chain.layer(index)).modules():
+                layers[module].add(index)
+        for parameter in self._coverage.plan.parameters.values():
+            places = {index for holder, _ in parameter.holders for index in layers[holder] or {-1}}
+            if len(places) > 1:
+                raise NotWalkable(f"{parameter.name} belongs to several layers")
 
     def _resume(self) -> None:
         self._snapshot = self._session.resume()
@@ -334,6 +367,7 @@ class _Walk:
             self._hidden.adopt([])
             return
         position = self._snapshot.position
+        self._coverage.plan.recall(position["plan"])
         self._stage = self._start = position["stage"]
         self._done = position["done"]
         self._chain.form = Form(**position["form"])
@@ -349,6 +383,7 @@ class _Walk:
             "spans": [[f.span.first, f.span.count] for f in self._followers],
             "limit": self._feeder.limit,
             "hidden": self._needed(),
+            "plan": self._coverage.plan.discovered(),
         }
 
     def persist(self) -> None:

@@ -10,12 +10,15 @@ from transformers import PreTrainedModel
 
 from mergekit_arm.calibration.batches import Batch, Feeder, Span, plan_spans
 from mergekit_arm.calibration.collect import Collector, Site, Statistic, without_logits
+from mergekit_arm.calibration.corpus import Corpus
 from mergekit_arm.calibration.coverage import Coverage
+from mergekit_arm.calibration.discovery import discover
+from mergekit_arm.calibration.model import model_arguments
 from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.calibration.preflight import Cost, Preflight, free_disk, free_memory
 from mergekit_arm.calibration.records import site_name
 from mergekit_arm.calibration.session import Session
-from mergekit_arm.calibration.sites import SitePlan, share_sites
+from mergekit_arm.calibration.sites import ReadingPlan, SitePlan
 from mergekit_arm.statistics.observers import Importance
 from mergekit_arm.statistics.subspace import Subspace
 
@@ -36,12 +39,10 @@ def measure(
     """
     corpus, options = session.corpus, session.options
     spans = spans_of(session, TOKENS_PER_BATCH)
-    first = corpus.blocks[0][None, :DISCOVERY_TOKENS].to(device)
     with without_logits(model), torch.inference_mode():
-        plans = share_sites(
-            {name: coverage.readings[name] for name in coverage.read_parameters},
-            lambda: model(input_ids=first) and None,
-        )
+        explore(model, coverage.plan, corpus, device)
+        coverage.settle()
+        plans = coverage.plan.sites(coverage.read_parameters)
         sites = plan_sites(model, plans, options)
         feeder = Feeder(corpus, session.sample, session.reports.say)
         start = 0
@@ -53,7 +54,8 @@ def measure(
 
             def forward(batch: Batch) -> None:
                 collector.batch = batch
-                model(input_ids=batch.ids.to(device))
+                extra = corpus.extra(batch.span.first)
+                model(**model_arguments(model, batch.ids.to(device), extra))
                 collector.check()
 
             for number, span in enumerate(spans[start:], start):
@@ -70,6 +72,22 @@ def measure(
         return sites
 
 
+def explore(
+    model: PreTrainedModel, plan: ReadingPlan, corpus: Corpus, device: torch.device
+) -> None:
+    """Find out with a few tokens where the input of every weight can be seen.
+
+    Raises:
+        InputError: this model cannot be measured.
+    """
+    # A row with images shows what reads images; it cannot be cut.
+    row = max(range(len(corpus.blocks)), key=lambda block: len(corpus.extra(block)))
+    extra = corpus.extra(row)
+    ids = corpus.blocks[row] if extra else corpus.blocks[row][:DISCOVERY_TOKENS]
+    arguments = model_arguments(model, ids[None].to(device), extra)
+    discover(model, plan, lambda: model(**arguments) and None)
+
+
 def spans_of(session: Session, tokens_at_once: int) -> list[Span]:
     """Return this process's batches: of ``--batch-size`` blocks, or of about so many tokens."""
     corpus, job = session.corpus, session.job
@@ -78,7 +96,8 @@ def spans_of(session: Session, tokens_at_once: int) -> list[Span]:
     fair = -(-len(corpus.blocks) // job.processes)
     return plan_spans(
         corpus.lengths,
-        session.options.batch_size or min(by_tokens, fair),
+        # What has images or audio beside it comes one by one.
+        1 if corpus.extras else session.options.batch_size or min(by_tokens, fair),
         process=job.process,
         processes=job.processes,
     )
@@ -123,7 +142,8 @@ def plan_sites(
 ) -> list[Site]:
     """Decide what is measured at each site.
 
-    Subspaces only where a matrix other than the output head reads: nothing else is rotated.
+    Subspaces only where a matrix other than the output head reads: nothing else is rotated. Nor
+    are experts: their sketches would be a hundred times those of the rest of the model.
     """
     every = {
         "importance": Statistic(Importance),
@@ -142,7 +162,7 @@ def plan_sites(
     head = model.get_output_embeddings()
     sites = []
     for plan in plans:
-        rotated = any(
+        rotated = plan.experts is None and any(
             reading.matrix and not any(layer is head for layer in reading.layers)
             for reading in plan.readings
         )
@@ -151,5 +171,8 @@ def plan_sites(
             for name in options.statistics
             if rotated or not every[name].matrices_only
         }
-        sites.append(Site(site_name(plan), plan, chosen))
+        if plan.experts is None:
+            sites.append(Site(site_name(plan), plan, chosen))
+        for expert in range(plan.experts or 0):
+            sites.append(Site(f"{site_name(plan)}[{expert}]", plan, chosen, expert))
     return sites

@@ -13,10 +13,11 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import HFValidationError
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, get_auto_cls
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
 
 from mergekit_arm.errors import InputError, first_line
 
@@ -78,6 +79,11 @@ def find_model(
                 f"{reference} is quantised, and mergekit merges no quantised weights; "
                 "calibrate the full-precision model it was made from"
             )
+        if len(config.architectures or ()) != 1:
+            raise InputError(
+                f"model {reference}: config.json must name one architecture, it has "
+                f"{config.architectures}; mergekit asks for the same"
+            )
         yield Source(reference, merged.model.path, merged.model.revision, config, trust_remote_code)
 
 
@@ -137,32 +143,97 @@ def load_model(
     Holds all weights in ``dtype`` on ``device``, or where ``placement`` puts them.
 
     Raises:
-        InputError: transformers cannot load it as a causal language model, or only with random
-            numbers for weights that the checkpoint lacks.
+        InputError: transformers cannot load it, or only with random numbers
+            for weights that the checkpoint lacks.
     """
+    loader = model_class(source)
+    remote = {"trust_remote_code": True} if source.trust_remote_code else {}
+    model: PreTrainedModel
     try:
-        model: PreTrainedModel
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = loader.from_pretrained(
             source.name,
             revision=source.revision,
             config=source.config,
-            trust_remote_code=source.trust_remote_code,
             dtype=dtype,
             output_loading_info=True,
+            **remote,
             **(placement or {}),
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(_unloadable(source.reference, error)) from error
     # A head that the checkpoint lacks changes nothing that is measured.
-    absent = [k for k in report["missing_keys"] if k.startswith(f"{model.base_model_prefix}.")]
+    absent = [key for key in report["missing_keys"] if not _of_the_head(model, key)]
     if absent:
         raise InputError(
             f"model {source.reference} lacks {len(absent)} weights of a {type(model).__name__}, "
             f"first {min(absent)}; transformers would make them up: complete the checkpoint"
         )
-    model.config.use_cache = False
-    model = model.eval().requires_grad_(False)
+    model = prepare(model)
     return model if placement else model.to(device)
+
+
+def _of_the_head(model: PreTrainedModel, parameter: str) -> bool:
+    base = model.base_model_prefix
+    return model.base_model is not model and not parameter.startswith(f"{base}.")
+
+
+def prepare(model: PreTrainedModel) -> PreTrainedModel:
+    """Set a model up for forward passes whose every product can be seen."""
+    model.config.use_cache = False
+    if any(hasattr(module, "is_transposed") for module in model.modules()):
+        # Fused kernels hide which token goes to which expert; written out, every product shows.
+        model.set_experts_implementation("eager")
+    return model.eval().requires_grad_(False)
+
+
+def model_class(source: Source) -> Any:
+    """Return the class that ``config.json`` names, or transformers' choice for remote code."""
+    architecture = source.config.architectures[0]
+    named = getattr(transformers, architecture, None)
+    # mergekit's choice of an automatic class is a guess where the name is unusual.
+    if named is not None and named.config_class is type(source.config):
+        return named
+    return get_auto_cls(architecture)
+
+
+def model_arguments(
+    model: PreTrainedModel, ids: Tensor, extra: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Return what ``model`` is called with for token ids (sequences, length), on their device.
+
+    An encoder–decoder reads the first half of every sequence in its encoder, and its decoder
+    the second: text that continues what the encoder has read. ``extra`` holds images or audio
+    as the model's processor made them, and may hold ``decoder_input_ids``.
+
+    Raises:
+        InputError: the model needs something that the data has not.
+    """
+    given = {
+        name: value.to(ids.device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in extra.items()
+    }
+    if model.main_input_name not in ("input_ids", *given):
+        raise InputError(
+            f"{type(model).__name__} reads {model.main_input_name}, and the data has none: give "
+            f"rows with the columns {model.main_input_name} and input_ids, made by its processor"
+        )
+    if not model.config.is_encoder_decoder:
+        multiple_choice = type(model).__name__.endswith("ForMultipleChoice")
+        return {"input_ids": ids[:, None] if multiple_choice else ids, **given}
+    if model.main_input_name != "input_ids":
+        return {"decoder_input_ids": ids, **given}
+    if "decoder_input_ids" in given:
+        return {"input_ids": ids, **given}
+    half = ids.shape[1] // 2
+    if half == 0:
+        raise InputError("an encoder–decoder model needs sequences of at least two tokens")
+    start = model.config.decoder_start_token_id
+    first = ids.new_full((len(ids), 1), start if start is not None else model.config.pad_token_id)
+    return {
+        "input_ids": ids[:, :half],
+        "decoder_input_ids": torch.cat([first, ids[:, half:-1]], dim=1),
+        **given,
+    }
 
 
 def open_checkpoint(source: Source) -> LazyTensorLoader:

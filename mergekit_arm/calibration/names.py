@@ -7,7 +7,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 
 @dataclass(frozen=True)
@@ -17,8 +22,14 @@ class CheckpointTensor:
     name: str
     parameter: str | None
     """Name in the loaded model; None where transformers does not load it."""
-    converted: bool
-    """True where it became a part of ``parameter`` (fused experts, …)."""
+    converter: WeightConverter | None = None
+    """What made it a part of ``parameter`` (fused experts, …), where it was not only renamed."""
+    pattern: str = ""
+    """Which of the converter's sources it is."""
+
+    @property
+    def converted(self) -> bool:
+        return self.converter is not None
 
 
 def map_checkpoint(model: PreTrainedModel, names: list[str]) -> list[CheckpointTensor]:
@@ -32,13 +43,18 @@ def map_checkpoint(model: PreTrainedModel, names: list[str]) -> list[CheckpointT
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     state: dict[str, torch.Tensor] = model.state_dict()
     parameters = set(state) | {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    by_pattern = {p: converter for converter in converters for p in converter.source_patterns}
+    prefix = model.base_model_prefix
     found = []
-    for name in names:
-        target, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, state
-        )
+    # In the order in which transformers loads them: some renamings depend on it.
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in parameters and name in parameters:
-            target, pattern = name, None
-        known = target in parameters
-        found.append(CheckpointTensor(name, target if known else None, pattern is not None))
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target not in parameters:
+            found.append(CheckpointTensor(name, None))
+        elif pattern is None:
+            found.append(CheckpointTensor(name, target))
+        else:
+            found.append(CheckpointTensor(name, target, by_pattern[pattern], pattern))
     return found

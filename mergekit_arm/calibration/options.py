@@ -37,6 +37,7 @@ class CalibrationOptions:
     subspace_tokens: int = 16384
     skip_first: int = 0
     keep_sketch: bool = False
+    min_expert_tokens: int = 32
     low_memory: bool = False
     activation_budget: str = "auto"
     save_every: str = "5m"

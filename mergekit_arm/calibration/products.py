@@ -66,7 +66,7 @@ class _View:
     expert: int | None
 
 
-class ProductMode(TorchDispatchMode):
+class ProductMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch is
     """While active, hand every product with one of ``parameters`` to ``observe``.
 
     Args:
@@ -82,7 +82,7 @@ class ProductMode(TorchDispatchMode):
         observe: Callable[[Product], None],
         lost: Callable[[str], None],
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch is
         self._parameters = parameters
         self._observe = observe
         self._lost = lost
@@ -180,9 +180,7 @@ def _view(tensor: Tensor, memory: _Memory) -> _View | None:
     return _View(memory.parameter, tuple(axes), tuple(whole), memory.rank, expert)
 
 
-def _split(
-    view: _View, x: Tensor, offsets: Tensor | None
-) -> Iterator[tuple[int | None, Tensor]]:
+def _split(view: _View, x: Tensor, offsets: Tensor | None) -> Iterator[tuple[int | None, Tensor]]:
     """Yield each expert that took part and its rows: (tokens, in)."""
     many = view.rank == 3 and view.expert is None
     if not many:

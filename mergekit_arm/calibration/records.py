@@ -16,6 +16,7 @@ from mergekit_arm.calibration.coverage import Coverage
 from mergekit_arm.calibration.job import Job
 from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.calibration.sites import SitePlan
+from mergekit_arm.errors import InputError
 from mergekit_arm.statistics.format import (
     NEVER_USED,
     DataRecord,
@@ -43,15 +44,6 @@ class MeasuredSite:
     """By key, without the site's name."""
 
 
-def finish_site(site: Site, *, subspaces: bool) -> MeasuredSite:
-    """Turn the sums of a site that has seen tokens into what is stored."""
-    tensors: dict[str, Tensor] = {}
-    for observer in site.observers.values():
-        tensors |= observer.finish()
-    parameters = [reading.parameter for reading in site.plan.readings]
-    return MeasuredSite(site.name, parameters, _site_record(site, tensors, subspaces), tensors)
-
-
 def add_up(
     sites: Iterable[Site], job: Job, device: torch.device, *, subspaces: bool
 ) -> list[MeasuredSite]:
@@ -60,56 +52,103 @@ def add_up(
     Sites that no process saw an input of are left out. The sums of this process stay what they
     are: should another die now, they are what must be saved.
     """
-    measured = []
+    shares: dict[int, list[Site]] = {}
     for site in sites:
         if job.processes > 1:
             site.prepare(device)
-            own, site = site, Site(site.name, site.plan, site.statistics)
+            own, site = site, Site(site.name, site.plan, site.statistics, site.expert)
             site.load_state({k: job.total(v.to(device)) for k, v in own.state().items()})
-        if site.tokens and job.main:
-            site.prepare(device)
-            measured.append(finish_site(site, subspaces=subspaces))
-    return measured
+        shares.setdefault(id(site.plan), []).append(site)
+    return [
+        finish_site(group, device, subspaces=subspaces)
+        for group in shares.values()
+        if job.main and any(site.tokens for site in group)
+    ]
 
 
-def collect_results(
-    coverage: Coverage, measured: Iterable[MeasuredSite]
-) -> tuple[dict[str, WeightRecord], dict[str, SiteRecord], Mapping[str, Tensor]]:
-    """Return the records of all weights and sites, and the tensors to store."""
+def finish_site(shares: list[Site], device: torch.device, *, subspaces: bool) -> MeasuredSite:
+    """Turn sums into what is stored: of one input, or stacked, of one for each expert."""
+    finished: list[dict[str, Tensor]] = []
+    for share in shares:
+        share.prepare(device)
+        one: dict[str, Tensor] = {}
+        for observer in share.observers.values():
+            one |= observer.finish()
+        finished.append(one)
+    plan, tensors = shares[0].plan, finished[0]
+    if plan.experts is not None:
+        tensors = {key: torch.stack([one[key] for one in finished]) for key in tensors}
+    parameters = [reading.parameter for reading in plan.readings]
+    record = _site_record(shares, tensors, subspaces)
+    return MeasuredSite(site_name(plan), parameters, record, tensors)
+
+
+@dataclass(frozen=True)
+class Results:
+    """The records of a run, and the tensors to store."""
+
+    weights: dict[str, WeightRecord]
+    converted: dict[str, WeightRecord]
+    aliases: dict[str, str]
+    sites: dict[str, SiteRecord]
+    tensors: dict[str, Tensor]
+
+
+def collect_results(coverage: Coverage, measured: Iterable[MeasuredSite]) -> Results:
+    """Return the records of all weights and sites, and the tensors to store.
+
+    Raises:
+        InputError: a tensor of the checkpoint was split into weights that read unlike inputs.
+    """
     measured = list(measured)
-    site_of = {parameter: site for site in measured for parameter in site.parameters}
-    weights: dict[str, WeightRecord] = {}
-    for row, weight in enumerate(coverage.weights):
-        site = site_of.get(weight.parameter) if weight.parameter else None
-        reading = coverage.readings.get(weight.parameter) if weight.parameter else None
-        weights[weight.name] = WeightRecord(
+    site_of = {parameter: site.name for site in measured for parameter in site.parameters}
+    records: dict[str, WeightRecord] = {}
+    for row, weight in enumerate((*coverage.weights, *coverage.converted)):
+        site = None
+        if weight.reason is None:
+            found = {site_of.get(part.parameter) for part in weight.parts}
+            if len(found) > 1:
+                parameters = " and ".join(part.parameter for part in weight.parts)
+                raise InputError(
+                    f"{weight.name} is split into {parameters}, which read unlike inputs: this "
+                    "architecture is not supported"
+                )
+            site = found.pop()
+        records[weight.name] = WeightRecord(
             shape=list(weight.shape),
             dtype=weight.dtype,
             probe=row,
-            site=site.name if site else None,
-            input_axis=reading.input_axis if site and reading else None,
+            site=site,
+            input_axis=weight.input_axis if site else None,
+            row=weight.row if site else None,
             reason=None if site else weight.reason or NEVER_USED,
         )
-    tensors = {PROBES: coverage.probes}
-    for site in measured:
-        tensors |= {f"{site.name}.{key}": value for key, value in site.tensors.items()}
-    return weights, {site.name: site.record for site in measured}, tensors
+    tensors: dict[str, Tensor] = {PROBES: coverage.probes}
+    for one in measured:
+        tensors |= {f"{one.name}.{key}": value for key, value in one.tensors.items()}
+    return Results(
+        weights={weight.name: records[weight.name] for weight in coverage.weights},
+        converted={weight.name: records[weight.name] for weight in coverage.converted},
+        aliases=dict(sorted(coverage.aliases.items())),
+        sites={one.name: one.record for one in measured},
+        tensors=tensors,
+    )
 
 
-def _site_record(site: Site, finished: Mapping[str, Tensor], subspaces: bool) -> SiteRecord:
+def _site_record(shares: list[Site], finished: Mapping[str, Tensor], subspaces: bool) -> SiteRecord:
+    plan = shares[0].plan
+    tokens = shares[0].tokens if plan.experts is None else [share.tokens for share in shares]
     if "basis" in finished:
         energy = float(finished["eigenvalues"].double().sum() / finished["trace"])
         return SiteRecord(
-            width=site.plan.width,
-            tokens=site.tokens,
+            width=plan.width,
+            tokens=tokens,
             subspace=finished["basis"].shape[1],
             energy=round(min(energy, 1.0), 6) if energy == energy else None,
         )
-    matrix = any(reading.matrix for reading in site.plan.readings)
-    reason = "output head" if matrix else "norms only"
-    return SiteRecord(
-        width=site.plan.width, tokens=site.tokens, no_subspace=reason if subspaces else None
-    )
+    matrix = any(reading.matrix for reading in plan.readings)
+    reason = "norms only" if not matrix else "output head" if plan.experts is None else "experts"
+    return SiteRecord(width=plan.width, tokens=tokens, no_subspace=reason if subspaces else None)
 
 
 def data_record(
@@ -140,6 +179,7 @@ def settings_record(
         statistics=list(options.statistics),
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
+        min_expert_tokens=options.min_expert_tokens,
         rank=options.rank if subspace else None,
         energy=options.energy if subspace else None,
         subspace_tokens=options.subspace_tokens if subspace else None,

@@ -18,6 +18,7 @@ from mergekit_arm.calibration.corpus import Corpus, build_corpus, load_rows
 from mergekit_arm.calibration.coverage import Coverage, cover_checkpoint
 from mergekit_arm.calibration.job import Job
 from mergekit_arm.calibration.layerwise import measure_by_layer
+from mergekit_arm.calibration.layouts import add_asked_names
 from mergekit_arm.calibration.measure import measure
 from mergekit_arm.calibration.model import (
     Source,
@@ -143,6 +144,7 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
                 placement = spread(options.device_map, stack, out)
             model = load_model(source, device, dtype, placement)
         coverage = cover_checkpoint(model, checkpoint, plan_readings(model))
+        add_asked_names(coverage, model, checkpoint, source.config)
         data = data_record(options, corpus, tokenizer)
         settings = settings_record(options, device, dtype)
         facts = fingerprint(data, settings, coverage.content_hash())
@@ -159,7 +161,7 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
         saved.check(options.force)
         session = Session(options, corpus, job, saved, reports)
         try:
-            measured = _measure(
+            coverage, measured = _measure(
                 session, source, model, checkpoint, coverage, device, dtype, stack, budget
             )
         except (NotFinite, DryRun):
@@ -167,7 +169,7 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
             raise
         result = None
         if job.main:
-            weights, site_records, tensors = collect_results(coverage, measured)
+            results = collect_results(coverage, measured)
             metadata = Metadata(
                 model=ModelRecord(
                     reference=options.model,
@@ -178,11 +180,13 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
                 data=data,
                 settings=settings,
                 versions={package: version(package) for package in _RECORDED_VERSIONS},
-                sites=site_records,
-                weights=weights,
+                sites=results.sites,
+                weights=results.weights,
+                converted=results.converted,
+                aliases=results.aliases,
             )
             card = statistics_card(metadata, out.name)
-            write_statistics(out, metadata, tensors, card, force=options.force)
+            write_statistics(out, metadata, results.tensors, card, force=options.force)
             result = CalibrationResult(out, metadata, corpus.requested, session.seconds)
         job.wait("written")
         saved.discard()
@@ -199,17 +203,24 @@ def _measure(
     dtype: torch.dtype,
     stack: ExitStack,
     budget: int | None,
-) -> list[MeasuredSite]:
-    """Measure in the way that the options ask for; return the sites on the first process."""
+) -> tuple[Coverage, list[MeasuredSite]]:
+    """Measure in the way that the options ask for.
+
+    Returns the coverage, settled, and the sites on the first process.
+    """
     options, job = session.options, session.job
     earlier = session.progress.position()
     if options.low_memory and (earlier is None or "stage" in earlier):
         if budget is None:
             budget = max(_SMALLEST_BUDGET, checkpoint.bytes_on_disk() // 25)
         try:
+            if session.corpus.extras:
+                raise NotWalkable("the data has images or audio beside the text")
             weights = LayerWeights(model, checkpoint, device, dtype)
             chain = Chain(model, weights, device)
-            return measure_by_layer(chain, coverage, device, session, budget=budget)
+            measured = measure_by_layer(chain, coverage, device, session, budget=budget)
+            coverage.settle()
+            return coverage, measured
         except NotWalkable as reason:
             session.reports.say(
                 f"{type(model).__name__} cannot be walked layer by layer: {reason}. Its weights "
@@ -221,10 +232,12 @@ def _measure(
         placement = offload(device, stack, Path(options.out))
         model = load_model(source, device, dtype, placement)
         coverage = cover_checkpoint(model, checkpoint, plan_readings(model))
+        add_asked_names(coverage, model, checkpoint, source.config)
     sites = measure(model, coverage, device, session)
     session.wait("measured", {}, sites)
     with torch.inference_mode():
-        return add_up(sites, job, device, subspaces="subspace" in options.statistics)
+        subspaces = "subspace" in options.statistics
+        return coverage, add_up(sites, job, device, subspaces=subspaces)
 
 
 def _read_corpus(options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase | None) -> Corpus:

@@ -14,14 +14,14 @@ from accelerate import init_empty_weights
 from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from mergekit_arm.calibration.calls import NotWalkable
-from mergekit_arm.calibration.model import Source
+from mergekit_arm.calibration.model import Source, model_class, prepare
 from mergekit_arm.calibration.names import map_checkpoint
 from mergekit_arm.errors import InputError, first_line
 
@@ -216,11 +216,15 @@ def empty_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """
     try:
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                source.config, dtype=dtype, trust_remote_code=source.trust_remote_code
+            loader = model_class(source)
+            model: PreTrainedModel = (
+                loader._from_config(source.config, dtype=dtype)
+                if issubclass(loader, PreTrainedModel)
+                else loader.from_config(
+                    source.config, dtype=dtype, trust_remote_code=source.trust_remote_code
+                )
             )
     except (ValueError, KeyError, ImportError, OSError) as error:
         raise InputError(f"model {source.reference}: {first_line(error)}") from error
     model.tie_weights()  # what was tied has become separate on the way
-    model.config.use_cache = False
-    return model.eval().requires_grad_(False)
+    return prepare(model)

@@ -87,6 +87,11 @@ def _checked(parse: Callable[[str], object]) -> Callable[..., str]:
     help="Leave each sequence's first tokens out of subspaces.",
 )
 @_option("keep_sketch", help="Store subspace sketches too, so that directories can be combined.")
+@_option(
+    "min_expert_tokens",
+    type=click.IntRange(0),
+    help="Experts that saw fewer tokens are left as merged.",
+)
 @_option("device", help="auto, cpu, cuda, cuda:1, mps, …")
 @_option(
     "dtype",

@@ -33,7 +33,7 @@ from mergekit_arm.methods.parameters import (
     parameter_type,
     statistics_reference,
 )
-from mergekit_arm.methods.planning import Remembered, check_planned
+from mergekit_arm.methods.planning import Plan, Remembered, check_planned
 from mergekit_arm.statistics.format import LEFT_AS_MERGED
 from mergekit_arm.statistics.reader import open_statistics
 
@@ -75,7 +75,7 @@ def relax(
     gain = gain.reshape(shape)
     # lerp is exact at both ends: a gain of 1 is the merged weight, a gain of 0 the base's.
     if merged.dtype == dtype:
-        return torch.lerp(base, merged, gain)
+        return torch.lerp(base.to(dtype), merged, gain)
     result = torch.empty_like(merged)
     rows = max(1, _CHUNK_ELEMENTS * merged.shape[0] // max(merged.numel(), 1))
     for start in range(0, merged.shape[0], rows):
@@ -99,6 +99,7 @@ class ActivationInformedMerge(GroupMergeMethod):  # type: ignore[misc]  # mergek
         self.inner = inner
         self._takes_base = inner.spec.contract.base in (BasePolicy.REQUIRED, BasePolicy.OPTIONAL)
         self._remembered = Remembered()
+        self._plan = Plan()
         title = inner.spec.pretty_name or inner.spec.name
         self.spec = MergeMethodSpec(
             name=name or f"{PREFIX}_{inner.spec.name}",
@@ -118,6 +119,7 @@ class ActivationInformedMerge(GroupMergeMethod):  # type: ignore[misc]  # mergek
         if self._takes_base:
             # A wrapped method of ours looks at its own statistics while mergekit plans.
             self.inner.validate_inputs(input_ids, base_id, group_name=group_name)
+        self._plan.note(group_name)
         planned = self._remembered.take()
         if planned.get("omega", [1.0])[-1] != 1.0 and "activation_stats" in planned:
             statistics = open_statistics(planned["activation_stats"][-1])
@@ -157,11 +159,16 @@ class ActivationInformedMerge(GroupMergeMethod):  # type: ignore[misc]  # mergek
         importance: str,
     ) -> Tensor:
         statistics = open_statistics(reference)
+        output = group.metadata.name or ""
         name, record = statistics.find(
-            group.metadata.name or "", base, permuted=group.metadata.vocabulary_axis is not None
+            output,
+            base,
+            permuted=group.metadata.vocabulary_axis is not None,
+            renumbered=self._plan.renumbers(output, statistics),
         )
         if record.site is None:
-            if record.reason in LEFT_AS_MERGED:
+            # Nothing to relax where the merge is the base, as for stored rotary frequencies.
+            if record.reason in LEFT_AS_MERGED or torch.equal(merged, base.to(merged.dtype)):
                 return merged
             raise InputError(
                 f"{name}: activation_stats {reference} have no statistics for it "

@@ -8,14 +8,18 @@ the first tensor is read or written.
 
 from __future__ import annotations
 
+import re
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 
-from mergekit_arm.statistics.reader import Statistics
+from mergekit_arm.statistics.reader import Statistics, without_numbers
+
+_SLICE = re.compile(r"(.*)\.slices\[(\d+)\]")
 
 
 class Remembered(threading.local):
@@ -41,6 +45,44 @@ class Remembered(threading.local):
         """
         values, self._values = self._values, {}
         return values
+
+
+class Plan:
+    """What mergekit says of a merge while it plans it: how many slices, which output tensors.
+
+    A method sees output names only. They are the base's own unless slices renumber its layers;
+    this tells the two apart. Shared by all threads, since planning and execution may run in
+    different ones.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._slices: dict[str, int] = {}
+        self._outputs: dict[str, set[str]] = defaultdict(set)
+
+    def note(self, group_name: str | None) -> None:
+        """Take in the name with which mergekit asks to validate a group of inputs."""
+        found = _SLICE.fullmatch(group_name or "")
+        with self._lock:
+            if group_name is None or (found and self._outputs):
+                # The first call of another merge.
+                self._slices.clear()
+                self._outputs.clear()
+            if found:
+                self._slices[found[1]] = int(found[2]) + 1
+            elif group_name is not None:
+                self._outputs[without_numbers(group_name)].add(group_name)
+
+    def renumbers(self, name: str, statistics: Statistics) -> bool:
+        """Say whether the output tensor ``name`` may stand for another layer of the base.
+
+        Not where one slice fills every layer that was measured: then each is itself.
+        """
+        if not self._slices:
+            return False
+        role = without_numbers(name)
+        whole = len(self._outputs[role]) == statistics.roles[role]
+        return max(self._slices.values()) > 1 or not whole
 
 
 def check_planned(

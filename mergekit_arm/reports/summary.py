@@ -9,6 +9,8 @@ from rich.table import Table
 
 from mergekit_arm.statistics.format import Metadata
 
+_STARVED_SHOWN = 5
+
 
 def calibration_summary(
     metadata: Metadata, out: Path, requested_sequences: int, seconds: float
@@ -27,5 +29,26 @@ def calibration_summary(
     table.add_row("measured", f"{measured} weights at {len(metadata.sites)} inputs")
     for reason, count in sorted(reasons.items()):
         table.add_row("not measured", f"{count} weights: {reason}")
+    table.add_row("coverage", f"{measured + reasons.total()} of {len(metadata.weights)} weights")
+    if experts := metadata.experts():
+        counts = sorted(experts.values())
+        middle = counts[len(counts) // 2]
+        table.add_row(
+            "experts",
+            f"{len(experts)}, tokens seen: least {counts[0]:,}, median {middle:,}, "
+            f"most {counts[-1]:,}",
+        )
+        few = metadata.settings.min_expert_tokens
+        starved = {name: tokens for name, tokens in experts.items() if tokens < few}
+        if starved:
+            least = sorted(starved.items(), key=lambda item: item[1])[:_STARVED_SHOWN]
+            names = ", ".join(f"{name} ({tokens:,})" for name, tokens in least)
+            more = ", …" if len(starved) > len(least) else ""
+            table.add_row(
+                "starved",
+                f"{len(starved)} experts saw fewer than {few} tokens and will be left as merged: "
+                f"{names}{more}",
+                style="yellow",
+            )
     table.add_row("written", f"{out} ({size / 1e6:.1f} MB)")
     return table

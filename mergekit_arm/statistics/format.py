@@ -9,10 +9,14 @@ METADATA_FILE = "activation_stats.json"
 
 EMBEDDING = "embedding"
 BIAS = "bias"
+CONVOLUTION = "convolution kernel"
+ELEMENTWISE = "no matrix: acts on each element"
+BUFFER = "buffer: not trained"
+NOT_FLOATING = "no floating-point tensor"
 NEVER_USED = "never used on this data"
 NOT_LOADED = "not a parameter of the model that transformers loads"
 
-LEFT_AS_MERGED = frozenset({EMBEDDING, BIAS})
+LEFT_AS_MERGED = frozenset({EMBEDDING, BIAS, CONVOLUTION, ELEMENTWISE, BUFFER, NOT_FLOATING})
 """Reasons that are part of the methods' definition; any other needs the user's consent."""
 
 
@@ -59,6 +63,7 @@ class SettingsRecord(_Strict):
     dtype: str
     device: str
     min_expert_tokens: int = 0
+    """Experts that saw fewer tokens are left as merged."""
     rank: int | None = None
     energy: float | None = None
     subspace_tokens: int | None = None
@@ -104,3 +109,21 @@ class Metadata(_Strict):
     versions: dict[str, str]
     sites: dict[str, SiteRecord] = Field(min_length=1)
     weights: dict[str, WeightRecord] = Field(min_length=1)
+    """Every floating-point tensor of the checkpoint."""
+    converted: dict[str, WeightRecord] = {}
+    """Tensors that transformers and mergekit make from several of ``weights``: fused experts."""
+    aliases: dict[str, str] = {}
+    """Other names by which a merge may ask for one of the above."""
+
+    def experts(self) -> dict[str, int]:
+        """Return the tokens that every expert of the model saw, by the expert's name."""
+        found: dict[str, int] = {}
+        stacked = {w.site for w in self.weights.values() if w.row is not None or len(w.shape) == 3}
+        for name, site in self.sites.items():
+            if name in stacked and isinstance(site.tokens, list):
+                module = name.rpartition(".")[0]
+                one = len(site.tokens) == 1
+                for index, tokens in enumerate(site.tokens):
+                    expert = module if one else f"{module}[{index}]"
+                    found[expert] = min(tokens, found.get(expert, tokens))
+        return found

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 import huggingface_hub.errors
@@ -22,6 +24,8 @@ from mergekit_arm.statistics.format import FORMAT_VERSION, METADATA_FILE, Metada
 from mergekit_arm.statistics.probe import probe_matches, probe_variants, take_probe
 from mergekit_arm.statistics.store import PROBES
 from mergekit_arm.statistics.subspace import columns_for_energy, orthonormal
+
+LOG = logging.getLogger(__name__)
 
 
 class Statistics:
@@ -62,36 +66,59 @@ class Statistics:
                 f"first {absent[0]}; copy or measure it again"
             )
         self._names = stored
+        self.weights: Mapping[str, WeightRecord] = {
+            **self.metadata.weights,
+            **self.metadata.converted,
+        }
+        """Every tensor that can be found: the checkpoint's and those made from them."""
+        names = {*self.weights, *self.metadata.aliases}
+        self.roles = Counter(without_numbers(name) for name in names)
+        """How many tensors a merge may ask for whose names differ in their numbers only."""
         self._by_probe: dict[torch.dtype, dict[bytes, list[str]]] = {}
         self._lock = threading.Lock()
+        self._warned: set[str] = set()
         self._last = threading.local()
 
     def find(
-        self, name: str, tensor: Tensor, *, permuted: bool = False
+        self, name: str, tensor: Tensor, *, permuted: bool = False, renumbered: bool = False
     ) -> tuple[str, WeightRecord]:
         """Return the name and record of the measured weight that ``tensor`` holds.
 
         The name decides where name and probe agree. Where they do not, as after ``slices``
         have shifted layer numbers, the probe finds the weight under the name it was measured
-        by. ``permuted`` tensors (a vocabulary axis that mergekit may have reordered) are
-        found by name only.
+        by.
+
+        Args:
+            name: of the output tensor.
+            tensor: the model's own, in any dtype.
+            permuted: it has a vocabulary axis that mergekit may have reordered; then the name
+                alone decides.
+            renumbered: slices may have given layers other numbers; then a name does not tell
+                apart weights that hold the same values in several layers.
 
         Raises:
             InputError: no measured weight fits; the message says why.
         """
-        weights = self.metadata.weights
+        weights = self.weights
+        name = self.metadata.aliases.get(name, name)
         record = weights.get(name)
         if permuted:
             return self._find_permuted(name, tensor)
         shape = list(tensor.shape)
-        if record and record.shape == shape and probe_matches(self._probes[record.probe], tensor):
+        named = (
+            record is not None
+            and record.shape == shape
+            and probe_matches(self._probes[record.probe], tensor)
+        )
+        if record and named and not renumbered:
             return name, record
         candidates = [
             other for other in self._with_probe_of(tensor) if weights[other].shape == shape
         ]
-        alike = [other for other in candidates if _role(other) == _role(name)] or candidates
+        role = without_numbers(name)
+        alike = [other for other in candidates if without_numbers(other) == role] or candidates
         if len({(weights[other].site, weights[other].row) for other in alike}) == 1:
-            return alike[0], weights[alike[0]]
+            return (name, record) if record and named else (alike[0], weights[alike[0]])
         raise InputError(self._mismatch(name, tensor, record, alike))
 
     def importance(self, record: WeightRecord, kind: str) -> Tensor:
@@ -118,6 +145,7 @@ class Statistics:
             values = values.sqrt()
         if tokens.ndim:
             values = values.masked_fill(starved[..., None], 0)
+            self._warn_starved(record.site, starved)
             if record.row is not None:
                 values = values[record.row]
         if not torch.isfinite(values).all():
@@ -126,6 +154,22 @@ class Statistics:
                 "measure it again"
             )
         return values.float()
+
+    def _warn_starved(self, site: str, starved: Tensor) -> None:
+        experts = starved.nonzero().flatten().tolist()
+        with self._lock:
+            if not experts or site in self._warned:
+                return
+            self._warned.add(site)
+        listed = ", ".join(map(str, experts[:8])) + (", …" if len(experts) > 8 else "")
+        LOG.warning(
+            "%s: %d of %d experts (%s) saw fewer than %d tokens: they are left as merged",
+            site,
+            len(experts),
+            len(starved),
+            listed,
+            max(self.metadata.settings.min_expert_tokens, 1),
+        )
 
     def subspace(self, record: WeightRecord, energy: float) -> Tensor | None:
         """Return the basis of a weight's dominant input subspace.
@@ -188,7 +232,7 @@ class Statistics:
         return self._probes[record.probe]
 
     def _find_permuted(self, name: str, tensor: Tensor) -> tuple[str, WeightRecord]:
-        weights = self.metadata.weights
+        weights = self.weights
         alike = [
             other
             for other in weights
@@ -216,7 +260,7 @@ class Statistics:
         index: dict[bytes, list[str]] = defaultdict(list)
         for variant in probe_variants(self._probes, dtype):
             rows = [_bytes(row) for row in variant]
-            for name, record in self.metadata.weights.items():
+            for name, record in self.weights.items():
                 if name not in index[rows[record.probe]]:
                     index[rows[record.probe]].append(name)
         return dict(index)
@@ -230,7 +274,9 @@ class Statistics:
         if candidates:
             return (
                 f"{where}, where {len(candidates)} weights hold the same values "
-                f"({', '.join(candidates[:3])}, …) and none has this name: cannot tell them apart"
+                f"({', '.join(candidates[:3])}, …): after slices have renumbered the layers, "
+                "nothing tells which of them this one is; leave it as merged with omega: "
+                f"[{{filter: {without_numbers(name).rpartition('#.')[2]}, value: 1.0}}, …]"
             )
         if record is None:
             return f"{where}, which has no such weight: is the base_model the measured model?"
@@ -339,7 +385,7 @@ def _stored_names(path: Path, loader: LazyTensorLoader) -> frozenset[str]:
     return frozenset(names)
 
 
-def _role(name: str) -> str:
+def without_numbers(name: str) -> str:
     """Return ``name`` without its layer and expert numbers."""
     return re.sub(r"\d+", "#", name)
 
