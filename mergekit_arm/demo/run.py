@@ -28,6 +28,8 @@ from rich.table import Table
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from mergekit_arm.calibration.run import CalibrationOptions, calibrate
+from mergekit_arm.demo.stream import CONFIG, EARLY, OUT, early_checkpoints, run_stream
+from mergekit_arm.demo.stream import DOMAIN as STREAMED
 from mergekit_arm.demo.text import DOMAINS, Corpus, standard_library
 from mergekit_arm.demo.train import mean_loss, new_model, pack, save, train, train_tokenizer
 from mergekit_arm.errors import Failure, InputError
@@ -86,6 +88,7 @@ def run_demo(options: DemoOptions, console: Console) -> Losses:
         _train_models(options, corpora, bar)
         with _inside(options.out):
             _calibrate_and_merge(bar)
+            _stream(bar)
             losses = _measure(corpora, bar)
             Path("losses.json").write_text(json.dumps(losses, indent=2) + "\n")
     console.print(_table(losses))
@@ -135,13 +138,20 @@ def _train_models(options: DemoOptions, corpora: dict[str, Corpus], bar: Progres
         model: PreTrainedModel, name: str, domain: str, steps: int, learning_rate: float
     ) -> None:
         task = bar.add_task(f"training {name}", total=steps)
+        keep = early_checkpoints(model, tokenizer, options.out, steps) if name == STREAMED else None
+
+        def on_step(step: int, _loss: float) -> None:
+            bar.update(task, completed=step)
+            if keep:
+                keep(step)
+
         train(
             model,
             pack(tokenizer, corpora[domain].train),
             steps=steps,
             learning_rate=learning_rate,
             seed=options.seed,
-            on_step=lambda step, loss: bar.update(task, completed=step),
+            on_step=on_step,
         )
         save(model, tokenizer, options.out / name)
 
@@ -161,9 +171,16 @@ def _calibrate_and_merge(bar: Progress) -> None:
         mergekit_yaml.main(arguments, standalone_mode=False)
 
 
+def _stream(bar: Progress) -> None:
+    task = bar.add_task("streaming", total=len(EARLY))
+    run_stream(lambda _record: bar.advance(task))
+    bar.update(task, completed=len(EARLY))
+
+
 def _measure(corpora: dict[str, Corpus], bar: Progress) -> Losses:
     folders = {name: name for name in (BASE, *SPECIALTIES)}
     folders |= {name: f"merged/{name}" for name in merge_configs()}
+    folders["stream of checkpoints"] = str(OUT / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
     heldout = {domain: pack(tokenizer, corpus.heldout) for domain, corpus in corpora.items()}
     losses: Losses = {}
@@ -209,9 +226,12 @@ Done in {seconds:.0f} s. To repeat a part of it, or to try other settings:
   mergekit-arm calibrate {CALIBRATION.model} {CALIBRATION.out} --dataset {CALIBRATION.dataset} \\
     --samples {CALIBRATION.samples} --sequence-length {CALIBRATION.sequence_length} --force
   mergekit-yaml configs/aim_ties.yml merged/aim_ties
+  mergekit-arm stream {CONFIG} streamed-again
 
+streamed/stream.png shows the stream: the {STREAMED} specialist's early checkpoints, merged one
+after another.
 There: the models {BASE}, {" and ".join(SPECIALTIES)}, statistics in stats, calibration.jsonl,
-configs, merged, the heldout text, losses.json."""
+configs, merged, runs, streamed, the heldout text, losses.json."""
 
 
 def _write_texts(file: Path, texts: list[str]) -> None:
