@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from mergekit_arm.calibration.run import CalibrationOptions, calibrate
 
 VOCABULARY = 96
+
+# Test processes share the cores. Two that each use them all spend most of their time waiting for
+# each other; commands that tests start inherit the variable.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_THREADS = max(1, (os.cpu_count() or 1) // _WORKERS)
+os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
+torch.set_num_threads(_THREADS)
 
 
 def tiny_llama(seed: int, *, layers: int = 2, tied: bool = False) -> LlamaForCausalLM:
