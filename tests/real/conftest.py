@@ -47,7 +47,7 @@ def runs(
             model,
             pack(tokenizer, corpora[domain].train, LENGTH),
             steps=STEPS,
-            learning_rate=2e-4,
+            learning_rate=5e-5,
             batch_size=1,
             on_step=checkpoints(model, tokenizer, folder / domain, EVERY),
         )
