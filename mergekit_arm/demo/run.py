@@ -53,8 +53,8 @@ class DemoOptions:
     out: Path
     seed: int = 42
     force: bool = False
-    base_steps: int = 600
-    specialist_steps: int = 150
+    base_steps: int = 400
+    specialist_steps: int = 120
     characters: int = 1_000_000
 
 
