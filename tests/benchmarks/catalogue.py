@@ -94,7 +94,7 @@ def merge_every_aim(shop: Workshop) -> list[Row]:
     rows = []
     needed = {"nearswap": {"t": 0.01}, "slerp": {"t": 0.4}}
     for name, takes in shop.launch("methods").items():
-        if name in (WALL, MEMORY):
+        if name in (WALL, MEMORY, "arm"):  # arm is ours: mergekit has nothing to compare
             continue
         parameters = dict(needed.get(name, {}))
         parameters |= {"weight": 0.5} if takes["needs_weight"] else {}
