@@ -65,7 +65,8 @@ class HiddenStates:
         for key in keys:
             if key in self._held and key not in self._files:
                 self._write(key, self._held[key])
-            flush(self._path(key))
+            if key not in self._saved:
+                flush(self._path(key))
 
     def settle(self, keys: Iterable[Key]) -> None:
         """Remove files that only earlier progress needed: ``keys`` are what the saved one needs."""

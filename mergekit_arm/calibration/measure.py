@@ -68,7 +68,7 @@ def measure(
                 done += tokens_of(session, [span])
                 position = {"batches": number + 1, "limit": feeder.limit}
                 session.after_batch(done, total, position, sites)
-        session.after_last({"batches": len(spans), "limit": feeder.limit}, sites)
+            session.after_last({"batches": len(spans), "limit": feeder.limit}, sites)
         return sites
 
 

@@ -24,6 +24,7 @@ class CalibrationOptions:
     subset: str | None = None
     split: str | None = None
     text_column: str | None = None
+    part: str | None = None
     samples: int = 256
     sequence_length: int = 512
     batch_size: int | None = None
@@ -73,3 +74,17 @@ def parse_duration(text: str) -> float:
     if not found:
         raise InputError(f"{text!r} is no duration: write 90s, 5m or 1h")
     return float(found[1]) * _SECONDS[found[2]]
+
+
+def parse_part(text: str | None) -> tuple[int, int]:
+    """Return which part of how many ``2/4`` means, counted from 0; None is the whole.
+
+    Raises:
+        InputError: it is no part.
+    """
+    if text is None:
+        return 0, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise InputError(f"{text!r} is no part: write 1/4, 2/4, 3/4 or 4/4")
+    return int(found[1]) - 1, int(found[2])

@@ -170,8 +170,8 @@ class Progress:
         return self.folder / f"{self._prefix}{name}.safetensors"
 
     def files(self, kind: str) -> list[Path]:
-        """Return this process's files whose names begin with ``kind``."""
-        return sorted(self.folder.glob(f"{self._prefix}{kind}.*"))
+        """Return this process's whole files whose names begin with ``kind``."""
+        return sorted(self.folder.glob(f"{self._prefix}{kind}.*safetensors"))
 
     def discard(self) -> None:
         """Remove what this process has saved, and the directory with the last of it."""

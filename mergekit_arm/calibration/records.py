@@ -24,7 +24,7 @@ from mergekit_arm.statistics.format import (
     SiteRecord,
     WeightRecord,
 )
-from mergekit_arm.statistics.store import PROBES
+from mergekit_arm.statistics.store import PROBES, ROWS
 
 
 def site_name(plan: SitePlan) -> str:
@@ -94,7 +94,7 @@ class Results:
     tensors: dict[str, Tensor]
 
 
-def collect_results(coverage: Coverage, measured: Iterable[MeasuredSite]) -> Results:
+def collect_results(coverage: Coverage, measured: Iterable[MeasuredSite], rows: Tensor) -> Results:
     """Return the records of all weights and sites, and the tensors to store.
 
     Raises:
@@ -123,7 +123,7 @@ def collect_results(coverage: Coverage, measured: Iterable[MeasuredSite]) -> Res
             row=weight.row if site else None,
             reason=None if site else weight.reason or NEVER_USED,
         )
-    tensors: dict[str, Tensor] = {PROBES: coverage.probes}
+    tensors: dict[str, Tensor] = {PROBES: coverage.probes, ROWS: rows}
     for one in measured:
         tensors |= {f"{one.name}.{key}": value for key, value in one.tensors.items()}
     return Results(
@@ -159,6 +159,7 @@ def data_record(
         dataset=options.dataset,
         subset=options.subset,
         split=corpus.split,
+        part=options.part,
         column=corpus.column,
         template_hash=corpus.template_hash,
         tokenizer_hash=None if corpus.ready_ids or tokenizer is None else _hash(tokenizer),

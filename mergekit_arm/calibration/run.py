@@ -29,7 +29,12 @@ from mergekit_arm.calibration.model import (
     load_tokenizer,
     open_checkpoint,
 )
-from mergekit_arm.calibration.options import CalibrationOptions, parse_duration, parse_size
+from mergekit_arm.calibration.options import (
+    CalibrationOptions,
+    parse_duration,
+    parse_part,
+    parse_size,
+)
 from mergekit_arm.calibration.placement import check_placement, offload, spread
 from mergekit_arm.calibration.preflight import Preflight, check_weights_fit
 from mergekit_arm.calibration.progress import Progress
@@ -148,6 +153,7 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
         data = data_record(options, corpus, tokenizer)
         settings = settings_record(options, device, dtype)
         facts = fingerprint(data, settings, coverage.content_hash())
+        facts["batch size"] = str(options.batch_size or "automatic")
         facts["low memory"] = "on" if options.low_memory else "off"
         job.agree(facts)
         saved = Progress(
@@ -169,7 +175,7 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
             raise
         result = None
         if job.main:
-            results = collect_results(coverage, measured)
+            results = collect_results(coverage, measured, corpus.rows)
             metadata = Metadata(
                 model=ModelRecord(
                     reference=options.model,
@@ -234,7 +240,6 @@ def _measure(
         coverage = cover_checkpoint(model, checkpoint, plan_readings(model))
         add_asked_names(coverage, model, checkpoint, source.config)
     sites = measure(model, coverage, device, session)
-    session.wait("measured", {}, sites)
     with torch.inference_mode():
         subspaces = "subspace" in options.statistics
         return coverage, add_up(sites, job, device, subspaces=subspaces)
@@ -252,6 +257,7 @@ def _read_corpus(options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase
         samples=options.samples,
         sequence_length=options.sequence_length,
         seed=options.seed,
+        part=parse_part(options.part),
     )
 
 

@@ -143,9 +143,14 @@ class Session:
         self.job.wait(stage, lambda: self._heed(position, sites))
 
     def after_last(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
-        """Save before waiting for other processes: one of them may never arrive."""
-        if self.job.processes > 1 and not self.options.dry_run:
+        """Wait until all processes are through; save first, for one of them may never be.
+
+        Raises:
+            Failure: as ``after_batch`` does.
+        """
+        if self.job.processes > 1:
             self._save(position, sites)
+            self.wait("measured", position, sites)
 
     def _heed(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
         """Save and stop if a signal asked for that, or another process is gone."""

@@ -11,6 +11,7 @@ from mergekit_arm.calibration.options import (
     STATISTICS,
     CalibrationOptions,
     parse_duration,
+    parse_part,
     parse_size,
 )
 
@@ -62,6 +63,12 @@ def _checked(parse: Callable[[str], object]) -> Callable[..., str]:
 @_option(
     "text_column",
     help="Column with text, chat messages or token ids. [default: input_ids, messages or text]",
+)
+@_option(
+    "part",
+    metavar="I/N",
+    callback=_checked(lambda text: text and parse_part(text)),
+    help="Use one part of the rows, such as 2/4: `mergekit-arm combine` adds up the parts.",
 )
 @_option("samples", type=click.IntRange(1), help="Sequences to measure.")
 @_option("sequence_length", type=click.IntRange(1), help="Tokens in each sequence.")

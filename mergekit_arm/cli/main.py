@@ -13,6 +13,7 @@ from mergekit_arm.errors import InputError, did_you_mean, first_line
 COMMANDS = {
     "calibrate": "Measure a model's activations and write statistics for merging.",
     "stream": "Merge a run's checkpoints one after another, each merge a step.",
+    "combine": "Add statistics that were measured apart.",
     "demo": "Train, calibrate and merge a very small model, in two minutes.",
 }
 """Subcommand → its line in ``--help``; each lives in ``cli/<name>.py`` as ``command``."""

@@ -42,6 +42,8 @@ class DataRecord(_Strict):
     dataset: str
     subset: str | None = None
     split: str | None = None
+    part: str | None = None
+    """Such as 2/4, where only a part of the rows was used."""
     column: str
     template_hash: str | None = None
     """Of the chat template, where rows were chats."""

@@ -227,6 +227,21 @@ class Statistics:
         tensor: Tensor = self._loader.get_tensor(full)
         return tensor
 
+    def holds(self, site: str, key: str) -> bool:
+        """Say whether there is a ``<site>.<key>``."""
+        return f"{site}.{key}" in self._names
+
+    def stored(self, name: str) -> Tensor:
+        """Read a tensor that belongs to no site.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._loader.get_tensor(name)
+        return tensor
+
     def probe(self, record: WeightRecord) -> Tensor:
         """Return the stored probe of a weight, float32."""
         return self._probes[record.probe]

@@ -15,6 +15,8 @@ from mergekit_arm.errors import InputError
 from mergekit_arm.statistics.format import METADATA_FILE, Metadata
 
 PROBES = "probes"
+ROWS = "rows"
+"""Hashes of the rows of data that were measured: two directories without a common one add up."""
 
 
 def check_destination(out: Path, force: bool) -> None:

@@ -1,0 +1,212 @@
+"""Add statistics directories: one model, one way of measuring, disjoint data.
+
+What a directory holds are sums, so the sum of two directories is what one run on both data sets
+would have measured. Basis and eigenvalues are no sums; they come again out of the added sketches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mergekit_arm.errors import InputError
+from mergekit_arm.reports.card import statistics_card
+from mergekit_arm.statistics.format import DataRecord, Metadata, SiteRecord, WeightRecord
+from mergekit_arm.statistics.reader import Statistics, open_statistics
+from mergekit_arm.statistics.store import PROBES, ROWS, check_destination, write_statistics
+from mergekit_arm.statistics.subspace import Subspace
+
+_SUMS = ("abs_sum", "square_sum")
+_SKETCH = ("sketch", "square_norm", "subspace_tokens")
+
+_SAME_DATA = ("seed", "sequence_length", "template_hash", "tokenizer_hash")
+"""What decides how data is read; the sums of data read in two ways are those of neither."""
+
+
+def combine(references: Sequence[str], out: Path, *, force: bool = False) -> Metadata:
+    """Add the directories ``references`` and write the sum to ``out``.
+
+    The order of ``references`` does not matter. Holds the result.
+
+    Raises:
+        InputError: they do not add up; the first difference is named.
+    """
+    check_destination(out, force)
+    if len(references) < 2:
+        raise InputError("combine adds directories: name two or more, and then OUT")
+    parts = sorted(
+        (open_statistics(reference) for reference in references),
+        key=lambda part: part.metadata.data.content_hash,
+    )
+    for part in parts[1:]:
+        _check_same(parts[0], part)
+    rows = _disjoint_rows(parts)
+    sites, tensors = _add_sites(parts)
+    weights = [_add_weights([p.metadata.weights for p in parts], sites, parts)]
+    weights.append(_add_weights([p.metadata.converted for p in parts], sites, parts))
+    first = parts[0].metadata
+    metadata = first.model_copy(
+        update={
+            "data": _add_data([part.metadata.data for part in parts]),
+            "versions": _all_versions(parts),
+            "sites": sites,
+            "weights": weights[0],
+            "converted": weights[1],
+        }
+    )
+    tensors[PROBES] = parts[0].stored(PROBES)
+    tensors[ROWS] = rows
+    write_statistics(out, metadata, tensors, statistics_card(metadata, out.name), force=force)
+    return metadata
+
+
+def _check_same(one: Statistics, other: Statistics) -> None:
+    """Refuse two directories of different models or ways of measuring."""
+    ours, theirs = one.metadata, other.metadata
+    where = f"{one.reference} and {other.reference} do not add up"
+    if ours.model.content_hash != theirs.model.content_hash:
+        raise InputError(
+            f"{where}: they were measured on different models, {ours.model.reference} "
+            f"({ours.model.content_hash[:16]}) and {theirs.model.reference} "
+            f"({theirs.model.content_hash[:16]})"
+        )
+    settings = [(name, *_pair(ours.settings, theirs.settings, name)) for name in _fields(ours)]
+    data = [(name, *_pair(ours.data, theirs.data, name)) for name in _SAME_DATA]
+    for name, mine, yours in settings + data:
+        if mine != yours:
+            raise InputError(
+                f"{where}: {name.replace('_', ' ')} was {mine} for one and {yours} for the other"
+            )
+    if set(ours.weights) != set(theirs.weights) or set(ours.converted) != set(theirs.converted):
+        raise InputError(f"{where}: they list different weights")
+
+
+def _fields(metadata: Metadata) -> Iterable[str]:
+    return type(metadata.settings).model_fields
+
+
+def _pair(one: object, other: object, name: str) -> tuple[object, object]:
+    return getattr(one, name), getattr(other, name)
+
+
+def _disjoint_rows(parts: list[Statistics]) -> Tensor:
+    """Return all rows of data, none of which two parts share."""
+    known: Tensor = torch.zeros(0, dtype=torch.int64)
+    for number, part in enumerate(parts):
+        try:
+            rows = part.stored(ROWS)
+        except KeyError:
+            raise InputError(
+                f"{part.reference} does not say which rows of data it was measured on, so that "
+                "nobody knows whether another used the same: calibrate again"
+            ) from None
+        shared = int(torch.isin(rows, known).sum())
+        if shared:
+            other = next(p for p in parts[:number] if torch.isin(rows, p.stored(ROWS)).any())
+            raise InputError(
+                f"{other.reference} and {part.reference} do not add up: {shared} of {len(rows)} "
+                "rows of data were measured in both, and would count twice; "
+                "`calibrate --part 1/2` and `--part 2/2` share none"
+            )
+        known = torch.cat([known, rows])
+    return known.sort().values
+
+
+def _add_sites(parts: list[Statistics]) -> tuple[dict[str, SiteRecord], dict[str, Tensor]]:
+    records: dict[str, SiteRecord] = {}
+    tensors: dict[str, Tensor] = {}
+    for name in {name: None for part in parts for name in part.metadata.sites}:
+        holding = [part for part in parts if name in part.metadata.sites]
+        sites = [part.metadata.sites[name] for part in holding]
+        counts = torch.stack([torch.tensor(site.tokens) for site in sites])
+        update: dict[str, object] = {"tokens": counts.sum(0).tolist()}
+        if "importance" in holding[0].metadata.settings.statistics:
+            for key in _SUMS:
+                tensors[f"{name}.{key}"] = _total(holding, name, key)
+        if sites[0].subspace is not None:
+            finished = _add_subspaces(holding, name)
+            tensors |= {f"{name}.{key}": value for key, value in finished.items()}
+            energy = float(finished["eigenvalues"].double().sum() / finished["trace"])
+            update["subspace"] = finished["basis"].shape[1]
+            update["energy"] = round(min(energy, 1.0), 6) if energy == energy else None
+        records[name] = sites[0].model_copy(update=update)
+    return records, tensors
+
+
+def _add_subspaces(parts: list[Statistics], site: str) -> dict[str, Tensor]:
+    metadata = parts[0].metadata
+    for part in parts:
+        if not part.holds(site, "sketch"):
+            raise InputError(
+                f"{part.reference} holds finished subspaces, which do not add up: calibrate with "
+                "--keep-sketch to combine them, or with --statistics importance if aim is all "
+                "they are for"
+            )
+    observer = Subspace(
+        metadata.sites[site].width,
+        torch.device("cpu"),
+        rank=metadata.settings.rank,
+        energy=metadata.settings.energy or 1.0,
+        seed=metadata.data.seed,
+        keep_sketch=True,
+    )
+    observer.load_state({key: _total(parts, site, key) for key in _SKETCH})
+    return observer.finish()
+
+
+def _total(parts: list[Statistics], site: str, key: str) -> Tensor:
+    total = parts[0].tensor(site, key).clone()
+    for part in parts[1:]:
+        total += part.tensor(site, key)
+    return total
+
+
+def _add_weights(
+    records: list[dict[str, WeightRecord]],
+    sites: Mapping[str, SiteRecord],
+    parts: list[Statistics],
+) -> dict[str, WeightRecord]:
+    """Return each weight's record, from a part that measured it where not all did."""
+    added = {}
+    for name in records[0]:
+        every = [part[name] for part in records]
+        measured = [record for record in every if record.site is not None]
+        chosen = (measured or every)[0]
+        if any((r.site, r.row, r.input_axis) != (chosen.site, chosen.row, chosen.input_axis)
+               for r in measured):  # fmt: skip
+            raise InputError(
+                f"{' and '.join(part.reference for part in parts)} do not add up: "
+                f"{name} was measured at different inputs"
+            )
+        added[name] = chosen.model_copy(update={"probe": records[0][name].probe})
+    return added
+
+
+def _add_data(records: list[DataRecord]) -> DataRecord:
+    digest = hashlib.sha256("".join(record.content_hash for record in records).encode())
+    update: dict[str, object] = {
+        name: _joined(getattr(record, name) for record in records)
+        for name in ("dataset", "subset", "split", "part", "column")
+    }
+    update["sequences"] = sum(record.sequences for record in records)
+    update["tokens"] = sum(record.tokens for record in records)
+    update["content_hash"] = digest.hexdigest()
+    return records[0].model_copy(update=update)
+
+
+def _all_versions(parts: list[Statistics]) -> dict[str, str]:
+    found: dict[str, list[str]] = {}
+    for part in parts:
+        for package, version in part.metadata.versions.items():
+            found.setdefault(package, []).append(version)
+    return {package: _joined(versions) or "" for package, versions in found.items()}
+
+
+def _joined(values: Iterable[str | None]) -> str | None:
+    """Return what all values are, or all that they are."""
+    distinct = list(dict.fromkeys(value for value in values if value is not None))
+    return " + ".join(distinct) if distinct else None
