@@ -208,6 +208,11 @@ def test_best_needs_an_evaluation(run: Path, tmp_path: Path) -> None:
         stream(config(run), tmp_path / "out", StreamOptions(keep="best"))
 
 
+def test_keep_is_one_of_three(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did you mean 'last'"):
+        stream(config(run), tmp_path / "out", StreamOptions(keep="lst"))  # type: ignore[arg-type]
+
+
 def test_the_journal_is_one_line_a_step(run: Path, tmp_path: Path) -> None:
     stream(run / "stream.yml", tmp_path / "out")
     lines = [json.loads(line) for line in (tmp_path / "out/stream.jsonl").read_text().splitlines()]

@@ -98,15 +98,18 @@ def test_a_list_of_references_is_merged_in_its_order(run: Path, tmp_path: Path) 
         ("aim_dare_ties", {"density": 0.5, "omega": [0.2, 0.6]}),
         ("arm", {"rotation": [{"filter": "mlp", "value": [-0.4, -0.8]}, {"value": -0.2}]}),
         ("arm", {"alignment": 0.5, "energy": 0.8}),  # the checkpoints are measured as well
+        ("slerp", None),
+        ("nearswap", {"t": 0.01}),  # no learning rate
     ],
 )
 def test_every_step_can_be_repeated_with_mergekit_yaml(
-    run: Path, tmp_path: Path, method: str, parameters: dict[str, Any]
+    run: Path, tmp_path: Path, method: str, parameters: dict[str, Any] | None
 ) -> None:
     document = config(
         run,
         merge_method=method,
         parameters=parameters,
+        learning_rate=None if method == "nearswap" else 0.4,
         calibration={"dataset": str(run / "tokens.jsonl"), "refresh": 2},
     )
     out = tmp_path / "out"

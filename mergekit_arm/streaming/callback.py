@@ -29,9 +29,9 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
     that both fit. Every checkpoint is taken at the moment it is saved, before the trainer can
     rotate it away::
 
-        trainer = Trainer(..., callbacks=[StreamCallback("stream.yml", "./merged")])
-        trainer.train()             # on its end, waits for the stream
-        trainer.callback_handler    # StreamCallback.check() raises if the stream failed
+        callback = StreamCallback("stream.yml", "./merged")
+        Trainer(..., callbacks=[callback]).train()      # waits for the stream at its end
+        model = callback.check()                        # its directory; raises if it failed
 
     A stream that fails does not end the training: it is logged, and :meth:`check` raises.
     """

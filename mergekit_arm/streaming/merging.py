@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,7 @@ def merge(document: Mapping[str, Any], text: str, out: Path, options: MergeOptio
         raise
     except Exception as error:  # mergekit raises whatever its parts raise
         raise Failure(
-            f"mergekit could not merge {_names(document)}: {first_line(error)} "
-            f"(its configuration is {out.with_name('config.yml')})"
+            f"mergekit could not merge {_names(document)}: {first_line(error)}"
         ) from error
     remove(out)
     publish(staging, out)
@@ -156,20 +156,24 @@ def merge_adapter(reference: str, options: MergeOptions) -> str:
     return str(final)
 
 
-def forget(references: Iterable[str], statistics: Iterable[Path | None]) -> None:
-    """Drop what mergekit and the statistics reader remember of a step.
+@contextmanager
+def forgetting(references: Iterable[str], statistics: Iterable[Path | None]) -> Iterator[None]:
+    """Drop afterwards what mergekit and the statistics reader remember of a step.
 
     Their caches live as long as the process and are keyed by name: a stream would keep every
     model it ever read open on the disk, and read an earlier one under a name used again.
     """
-    for reference in references:
-        LoaderCache.loaders.pop(ModelReference.parse(reference), None)
-    MergePlanner._model_arch.cache_clear()
-    infer_architecture_info.cache_clear()
-    with reader._OPEN_LOCK:
-        for path in statistics:
-            if path is not None:
-                reader._OPEN.pop(str(path.resolve()), None)
+    try:
+        yield
+    finally:
+        for reference in references:
+            LoaderCache.loaders.pop(ModelReference.parse(reference), None)
+        MergePlanner._model_arch.cache_clear()
+        infer_architecture_info.cache_clear()
+        with reader._OPEN_LOCK:
+            for path in statistics:
+                if path is not None:
+                    reader._OPEN.pop(str(path.resolve()), None)
 
 
 def _names(document: Mapping[str, Any]) -> str:

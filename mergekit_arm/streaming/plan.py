@@ -21,7 +21,7 @@ from mergekit_arm.streaming.checks import (
     leaves,
     same_shapes,
 )
-from mergekit_arm.streaming.config import Calibration, StreamConfig, absolute_reference
+from mergekit_arm.streaming.config import DTYPES, Calibration, StreamConfig, absolute_reference
 from mergekit_arm.streaming.contents import Contents, describe
 from mergekit_arm.streaming.files import hash_file
 from mergekit_arm.streaming.method import StepMethod, fit_method
@@ -129,7 +129,8 @@ def make_plan(
         return None, check.problems
     described = _describe_all(checkpoints or [], base, config, check)
     for checkpoint in checkpoints or []:
-        notes.extend(adapter_note(checkpoint, config))
+        note = check.run(lambda one=checkpoint: adapter_note(one, config))  # type: ignore[misc]
+        notes.extend(note or [])
     steps = len(checkpoints) * config.passes if checkpoints is not None else None
     rates = check.run(lambda: choose_rates(config, method, steps))
     calibration = (
@@ -166,8 +167,10 @@ def _dtype_of(reference: str, merge: MergeOptions) -> str:
         found = ModelReference.parse(reference).config(trust_remote_code=merge.trust_remote_code)
     except (OSError, ValueError) as error:
         raise InputError(f"base_model {reference}: {first_line(error)}") from error
-    dtype = getattr(found, "dtype", None)
-    return str(dtype).removeprefix("torch.") if dtype is not None else "float32"
+    dtype = str(getattr(found, "dtype", None) or "float32").removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise InputError(f"base_model {reference} is in {dtype}: say dtype: bfloat16 or another")
+    return dtype
 
 
 def _describe_all(

@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from filelock import FileLock, Timeout
 from mergekit.options import MergeOptions
 
-from mergekit_arm.errors import InputError
+from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.reports.stream_card import stream_card
 from mergekit_arm.reports.stream_plot import draw_stream
 from mergekit_arm.streaming.checkpoints import Checkpoint
 from mergekit_arm.streaming.config import StreamConfig, load_config, plain_path
 from mergekit_arm.streaming.estimate import check_disk
 from mergekit_arm.streaming.files import remove, write_text
-from mergekit_arm.streaming.merging import cast_document, forget, merge, merge_adapter, to_yaml
+from mergekit_arm.streaming.merging import cast_document, forgetting, merge, merge_adapter, to_yaml
 from mergekit_arm.streaming.plan import Plan, PlannedStep, make_plan
 from mergekit_arm.streaming.preflight import data_problems, make_judge
 from mergekit_arm.streaming.state import (
@@ -127,8 +127,11 @@ def complete_options(options: MergeOptions, out: Path) -> MergeOptions:
     )
 
 
-def keep_problems(plan: Plan | None, keep: Keep) -> list[str]:
-    """Return what is wrong with ``--keep``."""
+def keep_problems(plan: Plan | None, keep: str) -> list[str]:
+    """Return what is wrong with ``keep``."""
+    known = get_args(Keep)
+    if keep not in known:
+        return [f"keep must be {', '.join(known)}, not {keep!r}{did_you_mean(str(keep), known)}"]
     if plan is not None and keep == "best" and plan.config.evaluation is None:
         return ["--keep best: without evaluation no step is the best; use all or last"]
     return []
@@ -252,8 +255,8 @@ class _Run:
             merge_adapter(place.model_of(chosen), place.merge)
             copies = place.merge.copy_tokenizer and place.plan.has_tokenizer
             options = place.merge.model_copy(update={"copy_tokenizer": copies})
-            merge(document, to_yaml(document), model, options)
-            forget([place.model_of(chosen)], [])
+            with forgetting([place.model_of(chosen)], []):
+                merge(document, to_yaml(document), model, options)
         write_text(model / "README.md", stream_card(place.plan.config, state, chosen))
         draw_stream(state, place.out / PLOT)
         state.chosen = chosen

@@ -17,7 +17,7 @@ from mergekit_arm.streaming.files import fresh_directory, remove, size_of, write
 from mergekit_arm.streaming.measures import Move, measure_move
 from mergekit_arm.streaming.merging import (
     by_hand,
-    forget,
+    forgetting,
     merge,
     merge_adapter,
     step_document,
@@ -97,14 +97,15 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
             statistics=own.path if own else None,
             checkpoint_statistics=others,
         )
-        with clock.time("merge"):
-            _merge_once(place, planned, document, merge_options)
+        merged = str(folder / MODEL)
+        with forgetting([current, checkpoint, merged], [own.path if own else None, others]):
+            with clock.time("merge"):
+                _merge_once(place, planned, document, merge_options)
+            with clock.time("measure"):
+                move = measure_move(document, merged, merge_options)
         written += size_of(folder / MODEL)
-        with clock.time("measure"):
-            move = measure_move(document, str(folder / MODEL), merge_options)
-        forget([current, checkpoint, str(folder / MODEL)], [own.path if own else None, others])
         with clock.time("evaluate"):
-            score = _score(place, str(folder / MODEL))
+            score = _score(place, merged)
         worse = _is_worse(place, score)
         attempt = _Attempt(number, rate, move, score, accepted=not worse)
         if not worse or number > HALVINGS:
