@@ -8,13 +8,16 @@ the first tensor is read or written.
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from mergekit.common import ModelReference
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 
 from mergekit_arm.statistics.reader import Statistics, without_numbers
@@ -100,9 +103,20 @@ def check_planned(
     """
     if not isinstance(base, ModelReference) or name is None or base not in inputs:
         return
-    loader = LoaderCache().get(base)
+    loader = _loader(base)
     if not loader.index.is_safetensors or name not in loader.index.tensor_paths:
         return
     tensor = loader.get_tensor(name)
     if tensor.is_floating_point() and tensor.numel():
         statistics.find(name, tensor)
+
+
+def _loader(model: ModelReference) -> LazyTensorLoader:
+    if os.path.isfile(model.model.path):  # mergekit-pytorch merges files
+        return _file_loader(model.model.path)
+    return LoaderCache().get(model)
+
+
+@lru_cache(maxsize=4)
+def _file_loader(path: str) -> LazyTensorLoader:
+    return LazyTensorLoader(ShardedTensorIndex.from_file(path))
