@@ -12,9 +12,13 @@ import tempfile
 from pathlib import Path
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``: the old content or the new, at every moment."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+def write_text(path: Path, text: str, *, staging: Path | None = None) -> None:
+    """Write ``text`` to ``path``: the old content or the new, at every moment.
+
+    The unfinished file lies in ``staging``, a directory on the same disk; beside ``path`` by
+    default.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=staging or path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)

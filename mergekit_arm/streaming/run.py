@@ -257,7 +257,9 @@ class _Run:
             options = place.merge.model_copy(update={"copy_tokenizer": copies})
             with forgetting([place.model_of(chosen)], []):
                 merge(document, to_yaml(document), model, options)
-        write_text(model / "README.md", stream_card(place.plan.config, state, chosen))
+        # A finished model is published as it lies there: nothing half-written goes into it.
+        card = stream_card(place.plan.config, state, chosen)
+        write_text(model / "README.md", card, staging=place.out)
         draw_stream(state, place.out / PLOT)
         state.chosen = chosen
         state.save(place.out)
