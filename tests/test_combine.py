@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,6 +73,22 @@ def test_sums_can_be_added_again(part: Calibrate, tmp_path: Path) -> None:
     assert_same_statistics(tmp_path / "abc", part("whole"), rtol=1e-6)
     with pytest.raises(InputError, match=r"4 of 4 rows of data were measured in both|4 of 8 rows"):
         combine([str(tmp_path / "ab"), str(b)], tmp_path / "abb")
+
+
+def test_sketches_add_up_by_the_matrix_that_lies_beside_them(
+    part: Calibrate, tmp_path: Path
+) -> None:
+    a, b = part("a", slice(0, 6), rank=8), part("b", slice(6, 12), rank=8)
+    combine([str(a), str(b)], tmp_path / "sum")
+    assert_same_statistics(tmp_path / "sum", part("whole", rank=8), rtol=1e-6)
+    omega = Statistics("sum", tmp_path / "sum").stored("sketch_matrix.32")
+    assert omega.shape == (32, 8)
+    c = shutil.copytree(b, tmp_path / "c")
+    tensors = load_file(c / "model.safetensors")
+    tensors["sketch_matrix.32"] = tensors["sketch_matrix.32"] + 1
+    save_file(tensors, c / "model.safetensors")
+    with pytest.raises(InputError, match="drawn from different random numbers"):
+        combine([str(a), str(c)], tmp_path / "other")
 
 
 def test_parts_of_one_data_set_share_nothing(part: Calibrate, tmp_path: Path) -> None:
@@ -150,7 +167,7 @@ def test_the_command(part: Calibrate, tmp_path: Path) -> None:
         [*command, str(tmp_path / "sum")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "12 sequences, 384 tokens" in done.stderr.replace("\n", " ")
+    assert "12 sequences, 384 tokens" in " ".join(done.stderr.split())
     done = subprocess.run(
         [*command, str(tmp_path / "sum")], capture_output=True, text=True, check=False
     )

@@ -87,6 +87,10 @@ class Site:
             state.update({f"{name}.{key}": value for key, value in observer.state().items()})
         return state
 
+    def result_bytes(self) -> int:
+        """Return how much a directory will hold of it at most; 0 until there was an input."""
+        return sum(observer.result_bytes() for observer in self.observers.values())
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from an earlier ``state()``."""
         self.tokens = int(state[_TOKENS])

@@ -242,7 +242,8 @@ class _Walk:
                 follower = self._followers[self._done]
                 limit = self._feeder.limit or follower.span.count
                 if follower.span.count > limit:
-                    self._split(self._feeder.batch(span) for span in follower.span.pieces(limit))
+                    pieces = follower.span.pieces(limit)
+                    self._split(self._feeder.batch(span, follower.counted) for span in pieces)
                     continue
                 batch = self._feeder.batch(follower.span, follower.counted)
                 first = estimate is not None and self._done == 0
@@ -426,7 +427,8 @@ class _Walk:
             batch_size=max(span.count for span in spans),
             free=free_memory(self._device),
             device=str(self._device),
-            output=sums * layers,
+            output=layers * sum(site.result_bytes() for site in sites),
+            parameters=sum(parameter.numel() for parameter in self._chain.model.parameters()),
             # Saved states stay until newer ones are saved.
             disk=2 * states + sums * layers,
             disk_free=free_disk(session.progress.folder),

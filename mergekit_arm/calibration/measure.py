@@ -131,7 +131,8 @@ def _estimate(
         batch_size=max(span.count for span in spans),
         free=free_memory(device),
         device=str(device),
-        output=sums,
+        output=sum(site.result_bytes() for site in sites),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         disk=sums,
         disk_free=free_disk(session.progress.folder),
     )

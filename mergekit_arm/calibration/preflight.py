@@ -37,6 +37,8 @@ class Preflight:
     device: str
     output: int
     """Of the statistics directory, at most."""
+    parameters: int
+    """Of the model."""
     disk: int = 0
     """For hidden states and saved progress, at most."""
     disk_free: int = 0
@@ -53,8 +55,9 @@ class Preflight:
                 f"({_size(self.free)} free on {self.device})."
             ),
             (
-                f"Disk: {_size(self.output)} statistics at most, {_size(self.disk)} for progress "
-                f"({_size(self.disk_free)} free)."
+                f"Disk: {_size(self.output)} statistics at most "
+                f"({self.output / (2 * self.parameters):.0%} of a bfloat16 checkpoint), "
+                f"{_size(self.disk)} for progress ({_size(self.disk_free)} free)."
             ),
         ]
 

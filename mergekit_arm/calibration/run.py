@@ -58,6 +58,7 @@ from mergekit_arm.errors import InputError
 from mergekit_arm.reports.card import statistics_card
 from mergekit_arm.statistics.format import Metadata, ModelRecord
 from mergekit_arm.statistics.store import check_destination, write_statistics
+from mergekit_arm.statistics.subspace import sketch_matrices
 
 __all__ = ["CalibrationOptions", "CalibrationResult", "calibrate"]
 
@@ -192,7 +193,8 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
                 aliases=results.aliases,
             )
             card = statistics_card(metadata, out.name)
-            write_statistics(out, metadata, results.tensors, card, force=options.force)
+            tensors = results.tensors | sketch_matrices(results.tensors, options.seed)
+            write_statistics(out, metadata, tensors, card, force=options.force)
             result = CalibrationResult(out, metadata, corpus.requested, session.seconds)
         job.wait("written")
         saved.discard()

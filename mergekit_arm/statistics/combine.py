@@ -18,7 +18,12 @@ from mergekit_arm.reports.card import statistics_card
 from mergekit_arm.statistics.format import DataRecord, Metadata, SiteRecord, WeightRecord
 from mergekit_arm.statistics.reader import Statistics, open_statistics
 from mergekit_arm.statistics.store import PROBES, ROWS, check_destination, write_statistics
-from mergekit_arm.statistics.subspace import Subspace
+from mergekit_arm.statistics.subspace import (
+    SKETCH_MATRIX,
+    default_rank,
+    dominant_subspace,
+    stored_directions,
+)
 
 _SUMS = ("abs_sum", "square_sum")
 _SKETCH = ("sketch", "square_norm", "subspace_tokens")
@@ -128,7 +133,9 @@ def _add_sites(parts: list[Statistics]) -> tuple[dict[str, SiteRecord], dict[str
             for key in _SUMS:
                 tensors[f"{name}.{key}"] = _total(holding, name, key)
         if sites[0].subspace is not None:
-            finished = _add_subspaces(holding, name)
+            finished, omega = _add_subspaces(holding, name)
+            if omega is not None:
+                tensors[f"{SKETCH_MATRIX}.{len(omega)}"] = omega
             tensors |= {f"{name}.{key}": value for key, value in finished.items()}
             energy = float(finished["eigenvalues"].double().sum() / finished["trace"])
             update["subspace"] = finished["basis"].shape[1]
@@ -137,7 +144,8 @@ def _add_sites(parts: list[Statistics]) -> tuple[dict[str, SiteRecord], dict[str
     return records, tensors
 
 
-def _add_subspaces(parts: list[Statistics], site: str) -> dict[str, Tensor]:
+def _add_subspaces(parts: list[Statistics], site: str) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Return what is stored of the added sketches, and their Ω."""
     metadata = parts[0].metadata
     for part in parts:
         if not part.holds(site, "sketch"):
@@ -146,16 +154,31 @@ def _add_subspaces(parts: list[Statistics], site: str) -> dict[str, Tensor]:
                 "--keep-sketch to combine them, or with --statistics importance if aim is all "
                 "they are for"
             )
-    observer = Subspace(
-        metadata.sites[site].width,
-        torch.device("cpu"),
-        rank=metadata.settings.rank,
+    width = metadata.sites[site].width
+    total = {key: _total(parts, site, key) for key in _SKETCH}
+    omega = _sketch_matrix(parts, width) if total["sketch"].shape[1] < width else None
+    rank = min(width, metadata.settings.rank or default_rank(width))
+    found = dominant_subspace(
+        total["sketch"],
+        omega,
+        float(total["square_norm"]),
+        int(total["subspace_tokens"]),
         energy=metadata.settings.energy or 1.0,
-        seed=metadata.data.seed,
-        keep_sketch=True,
+        most=stored_directions(width, rank),
     )
-    observer.load_state({key: _total(parts, site, key) for key in _SKETCH})
-    return observer.finish()
+    return found.tensors() | total, omega
+
+
+def _sketch_matrix(parts: list[Statistics], width: int) -> Tensor:
+    """Return Ω as stored: another torch may draw other numbers from the same seed."""
+    first, *others = (part.stored(f"{SKETCH_MATRIX}.{width}") for part in parts)
+    for part, other in zip(parts[1:], others, strict=True):
+        if not torch.equal(first, other):
+            raise InputError(
+                f"{parts[0].reference} and {part.reference} do not add up: their sketches were "
+                "drawn from different random numbers; calibrate both with the same torch"
+            )
+    return first
 
 
 def _total(parts: list[Statistics], site: str, key: str) -> Tensor:

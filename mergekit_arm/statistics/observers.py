@@ -29,6 +29,9 @@ class Observer(Protocol):
     def finish(self) -> dict[str, Tensor]:
         """Return what a published directory stores for the site."""
 
+    def result_bytes(self) -> int:
+        """Return how much ``finish`` will store at most; known before anything is seen."""
+
     def checksum(self) -> Tensor:
         """Return a scalar that is finite exactly when every input so far was finite."""
 
@@ -61,6 +64,9 @@ class Importance:
 
     def finish(self) -> dict[str, Tensor]:
         return self.state()
+
+    def result_bytes(self) -> int:
+        return self.abs_sum.nbytes + self.square_sum.nbytes
 
     def checksum(self) -> Tensor:
         # Squares overflow before magnitudes do; an overflow is as useless as a NaN.

@@ -10,6 +10,9 @@ all of which add. C ≈ Y (ΩᵀY)⁻¹ Yᵀ / n (Nyström) then gives the leadi
 eigenvalues never exceed the true ones, so that their sum over the exact trace is a lower bound
 of the energy that the eigenvectors hold. Where 2 r ≥ in, Ω is the identity: Y is the second
 moment itself, for at most twice the memory and no more arithmetic (2·in² against 4·in·r a token).
+
+A sketch of r columns finds r/4 directions well, and no more are stored, so that the size of a
+directory is bounded before anything is measured.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ from torch import Tensor
 
 from mergekit_arm.errors import InputError
 
+SKETCH_MATRIX = "sketch_matrix"
+"""Beginning of the tensors' names that hold Ω, one for each width, beside kept sketches."""
 _ROUNDING = 1e-6
 """Energies this close are equal: eigenvalues are stored in float32."""
 
@@ -31,11 +36,18 @@ _ROUNDING = 1e-6
 def default_rank(width: int) -> int:
     """Return the sketch columns for an input of ``width`` channels where none are asked for.
 
-    A sketch of r columns finds r/2 directions well, and stores no more: at 512, statistics of
-    SmolLM2 stay under 15 % of its checkpoint, and the 256 directions of its widest input hold
-    0.99 of what the best 256 would (``tests/real/test_smollm2_arm.py``).
+    At 768, statistics of SmolLM2 stay under 15 % of its checkpoint, and the directions of every
+    input hold at least 0.99 of what as many exact ones would
+    (``tests/real/test_smollm2_arm.py``).
     """
-    return min(width, 512)
+    return min(width, 768)
+
+
+def stored_directions(width: int, rank: int) -> int:
+    """Return how many directions are stored at most of ``width`` channels and r = ``rank``."""
+    # None of a whole second moment's directions is poorly resolved, and few take no room.
+    few = min(rank, 64) if _whole(width, rank) else 1
+    return max(few, rank // 4)
 
 
 @functools.lru_cache(maxsize=16)
@@ -45,12 +57,22 @@ def sketch_matrix(width: int, rank: int, seed: int, device: torch.device) -> Ten
     One matrix serves every site of a width. Entries are normal with variance 1/width, so that
     its columns have length about 1.
     """
-    if 2 * rank >= width:
+    if _whole(width, rank):
         return None
     # Drawn on the CPU: other devices' generators give other numbers.
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(width, rank, generator=generator) / math.sqrt(width)
     return normal.to(device)
+
+
+def sketch_matrices(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Return, by the name it is stored under, the Ω of every width that ``tensors`` sketch."""
+    shapes = {value.shape for name, value in tensors.items() if name.endswith(".sketch")}
+    matrices = {
+        f"{SKETCH_MATRIX}.{width}": sketch_matrix(width, rank, seed, torch.device("cpu"))
+        for width, rank in sorted(shapes)
+    }
+    return {name: matrix for name, matrix in matrices.items() if matrix is not None}
 
 
 class Subspace:
@@ -84,7 +106,9 @@ class Subspace:
         """
         self.energy = energy
         self._keep_sketch = keep_sketch
-        self._omega = sketch_matrix(width, rank or default_rank(width), seed, device)
+        rank = min(width, rank or default_rank(width))
+        self._most = stored_directions(width, rank)
+        self._omega = sketch_matrix(width, rank, seed, device)
         columns = width if self._omega is None else self._omega.shape[1]
         self.sketch = torch.zeros(width, columns, device=device)
         # Apple's GPUs have no float64.
@@ -95,7 +119,8 @@ class Subspace:
     def update(self, x: Tensor) -> None:
         x = x.float()
         self.sketch.addmm_(x.T, x if self._omega is None else x @ self._omega)
-        self.square_norm += x.square().sum()
+        # Channel by channel first: a sum to one number depends on how many threads share it.
+        self.square_norm += x.square().sum(0).to(self.square_norm.dtype).sum()
         self.tokens += x.shape[0]
 
     def state(self) -> dict[str, Tensor]:
@@ -118,10 +143,17 @@ class Subspace:
             float(self.square_norm),
             int(self.tokens),
             energy=self.energy,
+            most=self._most,
         )
 
     def finish(self) -> dict[str, Tensor]:
         return self.dominant().tensors() | (self.state() if self._keep_sketch else {})
+
+    def result_bytes(self) -> int:
+        width = self.sketch.shape[0]
+        kept = sum(value.nbytes for value in self.state().values()) if self._keep_sketch else 0
+        # A bfloat16 basis, float32 eigenvalues, trace and tokens.
+        return (2 * width + 4) * self._most + 16 + kept
 
     def checksum(self) -> Tensor:
         return self.square_norm
@@ -140,7 +172,7 @@ class Dominant:
     tokens: int
     """Inputs seen."""
     reached: bool
-    """False where the sketch has too few columns for the energy asked for."""
+    """False where ``most`` directions hold less than the energy asked for."""
 
     @property
     def energy(self) -> float:
@@ -158,12 +190,17 @@ class Dominant:
 
 
 def dominant_subspace(
-    sketch: Tensor, omega: Tensor | None, square_norm: float, tokens: int, *, energy: float
+    sketch: Tensor,
+    omega: Tensor | None,
+    square_norm: float,
+    tokens: int,
+    *,
+    energy: float,
+    most: int,
 ) -> Dominant:
     """Return the fewest leading eigenvectors of C = XᵀX / n that hold ``energy`` of tr C.
 
-    All directions that the sketch resolves, where they do not hold as much; half its columns
-    where the inputs fill them all, since the other half is poorly resolved. No directions where
+    ``most`` of them, or all that the inputs span, where those do not hold as much. None where
     nothing, or nothing but zeros, was seen.
 
     Args:
@@ -172,12 +209,10 @@ def dominant_subspace(
         square_norm: Σ ‖x‖².
         tokens: n.
         energy: p in (0, 1].
+        most: directions at most, at least 1.
     """
     values, vectors = _eigenpairs(sketch, omega)
-    if omega is not None and len(values) == omega.shape[1]:
-        well = max(1, len(values) // 2)
-        values, vectors = values[:well], vectors[:, :well]
-    values = values / max(tokens, 1)
+    values, vectors = values[:most] / max(tokens, 1), vectors[:, :most]
     trace = square_norm / max(tokens, 1)
     count, reached = _count(values, trace, energy)
     return Dominant(vectors[:, :count], values[:count], trace, tokens, reached)
@@ -230,6 +265,11 @@ def orthonormal(basis: Tensor, where: str = "activation_stats") -> Tensor:
     factor = torch.linalg.cholesky(gram)
     narrow: Tensor = torch.linalg.solve_triangular(factor.T, wide, upper=True, left=False).float()
     return narrow
+
+
+def _whole(width: int, rank: int) -> bool:
+    """Say whether the second moment itself is kept."""
+    return 2 * rank >= width
 
 
 def _count(eigenvalues: Tensor, trace: float, energy: float) -> tuple[int, bool]:
