@@ -43,10 +43,10 @@ def test_carried_over_statistics_belong_to_the_later_model(scene: Path, tmp_path
     statistics = open_statistics(str(carried.path))
     base, later = (load_file(scene / m / "model.safetensors") for m in ("base", "next"))
     for name, weight in later.items():
-        found, record = statistics.find(name, weight)
+        found, record = statistics.matcher.find(name, weight)
         assert found == name
         with pytest.raises(InputError, match="values differ"):
-            statistics.find(name, base[name])
+            statistics.matcher.find(name, base[name])
         if record.site and weight.ndim == 2:
             old = open_statistics(str(scene / "statistics"))
             original = old.metadata.weights[name]

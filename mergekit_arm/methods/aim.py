@@ -160,7 +160,7 @@ class ActivationInformedMerge(GroupMergeMethod):  # type: ignore[misc]  # mergek
     ) -> Tensor:
         statistics = open_statistics(reference)
         output = group.metadata.name or ""
-        name, record = statistics.find(
+        name, record = statistics.matcher.find(
             output,
             base,
             permuted=group.metadata.vocabulary_axis is not None,

@@ -154,7 +154,7 @@ class ArmMerge(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
         if not entry.is_base:
             _require_own(entry.id, reference, parameters["activation_stats"][group.base.id])
         statistics = open_statistics(reference)
-        name, record = statistics.find(
+        name, record = statistics.matcher.find(
             group.metadata.name or "",
             entry.tensor,
             permuted=group.metadata.vocabulary_axis is not None,

@@ -20,7 +20,8 @@ from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 
-from mergekit_arm.statistics.reader import Statistics, without_numbers
+from mergekit_arm.statistics.matching import without_numbers
+from mergekit_arm.statistics.reader import Statistics
 
 _SLICE = re.compile(r"(.*)\.slices\[(\d+)\]")
 
@@ -84,7 +85,7 @@ class Plan:
         if not self._slices:
             return False
         role = without_numbers(name)
-        whole = len(self._outputs[role]) == statistics.roles[role]
+        whole = len(self._outputs[role]) == statistics.matcher.roles[role]
         return max(self._slices.values()) > 1 or not whole
 
 
@@ -108,7 +109,7 @@ def check_planned(
         return
     tensor = loader.get_tensor(name)
     if tensor.is_floating_point() and tensor.numel():
-        statistics.find(name, tensor)
+        statistics.matcher.find(name, tensor)
 
 
 def _loader(model: ModelReference) -> LazyTensorLoader:

@@ -114,7 +114,7 @@ def check_coverage(statistics: Statistics, tensors: dict[str, Tensor]) -> None:
 
 def check_sums(name: str, tensor: Tensor, statistics: Statistics, recorder: Recorder) -> None:
     """The statistics of one tensor are those of the independent measurement."""
-    _, record = statistics.find(name, tensor)
+    _, record = statistics.matcher.find(name, tensor)
     found = measured(name, tensor, recorder)
     if record.site is None:
         assert found is None, f"{name} is listed as {record.reason!r}, but it is multiplied"
