@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
-from mergekit_arm.calibration import layerwise
+from mergekit_arm.calibration.followers import Followers
 from mergekit_arm.calibration.hidden import HiddenStates
 from mergekit_arm.calibration.progress import Progress
 from mergekit_arm.calibration.run import CalibrationOptions, calibrate
@@ -116,14 +116,14 @@ def test_only_one_layer_is_held_at_a_time(
     family: Path, tmp_path: Path, measure: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[set[str]] = []
-    plain = layerwise._Walk._through_layer
+    plain = Followers.through_layer
 
-    def looking(self: layerwise._Walk, *rest: Any) -> None:
+    def looking(self: Followers, *rest: Any) -> None:
         model: PreTrainedModel = self._chain.model
         held.append({name for name, p in model.named_parameters() if not p.is_meta})
         plain(self, *rest)
 
-    monkeypatch.setattr(layerwise._Walk, "_through_layer", looking)
+    monkeypatch.setattr(Followers, "through_layer", looking)
     measure(family / "base", tmp_path / "stats", low_memory=True, batch_size=4)
     assert {name.split(".")[2] for name in held[0]} == {"0"}
     assert {name.split(".")[2] for name in held[-1]} == {"1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from mergekit_arm.calibration.batches import out_of_memory
 from mergekit_arm.calibration.calls import Call, Form, NotWalkable, Recorder
 from mergekit_arm.calibration.model import model_arguments
+from mergekit_arm.calibration.sites import ReadingPlan
 from mergekit_arm.calibration.weights import LayerWeights
 from mergekit_arm.errors import first_line
 
@@ -56,6 +58,21 @@ class Chain:
     def layer(self, index: int) -> str:
         """Return the name of a layer."""
         return f"{self.name}.{index}"
+
+    def check_sharing(self, plan: ReadingPlan) -> None:
+        """Refuse a model whose layers share weights: their inputs would be seen in one only.
+
+        Raises:
+            NotWalkable: it is one.
+        """
+        layers: dict[nn.Module, set[int]] = defaultdict(set)
+        for index in range(len(self)):
+            for module in self.model.get_submodule(self.layer(index)).modules():
+                layers[module].add(index)
+        for parameter in plan.parameters.values():
+            places = {index for holder, _ in parameter.holders for index in layers[holder] or {-1}}
+            if len(places) > 1:
+                raise NotWalkable(f"{parameter.name} belongs to several layers")
 
     def holds(self, parameter: str) -> bool:
         """Say whether a parameter belongs to one of the layers."""

@@ -13,32 +13,31 @@ and at every layer what was recorded must equal what really arrives, bit for bit
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mergekit_arm.calibration.batches import Batch, Feeder, Span
-from mergekit_arm.calibration.batches import Call as CountedCall
+from mergekit_arm.calibration.batches import Feeder, Span
 from mergekit_arm.calibration.calls import Call, Form, NotWalkable
 from mergekit_arm.calibration.chain import Chain
-from mergekit_arm.calibration.collect import Collector, Site, without_logits
+from mergekit_arm.calibration.collect import Site, without_logits
 from mergekit_arm.calibration.coverage import Coverage
 from mergekit_arm.calibration.discovery import discover
+from mergekit_arm.calibration.followers import Followers
 from mergekit_arm.calibration.hidden import HiddenStates, Key
 from mergekit_arm.calibration.measure import (
     DISCOVERY_TOKENS,
     TOKENS_PER_BATCH,
+    estimate,
     plan_sites,
     spans_of,
     tokens_of,
 )
-from mergekit_arm.calibration.preflight import Cost, Preflight, free_disk, free_memory
+from mergekit_arm.calibration.preflight import Cost, Preflight
 from mergekit_arm.calibration.progress import Snapshot
 from mergekit_arm.calibration.records import MeasuredSite, add_up
 from mergekit_arm.calibration.session import Session
@@ -73,20 +72,8 @@ def measure_by_layer(
         session.beside = None
 
 
-@dataclass
-class _Follower:
-    """A batch that follows the leader."""
-
-    span: Span
-    calls: list[Call]
-    counted: Mapping[CountedCall, int] = field(default_factory=dict)
-
-    def key(self, passed: int) -> Key:
-        return f"{self.span.first}-{self.span.count}", passed
-
-
 class _Walk:
-    """The state of a walk. A *stage* is a layer, or, behind the last, what follows them."""
+    """The leader's way through the model, and what is measured on it."""
 
     def __init__(
         self,
@@ -109,13 +96,11 @@ class _Walk:
         self._spans = spans_of(session, TOKENS_PER_BATCH)
         if session.options.dry_run:
             del self._spans[1:]
-        self._followers: list[_Follower] = []
+        self._followers = Followers(chain, self._hidden, self._feeder, device)
         self._before: set[str] = set()
         """Parameters that are read before the layers."""
-        self._stage = self._start = 0
-        """Where the walk is, and where it began: not at 0 if an earlier run had come further."""
-        self._done = 0
-        """How many batches have passed the stage."""
+        self._start = 0
+        """Where the walk began: not at 0 if an earlier run had come further."""
         self._snapshot: Snapshot | None = None
         # What is finished comes in parts: before the layers, each layer, behind them.
         self._finished = int(session.job.tell("finished", str(session.progress.finished())))
@@ -142,7 +127,7 @@ class _Walk:
             if index == self._start - 1:
                 hidden = self._arriving = self._hidden.get((_LEADER, self._start)).to(self._device)
             return chain.form.wrap(hidden)
-        chain.follows(index, self._stage)
+        chain.follows(index, self._followers.stage)
         if self._arriving is not None and not torch.equal(self._arriving, hidden):
             raise NotWalkable(f"layer {index} takes more than what the one before it returns")
         self._hidden.put((_LEADER, index), hidden)
@@ -153,7 +138,7 @@ class _Walk:
         outputs: list[Any] = []
         layer = chain.model.get_submodule(chain.layer(index))
         if index == 0:
-            self._check_sharing()
+            chain.check_sharing(self._coverage.plan)
         plans = self._discover(
             layer,
             lambda name: name.startswith(f"{chain.layer(index)}."),
@@ -167,24 +152,26 @@ class _Walk:
             chain.form = form
         if form != chain.form:
             raise NotWalkable(f"layer {index} does not return what the one before it does")
-        if not self._followers:
+        if not self._followers.begun:
             self._begin()
         difference = self._leader_calls[index].difference(call)
         if difference is not None:
             raise NotWalkable(f"what layer {index} takes as {difference} depends on other layers")
 
         sites = self._sites(plans)
-        self._follow(
-            sites,
-            partial(self._through_layer, forward),
-            partial(self._estimate, reading, size, sites) if index == 0 else None,
-        )
+
+        def passed(cost: Cost | None) -> None:
+            if index == 0 and cost:
+                self._session.preflight(self._estimate(reading, size, sites, cost))
+            self._passed(sites)
+
+        self._followers.through_layer(forward, sites, passed)
         self._check_memory(index, call, hidden, forward, form.unwrap(outputs[0]))
-        self._close(self._stage + 1, sites)
+        self._close(self._followers.stage + 1, sites)
         chain.weights.unload(chain.layer(index), inner=True)
         self._hidden.drop((_LEADER, index))
         self._arriving = form.unwrap(outputs[0])
-        self._stage, self._done = index + 1, 0
+        self._followers.stage, self._followers.done = index + 1, 0
         return outputs[0]
 
     def _check_memory(
@@ -217,88 +204,23 @@ class _Walk:
             lambda: self._leader_calls.extend(self._chain.record(self._leader)[0]),
         )
         sites = plan_sites(self._chain.model, plans, self._session.options)
-        with Collector(sites if self._finished == 0 else []) as collector:
-            for span in self._spans:
-                batch = self._feeder.batch(span)
-                collector.batch = batch
-                calls, hidden = self._chain.record(batch.ids, collector.pause)
-                collector.check()
-                follower = _Follower(span, calls)
-                self._followers.append(follower)
-                if self._start == 0 and self._done == 0:
-                    self._hidden.put(follower.key(0), hidden)
-        self._chain.drop_embeddings()
+        self._followers.begin(
+            self._spans,
+            sites if self._finished == 0 else [],
+            resumed=(self._followers.stage, self._followers.done) != (0, 0),
+        )
         self._close(0, sites)
-
-    def _follow(
-        self,
-        sites: list[Site],
-        work: Callable[[_Follower, Collector, Batch], None],
-        estimate: Callable[[Cost], Preflight] | None = None,
-    ) -> None:
-        """Do ``work`` with every batch that has not passed the stage yet."""
-        with Collector(sites) as collector:
-            while self._done < len(self._followers):
-                follower = self._followers[self._done]
-                limit = self._feeder.limit or follower.span.count
-                if follower.span.count > limit:
-                    pieces = follower.span.pieces(limit)
-                    self._split(self._feeder.batch(span, follower.counted) for span in pieces)
-                    continue
-                batch = self._feeder.batch(follower.span, follower.counted)
-                first = estimate is not None and self._done == 0
-                with Cost(self._device) if first else nullcontext() as cost:
-                    fits = self._feeder.fits(batch, partial(work, follower, collector))
-                if not fits:
-                    self._split(self._feeder.smaller(batch))
-                    continue
-                if estimate and cost:
-                    self._session.preflight(estimate(cost))
-                follower.counted = {}
-                self._done += 1
-                self._session.after_batch(*self._tokens(), self._position(), sites)
-
-    def _through_layer(
-        self,
-        forward: Callable[..., Any],
-        follower: _Follower,
-        collector: Collector,
-        batch: Batch,
-    ) -> None:
-        hidden = self._hidden.get(follower.key(self._stage)).to(self._device)
-        args, kwargs = follower.calls[self._stage].fill(hidden)
-        collector.batch = batch
-        output = self._chain.form.unwrap(forward(*args, **kwargs))
-        collector.check()
-        self._hidden.put(follower.key(self._stage + 1), output)
-        self._hidden.drop(follower.key(self._stage))
-
-    def _split(self, batches: Iterable[Batch]) -> None:
-        """Put smaller batches in the place of the next one."""
-        whole = self._followers[self._done]
-        hidden = self._hidden.get(whole.key(self._stage))
-        smaller = []
-        for batch in batches:
-            offset = batch.span.first - whole.span.first
-            follower = _Follower(batch.span, self._chain.record(batch.ids)[0], batch.counted)
-            self._hidden.put(
-                follower.key(self._stage), hidden[offset : offset + batch.span.count].clone()
-            )
-            smaller.append(follower)
-        self._chain.drop_embeddings()
-        self._hidden.drop(whole.key(self._stage))
-        self._followers[self._done : self._done + 1] = smaller
 
     def _measure_behind(self) -> None:
         """Let every block through what follows the layers: the last norm, the head's input."""
         chain = self._chain
         if not chain.name:
             raise NotWalkable("its forward reaches no list of layers")
-        chain.follows(len(chain), self._stage)
+        chain.follows(len(chain), self._followers.stage)
         arriving = self._arriving
         assert arriving is not None
-        self._hidden.put((_LEADER, self._stage), arriving)
-        if not self._followers:
+        self._hidden.put((_LEADER, self._followers.stage), arriving)
+        if not self._followers.begun:
             self._begin()
         chain.blank_embeddings()
         plans = self._discover(
@@ -307,14 +229,12 @@ class _Walk:
             lambda: chain.leave(self._leader, arriving, lambda: None),
         )
         sites = self._sites(plans)
-        self._follow(sites, self._leave)
-        self._close(self._stage + 1, sites)
+        self._followers.leave(sites, lambda _: self._passed(sites))
+        self._close(self._followers.stage + 1, sites)
 
-    def _leave(self, follower: _Follower, collector: Collector, batch: Batch) -> None:
-        states = self._hidden.get(follower.key(self._stage)).to(self._device)
-        self._chain.leave(batch.ids, states, lambda: collector.resume(batch))
-        collector.check()
-        collector.pause()
+    def _passed(self, sites: list[Site]) -> None:
+        """Report a batch, and save progress if it is time."""
+        self._session.after_batch(*self._tokens(), self._position(), sites)
 
     def _close(self, part: int, sites: list[Site]) -> None:
         """Add up a part's sums over all processes and put its results on the disk."""
@@ -332,10 +252,10 @@ class _Walk:
 
     def _sites(self, plans: list[SitePlan]) -> list[Site]:
         """Return the sites of the stage; none where an earlier run has finished it."""
-        if self._stage + 1 < self._finished:
+        if self._followers.stage + 1 < self._finished:
             return []
         sites = plan_sites(self._chain.model, plans, self._session.options)
-        if self._snapshot and self._stage == self._start:
+        if self._snapshot and self._followers.stage == self._start:
             self._snapshot.restore(sites)
         return sites
 
@@ -346,22 +266,6 @@ class _Walk:
         discover(module, self._coverage.plan, forward, wanted)
         return self._coverage.plan.sites(list(filter(wanted, self._coverage.read_parameters)))
 
-    def _check_sharing(self) -> None:
-        """Refuse a model whose layers share weights: their inputs would be seen in one only.
-
-        Raises:
-            NotWalkable: it is one.
-        """
-        chain = self._chain
-        layers: dict[nn.Module, set[int]] = defaultdict(set)
-        for index in range(len(chain)):
-            for module in chain.model.get_submodule(chain.layer(index)).modules():
-                layers[module].add(index)
-        for parameter in self._coverage.plan.parameters.values():
-            places = {index for holder, _ in parameter.holders for index in layers[holder] or {-1}}
-            if len(places) > 1:
-                raise NotWalkable(f"{parameter.name} belongs to several layers")
-
     def _resume(self) -> None:
         self._snapshot = self._session.resume()
         if self._snapshot is None:
@@ -369,8 +273,8 @@ class _Walk:
             return
         position = self._snapshot.position
         self._coverage.plan.recall(position["plan"])
-        self._stage = self._start = position["stage"]
-        self._done = position["done"]
+        self._followers.stage = self._start = position["stage"]
+        self._followers.done = position["done"]
         self._chain.form = Form(**position["form"])
         self._spans = [Span(*pair) for pair in position["spans"]]
         self._feeder.limit = position["limit"]
@@ -378,10 +282,10 @@ class _Walk:
 
     def _position(self) -> dict[str, Any]:
         return {
-            "stage": self._stage,
-            "done": self._done,
+            "stage": self._followers.stage,
+            "done": self._followers.done,
             "form": asdict(self._chain.form),
-            "spans": [[f.span.first, f.span.count] for f in self._followers],
+            "spans": [[span.first, span.count] for span in self._followers.spans()],
             "limit": self._feeder.limit,
             "hidden": self._needed(),
             "plan": self._coverage.plan.discovered(),
@@ -397,40 +301,30 @@ class _Walk:
 
     def _needed(self) -> list[Key]:
         """Return the hidden states without which the walk cannot go on from here."""
-        behind = self._stage == len(self._chain)
-        return [(_LEADER, self._stage)] + [
-            follower.key(self._stage + (number < self._done and not behind))
-            for number, follower in enumerate(self._followers)
-        ]
+        behind = self._followers.stage == len(self._chain)
+        return [(_LEADER, self._followers.stage), *self._followers.needed(behind=behind)]
 
     def _tokens(self) -> tuple[int, int]:
         """Return tokens done and tokens in all; every layer counts."""
         session, layers = self._session, len(self._chain)
         everything = tokens_of(session, self._spans)
-        done = tokens_of(session, [f.span for f in self._followers[: self._done]])
-        return min(self._stage * everything + done, layers * everything), layers * everything
+        done = tokens_of(session, self._followers.spans()[: self._followers.done])
+        return min(
+            self._followers.stage * everything + done, layers * everything
+        ), layers * everything
 
     def _estimate(self, reading: Cost, size: int, sites: list[Site], block: Cost) -> Preflight:
         """Extrapolate from the first block's way through the first layer."""
-        session, layers = self._session, len(self._chain)
+        session, chain, layers = self._session, self._chain, len(self._chain)
         spans = spans_of(session, TOKENS_PER_BATCH)
-        first, total = tokens_of(session, spans[:1]), tokens_of(session, spans)
-        largest = max(tokens_of(session, [span]) for span in spans)
-        sums = sum(value.nbytes for site in sites for value in site.state().values())
-        states = self._hidden.get(self._followers[0].key(1)).nbytes * total // first
-        return Preflight(
-            tokens=total,
-            seconds=layers * (reading.seconds + block.seconds * total / first),
-            weights=size + sum(self._chain.loaded.values()),
-            sums=sums,
-            activations=max(block.extra - sums, 0) * largest // first,
-            batch_size=max(span.count for span in spans),
-            free=free_memory(self._device),
-            device=str(self._device),
-            output=layers * sum(site.result_bytes() for site in sites),
-            parameters=sum(parameter.numel() for parameter in self._chain.model.parameters()),
+        one = estimate(chain.model, sites, spans, block, self._device, session)
+        states = self._followers.bytes_of_first() * one.tokens // tokens_of(session, spans[:1])
+        return replace(
+            one,
+            seconds=layers * (reading.seconds + one.seconds),
+            weights=size + sum(chain.loaded.values()),
+            output=layers * one.output,
             # Saved states stay until newer ones are saved.
-            disk=2 * states + sums * layers,
-            disk_free=free_disk(session.progress.folder),
+            disk=2 * states + layers * one.sums,
             low_memory=True,
         )

@@ -62,7 +62,7 @@ def measure(
                 if number == 0:
                     with Cost(device) as cost:
                         feeder.feed(span, forward)
-                    session.preflight(_estimate(model, sites, spans, cost, device, session))
+                    session.preflight(estimate(model, sites, spans, cost, device, session))
                 else:
                     feeder.feed(span, forward)
                 done += tokens_of(session, [span])
@@ -108,7 +108,7 @@ def tokens_of(session: Session, spans: Sequence[Span]) -> int:
     return sum(session.corpus.lengths[span.first] * span.count for span in spans)
 
 
-def _estimate(
+def estimate(
     model: PreTrainedModel,
     sites: list[Site],
     spans: list[Span],
@@ -116,7 +116,10 @@ def _estimate(
     device: torch.device,
     session: Session,
 ) -> Preflight:
-    """Extrapolate from what the first block took."""
+    """Extrapolate from what the first of ``spans``, a single block, took.
+
+    What ``sites`` have seen by then decides the sizes of their sums.
+    """
     block, total = tokens_of(session, spans[:1]), tokens_of(session, spans)
     largest = max(tokens_of(session, [span]) for span in spans)
     sums = sum(value.nbytes for site in sites for value in site.state().values())
