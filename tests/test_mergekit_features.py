@@ -271,6 +271,19 @@ def pickled(model: Path, out: Path) -> None:
     torch.save(load_file(model / "model.safetensors"), out / "pytorch_model.bin")
 
 
+def pickled_shards(model: Path, out: Path) -> None:
+    out.mkdir()
+    (out / "config.json").write_text((model / "config.json").read_text())
+    placed: dict[str, str] = {}
+    names = sorted(weights(model))
+    for number, some in enumerate((names[::2], names[1::2]), 1):
+        file = f"pytorch_model-0000{number}-of-00002.bin"
+        torch.save({name: weights(model)[name] for name in some}, out / file)
+        placed |= dict.fromkeys(some, file)
+    index = {"metadata": {}, "weight_map": placed}
+    (out / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
 def test_pickled_and_sharded_checkpoints_have_the_same_statistics(
     family: Path, tmp_path: Path, measure: Callable[..., Path]
 ) -> None:
@@ -279,9 +292,10 @@ def test_pickled_and_sharded_checkpoints_have_the_same_statistics(
         tmp_path / "shards", max_shard_size="20KB"
     )
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    pickled_shards(family / "base", tmp_path / "bin-shards")
     expected = load_file(family / "stats" / "model.safetensors")
     metadata = json.loads((family / "stats" / "activation_stats.json").read_text())
-    for name in ("bin", "shards"):
+    for name in ("bin", "shards", "bin-shards"):
         measure(tmp_path / name, tmp_path / f"{name}-stats")
         found = load_file(tmp_path / f"{name}-stats" / "model.safetensors")
         assert all(torch.equal(found[key], value) for key, value in expected.items())
