@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from tests.conftest import perturbed, tiny_llama
+from tests.merges import refused, run, weights
 from tests.streams import add_tokenizer
-from tests.test_mergekit_features import refused, run, weights
 
 RATE = 0.7
 
