@@ -149,7 +149,9 @@ class ActivationInformedMerge(GroupMergeMethod):  # type: ignore[misc]  # mergek
             return merged
         # Where the wrapped method has statistics for each input, the base's are AIM's.
         reference = stats if isinstance(stats, str) else stats[base.id]
-        return self._relax(group, base.tensor, merged, reference, **own)
+        # With --multi-gpu, mergekit makes a GPU the default device; statistics are on the CPU.
+        with torch.device("cpu"):
+            return self._relax(group, base.tensor, merged, reference, **own)
 
     def _relax(
         self,
