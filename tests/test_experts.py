@@ -19,6 +19,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from mergekit_arm.cli.calibrate import command
 from mergekit_arm.statistics.reader import Statistics
 from tests.conftest import VOCABULARY, perturbed
+from tests.equality import assert_same_statistics
 
 EXPERTS, STARVED, LAYERS = 4, 2, 2
 
@@ -121,9 +122,18 @@ def test_the_starved_expert_is_reported(moe: Path, token_file: Path, tmp_path: P
     output = calibrate(moe, token_file, tmp_path / "stats", "--min-expert-tokens", "60")
     sites = Statistics("stats", tmp_path / "stats").metadata.sites
     tokens = [sites[f"model.layers.{i}.mlp.experts.down_proj"].tokens for i in range(LAYERS)]
-    assert "2 experts saw fewer than 60 tokens and will be left as merged" in output
+    assert "2 experts saw fewer than 60 tokens and will be left as merged by aim" in output
+    assert "24 weights: experts" in output  # without a subspace for arm
+    assert "45 of 45 weights" in output
     for layer, counts in enumerate(tokens):
         assert f"model.layers.{layer}.mlp.experts[2] ({counts[STARVED]})" in output
+
+
+def test_layer_by_layer_the_counts_are_the_same(
+    moe: Path, token_file: Path, stats: Path, tmp_path: Path
+) -> None:
+    calibrate(moe, token_file, tmp_path / "stats", "--min-expert-tokens", "60", "--low-memory")
+    assert_same_statistics(tmp_path / "stats", stats)
 
 
 def test_the_starved_expert_is_left_as_merged(
