@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from mergekit.merge_methods import merge_state_dicts
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file
 from torch.nn import functional
@@ -18,6 +19,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from mergekit_arm.cli.calibrate import command
 from mergekit_arm.statistics.reader import Statistics
 from tests.conftest import VOCABULARY, perturbed
+from tests.equality import assert_same_statistics
 
 EXPERTS, STARVED, LAYERS = 4, 2, 2
 
@@ -120,9 +122,18 @@ def test_the_starved_expert_is_reported(moe: Path, token_file: Path, tmp_path: P
     output = calibrate(moe, token_file, tmp_path / "stats", "--min-expert-tokens", "60")
     sites = Statistics("stats", tmp_path / "stats").metadata.sites
     tokens = [sites[f"model.layers.{i}.mlp.experts.down_proj"].tokens for i in range(LAYERS)]
-    assert "2 experts saw fewer than 60 tokens and will be left as merged" in output
+    assert "2 experts saw fewer than 60 tokens and will be left as merged by aim" in output
+    assert "24 weights: experts" in output  # without a subspace for arm
+    assert "45 of 45 weights" in output
     for layer, counts in enumerate(tokens):
         assert f"model.layers.{layer}.mlp.experts[2] ({counts[STARVED]})" in output
+
+
+def test_layer_by_layer_the_counts_are_the_same(
+    moe: Path, token_file: Path, stats: Path, tmp_path: Path
+) -> None:
+    calibrate(moe, token_file, tmp_path / "stats", "--min-expert-tokens", "60", "--low-memory")
+    assert_same_statistics(tmp_path / "stats", stats)
 
 
 def test_the_starved_expert_is_left_as_merged(
@@ -160,19 +171,48 @@ def test_without_a_minimum_every_expert_with_a_token_is_relaxed(
         assert not torch.allclose(merged[name][STARVED], other[name][STARVED], atol=1e-6)
 
 
+def test_starved_experts_under_names_of_their_own(moe: Path, stats: Path) -> None:
+    """As mergekit asks for them where its architecture file has one tensor for each expert."""
+    states = {name: load_file(moe / name / "model.safetensors") for name in ("base", "a")}
+    parameters = {"activation_stats": str(stats), "omega": 0.0, "weight": 1.0}
+    merged = merge_state_dicts(states, "aim", base="base", parameters=parameters)
+    names = [name for name in merged if ".experts." in name]
+    assert len(names) == 3 * EXPERTS * LAYERS
+    for name in names:
+        untouched = torch.allclose(merged[name], states["a"][name], atol=1e-6)
+        assert untouched == (f".experts.{STARVED}." in name), name
+
+
+def test_arm_rotates_no_expert_and_says_so(
+    moe: Path, stats: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    merged = merge(moe, stats, tmp_path, method="arm", rotation=-1.0)
+    base, other = fused(moe / "base"), fused(moe / "a")
+    for name in base:
+        wanted = base[name] + 0.5 * (other[name] - base[name])
+        torch.testing.assert_close(merged[name], wanted, rtol=1e-5, atol=1e-6)
+    query = "model.layers.0.self_attn.q_proj.weight"
+    one, two = (load_file(moe / name / "model.safetensors")[query] for name in ("base", "a"))
+    assert not torch.allclose(merged[query], one + 0.5 * (two - one), atol=1e-3)
+    (said,) = [record.message for record in caplog.records if "experts'" in record.message]
+    assert "24 of 44 weights are experts', which have no subspaces" in said
+
+
 def fused(path: Path) -> dict[str, torch.Tensor]:
     model = Qwen3MoeForCausalLM.from_pretrained(path)
     return {name: p.detach() for name, p in model.named_parameters() if ".experts." in name}
 
 
-def merge(moe: Path, stats: Path, folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
+def merge(
+    moe: Path, stats: Path, folder: Path, method: str = "aim", **parameters: Any
+) -> dict[str, torch.Tensor]:
+    own = {"weight": 1.0} if method == "aim" else {}
     config = {
-        "merge_method": "aim",
+        "merge_method": method,
         "base_model": str(moe / "base"),
-        "models": [{"model": str(moe / "a"), "parameters": {"weight": 1.0}}],
-        "parameters": {"activation_stats": str(stats), "omega": 0.0},
+        "models": [{"model": str(moe / "a"), "parameters": own}],
+        "parameters": {"activation_stats": str(stats), **(parameters or {"omega": 0.0})},
         "dtype": "float32",
-        **changes,
     }
     (folder / "config.yml").write_text(yaml.safe_dump(config))
     done = CliRunner().invoke(

@@ -2,62 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 from mergekit.scripts.multimerge import main as mergekit_multi
 from mergekit.scripts.run_yaml import main as mergekit_yaml
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from mergekit_arm.statistics.reader import Statistics
 from tests.conftest import perturbed, tiny_llama
+from tests.merges import OMEGA, assert_relaxed, config, refused, relaxed, run, weights
 from tests.streams import add_tokenizer
-
-OMEGA = 0.3
-
-
-def run(
-    command: click.Command, document: str, folder: Path, *options: str, multi: bool = False
-) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.yml").write_text(document)
-    out = folder / "out"
-    target = ["--out-path", str(out), "-I", str(folder / "stages")] if multi else [str(out)]
-    done = CliRunner().invoke(command, [str(folder / "config.yml"), *target, "--quiet", *options])
-    assert done.exit_code == 0, done.output or repr(done.exception)
-    return out
-
-
-def refused(document: str, folder: Path) -> str:
-    (folder / "config.yml").write_text(document)
-    done = CliRunner().invoke(mergekit_yaml, [str(folder / "config.yml"), str(folder / "out")])
-    assert done.exit_code == 2
-    (line,) = [line for line in done.output.splitlines() if line.startswith("Error: ")]
-    return line
-
-
-def config(folder: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "merge_method": "aim",
-        "base_model": str(folder / "base"),
-        "models": [{"model": str(folder / "a"), "parameters": {"weight": 1.0}}],
-        "parameters": {"activation_stats": str(folder / "stats"), "omega": OMEGA},
-        "dtype": "float32",
-        **changes,
-    }
 
 
 def sliced(folder: Path, *ranges: tuple[int, int], **changes: Any) -> str:
@@ -77,30 +40,6 @@ def sliced(folder: Path, *ranges: tuple[int, int], **changes: Any) -> str:
         for one in ranges
     ]
     return yaml.safe_dump(document)
-
-
-def weights(path: Path) -> dict[str, Tensor]:
-    merged: dict[str, Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        merged |= load_file(file)
-    return merged
-
-
-def relaxed(folder: Path, name: str, base: Tensor, merged: Tensor, omega: float = OMEGA) -> Tensor:
-    """AIM's formula in float64, from what the statistics say of the tensor of this name."""
-    statistics = Statistics("stats", folder / "stats")
-    record = statistics.metadata.weights[name]
-    if record.site is None:
-        return merged.double()
-    importance = statistics.importance(record, "mean_abs").double()
-    gain = 1 - (1 - omega) * importance / importance.max()
-    return base.double() + (merged.double() - base.double()) * gain
-
-
-def assert_relaxed(found: Tensor, folder: Path, name: str, omega: float = OMEGA) -> None:
-    base, other = (weights(folder / model)[name] for model in ("base", "a"))
-    expected = relaxed(folder, name, base, other, omega)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_layers_repeated_and_reordered(family: Path, tmp_path: Path) -> None:
@@ -250,45 +189,6 @@ def test_gradients_and_filters_on_every_parameter(family: Path, tmp_path: Path) 
         torch.testing.assert_close(tensor.double(), merged, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [["--lazy-unpickle"], ["--low-cpu-memory"], ["--out-shard-size", "20K"], ["--async-write"]],
-)
-def test_options_do_not_change_the_result(options: list[str], family: Path, tmp_path: Path) -> None:
-    """From pickled checkpoints; mergekit opens these without unpickling only if told so."""
-    for model in ("base", "a"):
-        pickled(family / model, tmp_path / model)
-    document = config(tmp_path)
-    document["parameters"]["activation_stats"] = str(family / "stats")
-    out = run(mergekit_yaml, yaml.safe_dump(document), tmp_path / "merge", *options)
-    for name, tensor in weights(out).items():
-        assert_relaxed(tensor, family, name)
-
-
-def pickled(model: Path, out: Path) -> None:
-    out.mkdir()
-    (out / "config.json").write_text((model / "config.json").read_text())
-    torch.save(load_file(model / "model.safetensors"), out / "pytorch_model.bin")
-
-
-def test_pickled_and_sharded_checkpoints_have_the_same_statistics(
-    family: Path, tmp_path: Path, measure: Callable[..., Path]
-) -> None:
-    pickled(family / "base", tmp_path / "bin")
-    LlamaForCausalLM.from_pretrained(family / "base").save_pretrained(
-        tmp_path / "shards", max_shard_size="20KB"
-    )
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    expected = load_file(family / "stats" / "model.safetensors")
-    metadata = json.loads((family / "stats" / "activation_stats.json").read_text())
-    for name in ("bin", "shards"):
-        measure(tmp_path / name, tmp_path / f"{name}-stats")
-        found = load_file(tmp_path / f"{name}-stats" / "model.safetensors")
-        assert all(torch.equal(found[key], value) for key, value in expected.items())
-        other = json.loads((tmp_path / f"{name}-stats" / "activation_stats.json").read_text())
-        assert other["model"]["content_hash"] == metadata["model"]["content_hash"]
-
-
 def test_a_stage_of_ours_in_mergekit_multi(family: Path, tmp_path: Path) -> None:
     stage = config(family) | {"name": "relaxed"}
     final = {
@@ -311,50 +211,6 @@ def test_mergekit_pytorch(family: Path, tmp_path: Path) -> None:
     document["models"][0]["model"] = str(family / "a" / "model.safetensors")
     for name, tensor in weights(run(mergekit_pytorch, yaml.safe_dump(document), tmp_path)).items():
         assert_relaxed(tensor, family, name)
-
-
-def test_adapters_as_model_and_as_base(
-    family: Path, tmp_path: Path, measure: Callable[..., Path]
-) -> None:
-    for seed, name in ((5, "one"), (6, "two")):
-        torch.manual_seed(seed)
-        settings = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-        adapted = get_peft_model(LlamaForCausalLM.from_pretrained(family / "base"), settings)
-        adapted.save_pretrained(tmp_path / name)
-        adapted.merge_and_unload().save_pretrained(tmp_path / f"{name}-merged")
-    base, model = (f"{family / 'base'}+{tmp_path / name}" for name in ("one", "two"))
-    (tmp_path / "cache").mkdir()
-    measure(Path(base), tmp_path / "stats")
-    document = config(tmp_path, base_model=base)
-    document["models"][0]["model"] = model
-    out = run(
-        mergekit_yaml,
-        yaml.safe_dump(document),
-        tmp_path / "merge",
-        "--lora-merge-cache",
-        str(tmp_path / "cache"),
-    )
-    one, two = weights(tmp_path / "one-merged"), weights(tmp_path / "two-merged")
-    moved = 0
-    for name, tensor in weights(out).items():
-        expected = relaxed(tmp_path, name, one[name], two[name])
-        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
-        moved += not torch.equal(one[name], two[name])
-    assert moved == 4
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_checkpoints(
-    dtype: torch.dtype, tmp_path: Path, measure: Callable[..., Path]
-) -> None:
-    base = tiny_llama(0)
-    perturbed(base, 1).to(dtype).save_pretrained(tmp_path / "a")
-    base.to(dtype).save_pretrained(tmp_path / "base")
-    measure(tmp_path / "base", tmp_path / "stats")
-    for name, tensor in weights(
-        run(mergekit_yaml, yaml.safe_dump(config(tmp_path)), tmp_path / "merge")
-    ).items():
-        assert_relaxed(tensor, tmp_path, name)
 
 
 def test_many_threads_at_once(family: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
+from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_arm.cli import main as cli_module
 from mergekit_arm.cli.calibrate import command as calibrate_command
@@ -36,7 +37,7 @@ def test_every_file_that_is_named_exists() -> None:
 def test_every_flag_that_is_named_exists() -> None:
     known = {
         flag
-        for command in (calibrate_command, stream_command)
+        for command in (calibrate_command, stream_command, mergekit_yaml)
         for parameter in command.params
         for flag in (*parameter.opts, *parameter.secondary_opts)
     } | {"--help", "--verbose", "--target", "--index-url", "--nproc-per-node"}

@@ -85,7 +85,11 @@ def explore(
     extra = corpus.extra(row)
     ids = corpus.blocks[row] if extra else corpus.blocks[row][:DISCOVERY_TOKENS]
     arguments = model_arguments(model, ids[None].to(device), extra)
-    discover(model, plan, lambda: model(**arguments) and None)
+
+    def forward() -> None:
+        model(**arguments)
+
+    discover(model, plan, forward)
 
 
 def spans_of(session: Session, tokens_at_once: int) -> list[Span]:

@@ -73,7 +73,7 @@ def find_model(
             )
             config = merged.config(trust_remote_code=trust_remote_code)
         except (OSError, ValueError, RuntimeError, HFValidationError) as error:
-            raise InputError(_unloadable(reference, error)) from error
+            raise InputError(unloadable(reference, error)) from error
         if getattr(config, "quantization_config", None):
             raise InputError(
                 f"{reference} is quantised, and mergekit merges no quantised weights; "
@@ -160,7 +160,7 @@ def load_model(
             **(placement or {}),
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise InputError(_unloadable(source.reference, error)) from error
+        raise InputError(unloadable(source.reference, error)) from error
     # A head that the checkpoint lacks changes nothing that is measured.
     absent = [key for key in report["missing_keys"] if not _of_the_head(model, key)]
     if absent:
@@ -252,10 +252,16 @@ def open_checkpoint(source: Source) -> LazyTensorLoader:
             )
         return LazyTensorLoader.from_disk(local)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(_unloadable(source.reference, error)) from error
+        raise InputError(unloadable(source.reference, error)) from error
 
 
-def _unloadable(reference: str, error: BaseException) -> str:
+def unloadable(reference: str, error: BaseException) -> str:
+    """Return what to tell the user of an error that came while finding or loading a model."""
+    if "trust_remote_code" in str(error):
+        return (
+            f"model {reference} brings code of its own, which is not run unasked: "
+            "read it, and add --trust-remote-code"
+        )
     return (
         f"model {reference}: {first_line(error)} "
         "(expected a local directory, a Hub id, id@revision or model+lora)"

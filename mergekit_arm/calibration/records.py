@@ -12,13 +12,16 @@ from transformers import PreTrainedTokenizerBase
 
 from mergekit_arm.calibration.collect import Site
 from mergekit_arm.calibration.corpus import Corpus
-from mergekit_arm.calibration.coverage import Coverage
+from mergekit_arm.calibration.coverage import Coverage, CoveredWeight
 from mergekit_arm.calibration.job import Job
 from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.calibration.sites import SitePlan
 from mergekit_arm.errors import InputError
 from mergekit_arm.statistics.format import (
+    EXPERTS,
     NEVER_USED,
+    NO_TOKEN,
+    ONE_EXPERT,
     DataRecord,
     SettingsRecord,
     SiteRecord,
@@ -102,18 +105,19 @@ def collect_results(coverage: Coverage, measured: Iterable[MeasuredSite], rows: 
     """
     measured = list(measured)
     site_of = {parameter: site.name for site in measured for parameter in site.parameters}
+    routed = {found["experts"] for name in site_of if (found := ONE_EXPERT.match(name))}
     records: dict[str, WeightRecord] = {}
     for row, weight in enumerate((*coverage.weights, *coverage.converted)):
         site = None
         if weight.reason is None:
-            found = {site_of.get(part.parameter) for part in weight.parts}
-            if len(found) > 1:
+            inputs = {site_of.get(part.parameter) for part in weight.parts}
+            if len(inputs) > 1:
                 parameters = " and ".join(part.parameter for part in weight.parts)
                 raise InputError(
                     f"{weight.name} is split into {parameters}, which read unlike inputs: this "
                     "architecture is not supported"
                 )
-            site = found.pop()
+            site = inputs.pop()
         records[weight.name] = WeightRecord(
             shape=list(weight.shape),
             dtype=weight.dtype,
@@ -121,7 +125,7 @@ def collect_results(coverage: Coverage, measured: Iterable[MeasuredSite], rows: 
             site=site,
             input_axis=weight.input_axis if site else None,
             row=weight.row if site else None,
-            reason=None if site else weight.reason or NEVER_USED,
+            reason=None if site else weight.reason or _unused(weight, routed),
         )
     tensors: dict[str, Tensor] = {PROBES: coverage.probes, ROWS: rows}
     for one in measured:
@@ -133,6 +137,14 @@ def collect_results(coverage: Coverage, measured: Iterable[MeasuredSite], rows: 
         sites={one.name: one.record for one in measured},
         tensors=tensors,
     )
+
+
+def _unused(weight: CoveredWeight, routed: set[str]) -> str:
+    """Say why nothing was measured: ``routed`` are lists of experts of which some were used."""
+    experts = [ONE_EXPERT.match(part.parameter) for part in weight.parts]
+    if all(one is not None and one["experts"] in routed for one in experts):
+        return NO_TOKEN
+    return NEVER_USED
 
 
 def _site_record(shares: list[Site], finished: Mapping[str, Tensor], subspaces: bool) -> SiteRecord:
@@ -147,7 +159,7 @@ def _site_record(shares: list[Site], finished: Mapping[str, Tensor], subspaces: 
             energy=round(min(energy, 1.0), 6) if energy == energy else None,
         )
     matrix = any(reading.matrix for reading in plan.readings)
-    reason = "norms only" if not matrix else "output head" if plan.experts is None else "experts"
+    reason = "norms only" if not matrix else "output head" if plan.experts is None else EXPERTS
     return SiteRecord(width=plan.width, tokens=tokens, no_subspace=reason if subspaces else None)
 
 

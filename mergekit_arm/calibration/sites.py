@@ -5,7 +5,6 @@ A *site* is one measured input. Layers that read the same tensor (q/k/v; gate/up
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +14,17 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from mergekit_arm.statistics.format import BIAS, CONVOLUTION, ELEMENTWISE, EMBEDDING, NEVER_USED
+from mergekit_arm.statistics.format import (
+    BIAS,
+    CONVOLUTION,
+    ELEMENTWISE,
+    EMBEDDING,
+    NEVER_USED,
+    ONE_EXPERT,
+)
 
 _ELEMENTWISE_NAMES = {"A_log", "time_decay", "time_first"}
 """Decay rates of state-space and linear-attention layers: matrices in shape, not in use."""
-
-_ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 
 
 @dataclass
@@ -205,7 +209,7 @@ def layer_reading(parameter: Parameter) -> Reading | None:
         if isinstance(layer, nn.Linear):
             axis, matrix = 1, True
             # One of many, like a fused weight's: counted, and left as merged where starved.
-            experts = 1 if _ONE_EXPERT.search(parameter.name) else None
+            experts = 1 if ONE_EXPERT.match(parameter.name) else None
         elif isinstance(layer, Conv1D):  # GPT-2 stores in × out
             axis, matrix = 0, True
         elif "norm" in type(layer).__name__.lower() and tensor.ndim in (1, 2):

@@ -21,7 +21,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from mergekit_arm.calibration.calls import NotWalkable
-from mergekit_arm.calibration.model import Source, model_class, prepare
+from mergekit_arm.calibration.model import Source, model_class, prepare, unloadable
 from mergekit_arm.calibration.names import map_checkpoint
 from mergekit_arm.errors import InputError, first_line
 
@@ -225,6 +225,6 @@ def empty_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
                 )
             )
     except (ValueError, KeyError, ImportError, OSError) as error:
-        raise InputError(f"model {source.reference}: {first_line(error)}") from error
+        raise InputError(unloadable(source.reference, error)) from error
     model.tie_weights()  # what was tied has become separate on the way
     return prepare(model)

@@ -97,7 +97,8 @@ def _checked(parse: Callable[[str], object]) -> Callable[..., str]:
 @_option(
     "min_expert_tokens",
     type=click.IntRange(0),
-    help="Experts that saw fewer tokens are left as merged.",
+    help="Experts that saw fewer tokens are reported, and aim leaves them as merged. (arm steps "
+    "along all experts without a rotation.)",
 )
 @_option("device", help="auto, cpu, cuda, cuda:1, mps, …")
 @_option(

@@ -10,6 +10,7 @@ model's activations say matter:
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -34,8 +35,10 @@ from mergekit_arm.methods.parameters import (
     statistics_reference,
 )
 from mergekit_arm.methods.planning import Plan, Remembered, check_planned
-from mergekit_arm.statistics.format import LEFT_AS_MERGED
+from mergekit_arm.statistics.format import LEFT_AS_MERGED, NO_TOKEN
 from mergekit_arm.statistics.reader import open_statistics
+
+LOG = logging.getLogger(__name__)
 
 URL = "https://arxiv.org/abs/2502.02421"
 PREFIX = "aim"
@@ -146,7 +149,9 @@ class ActivationInformedMerge(GroupMergeMethod):  # type: ignore[misc]  # mergek
             return merged
         # Where the wrapped method has statistics for each input, the base's are AIM's.
         reference = stats if isinstance(stats, str) else stats[base.id]
-        return self._relax(group, base.tensor, merged, reference, **own)
+        # With --multi-gpu, mergekit makes a GPU the default device; statistics are on the CPU.
+        with torch.device("cpu"):
+            return self._relax(group, base.tensor, merged, reference, **own)
 
     def _relax(
         self,
@@ -167,6 +172,8 @@ class ActivationInformedMerge(GroupMergeMethod):  # type: ignore[misc]  # mergek
             renumbered=self._plan.renumbers(output, statistics),
         )
         if record.site is None:
+            if record.reason == NO_TOKEN:
+                LOG.warning("%s: %s: it is left as merged", name, record.reason)
             # Nothing to relax where the merge is the base, as for stored rotary frequencies.
             if record.reason in LEFT_AS_MERGED or torch.equal(merged, base.to(merged.dtype)):
                 return merged

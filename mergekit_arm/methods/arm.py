@@ -8,9 +8,12 @@ Only the paper's abstract is public to us: the formulas are ours and contain eac
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from mergekit import merge_methods
 from mergekit.merge_methods import (
     BasePolicy,
@@ -27,10 +30,12 @@ from torch import Tensor
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.methods.parameters import number, parameter_type, statistics_reference
-from mergekit_arm.methods.planning import Remembered, check_planned
+from mergekit_arm.methods.planning import Plan, Remembered, check_planned
 from mergekit_arm.methods.rotation import Incoming, arm_step
-from mergekit_arm.statistics.format import LEFT_AS_MERGED
-from mergekit_arm.statistics.reader import open_statistics
+from mergekit_arm.statistics.format import EXPERTS, LEFT_AS_MERGED
+from mergekit_arm.statistics.reader import Statistics, open_statistics
+
+LOG = logging.getLogger(__name__)
 
 NAME = "arm"
 URL = "https://arxiv.org/abs/2602.03237"
@@ -44,6 +49,9 @@ class ArmMerge(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
 
     def __init__(self) -> None:
         self._remembered = Remembered()
+        self._plan = Plan()
+        self._warned: set[str] = set()
+        self._lock = threading.Lock()
         noting = self._remembered.noting
         self.spec = MergeMethodSpec(
             name=NAME,
@@ -94,6 +102,7 @@ class ArmMerge(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
     ) -> None:
         """Check the inputs' number and base, and at planning time their statistics."""
         super().validate_inputs(input_ids, base_id, group_name=group_name)
+        self._plan.note(group_name)
         planned = self._remembered.take()
         references = planned.get("activation_stats", [])
         aligned = planned.get("alignment", [0.0])[-1] > 0
@@ -122,18 +131,20 @@ class ArmMerge(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
         rates: PerInputValues[float] = parameters["learning_rate"]
         basis, input_axis = None, -1
         turning = (rotation != 0 or alignment > 0) and base.tensor.ndim > 1
-        if turning:
-            basis, input_axis = self._subspace(group, base, parameters)
-        incoming = [
-            Incoming(
-                entry.tensor,
-                rates[entry.id],
-                self._subspace(group, entry, parameters)[0]
-                if alignment > 0 and basis is not None
-                else None,
-            )
-            for entry in group.non_base
-        ]
+        # With --multi-gpu, mergekit makes a GPU the default device; statistics are on the CPU.
+        with torch.device("cpu"):
+            if turning:
+                basis, input_axis = self._subspace(group, base, parameters)
+            incoming = [
+                Incoming(
+                    entry.tensor,
+                    rates[entry.id],
+                    self._subspace(group, entry, parameters)[0]
+                    if alignment > 0 and basis is not None
+                    else None,
+                )
+                for entry in group.non_base
+            ]
         return arm_step(
             base.tensor,
             incoming,
@@ -148,16 +159,18 @@ class ArmMerge(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
     ) -> tuple[Tensor | None, int]:
         """Return the basis of the dominant input subspace and the input axis.
 
-        No basis for what is stepped along linearly: embeddings and the output head.
+        No basis for what is stepped along linearly: embeddings, experts and the output head.
         """
         reference = parameters["activation_stats"][entry.id]
         if not entry.is_base:
             _require_own(entry.id, reference, parameters["activation_stats"][group.base.id])
         statistics = open_statistics(reference)
+        output = group.metadata.name or ""
         name, record = statistics.matcher.find(
-            group.metadata.name or "",
+            output,
             entry.tensor,
             permuted=group.metadata.vocabulary_axis is not None,
+            renumbered=self._plan.renumbers(output, statistics),
         )
         if record.site is None:
             if record.reason in LEFT_AS_MERGED:
@@ -168,10 +181,29 @@ class ArmMerge(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
                 f"rotation: [{{filter: {name}, value: 0}}, {{value: {parameters['rotation']}}}]"
             )
         basis = statistics.subspace(record, parameters["energy"])
+        if statistics.metadata.sites[record.site].no_subspace == EXPERTS:
+            self._warn_unturned(statistics)
         assert record.input_axis is not None
         return (
             None if basis is None else basis.to(entry.tensor.device),
             record.input_axis - entry.tensor.ndim,
+        )
+
+    def _warn_unturned(self, statistics: Statistics) -> None:
+        """Say once that experts have no subspaces: they may be most of the model."""
+        with self._lock:
+            if statistics.reference in self._warned:
+                return
+            self._warned.add(statistics.reference)
+        sites = statistics.metadata.sites
+        found = [w.site for w in statistics.metadata.weights.values() if w.site]
+        count = sum(sites[site].no_subspace == EXPERTS for site in found)
+        LOG.warning(
+            "activation_stats %s: %d of %d weights are experts', which have no subspaces: "
+            "arm steps along them without a rotation",
+            statistics.reference,
+            count,
+            len(found),
         )
 
 

@@ -29,6 +29,13 @@ def calibration_summary(
     table.add_row("measured", f"{measured} weights at {len(metadata.sites)} inputs")
     for reason, count in sorted(reasons.items()):
         table.add_row("not measured", f"{count} weights: {reason}")
+    unturned = Counter(
+        metadata.sites[weight.site].no_subspace
+        for weight in metadata.weights.values()
+        if weight.site and metadata.sites[weight.site].no_subspace
+    )
+    for no_subspace, count in sorted(unturned.items()):
+        table.add_row("without subspace", f"{count} weights: {no_subspace}")
     table.add_row("coverage", f"{measured + reasons.total()} of {len(metadata.weights)} weights")
     if experts := metadata.experts():
         counts = sorted(experts.values())
@@ -38,7 +45,7 @@ def calibration_summary(
             f"{len(experts)}, tokens seen: least {counts[0]:,}, median {middle:,}, "
             f"most {counts[-1]:,}",
         )
-        few = metadata.settings.min_expert_tokens
+        few = max(metadata.settings.min_expert_tokens, 1)
         starved = {name: tokens for name, tokens in experts.items() if tokens < few}
         if starved:
             least = sorted(starved.items(), key=lambda item: item[1])[:_STARVED_SHOWN]
@@ -46,8 +53,8 @@ def calibration_summary(
             more = ", …" if len(starved) > len(least) else ""
             table.add_row(
                 "starved",
-                f"{len(starved)} experts saw fewer than {few} tokens and will be left as merged: "
-                f"{names}{more}",
+                f"{len(starved)} experts saw fewer than {few} tokens and will be left as merged by "
+                f"aim (arm rotates no expert): {names}{more}",
                 style="yellow",
             )
     table.add_row("written", f"{out} ({size / 1e6:.1f} MB)")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pydantic import BaseModel, ConfigDict, Field
 
 FORMAT_VERSION = 1
@@ -14,10 +16,19 @@ ELEMENTWISE = "no matrix: acts on each element"
 BUFFER = "buffer: not trained"
 NOT_FLOATING = "no floating-point tensor"
 NEVER_USED = "never used on this data"
+NO_TOKEN = "expert that saw no token"
 NOT_LOADED = "not a parameter of the model that transformers loads"
 
-LEFT_AS_MERGED = frozenset({EMBEDDING, BIAS, CONVOLUTION, ELEMENTWISE, BUFFER, NOT_FLOATING})
+LEFT_AS_MERGED = frozenset(
+    {EMBEDDING, BIAS, CONVOLUTION, ELEMENTWISE, BUFFER, NOT_FLOATING, NO_TOKEN}
+)
 """Reasons that are part of the methods' definition; any other needs the user's consent."""
+
+EXPERTS = "experts"
+"""Why a site of experts has no subspace: all of theirs would be a hundred times the others'."""
+
+ONE_EXPERT = re.compile(r"(?P<experts>(?:^|.*\.)experts)\.\d+(?=\.|$)")
+"""Matches the name of one expert of many where each is a module of its own."""
 
 
 class _Strict(BaseModel):
@@ -119,13 +130,17 @@ class Metadata(_Strict):
 
     def experts(self) -> dict[str, int]:
         """Return the tokens that every expert of the model saw, by the expert's name."""
-        found: dict[str, int] = {}
+        found: dict[str, int] = {
+            one[0]: 0
+            for name, weight in self.weights.items()
+            if weight.reason == NO_TOKEN and (one := ONE_EXPERT.match(name))
+        }
         stacked = {w.site for w in self.weights.values() if w.row is not None or len(w.shape) == 3}
         for name, site in self.sites.items():
             if name in stacked and isinstance(site.tokens, list):
                 module = name.rpartition(".")[0]
-                one = len(site.tokens) == 1
+                own = ONE_EXPERT.match(name)
                 for index, tokens in enumerate(site.tokens):
-                    expert = module if one else f"{module}[{index}]"
+                    expert = own[0] if own else f"{module}[{index}]"
                     found[expert] = min(tokens, found.get(expert, tokens))
         return found

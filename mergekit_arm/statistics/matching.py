@@ -124,11 +124,13 @@ class Matcher:
         measured = model.reference + (f" ({model.revision})" if model.revision else "")
         where = f"{name}: activation_stats {self._reference} were measured on {measured}"
         if candidates:
+            role = without_numbers(name).rpartition("#.")[2]
             return (
                 f"{where}, where {len(candidates)} weights hold the same values "
                 f"({', '.join(candidates[:3])}, …): after slices have renumbered the layers, "
-                "nothing tells which of them this one is; leave it as merged with omega: "
-                f"[{{filter: {without_numbers(name).rpartition('#.')[2]}, value: 1.0}}, …]"
+                "nothing tells which of them this one is; leave it out with omega: "
+                f"[{{filter: {role}, value: 1.0}}, …] under aim, or rotation: "
+                f"[{{filter: {role}, value: 0}}, …] under arm"
             )
         if record is None:
             return f"{where}, which has no such weight: is the base_model the measured model?"
