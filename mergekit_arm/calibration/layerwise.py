@@ -42,7 +42,8 @@ from mergekit_arm.calibration.preflight import Cost, Preflight, free_disk, free_
 from mergekit_arm.calibration.progress import Snapshot
 from mergekit_arm.calibration.records import MeasuredSite, add_up
 from mergekit_arm.calibration.session import Session
-from mergekit_arm.calibration.sites import SitePlan
+from mergekit_arm.calibration.sites import Parameter, SitePlan
+from mergekit_arm.calibration.size import directory_bytes, parameter_bytes
 from mergekit_arm.errors import first_line
 
 _LEADER = "leader"
@@ -418,6 +419,16 @@ class _Walk:
         largest = max(tokens_of(session, [span]) for span in spans)
         sums = sum(value.nbytes for site in sites for value in site.state().values())
         states = self._hidden.get(self._followers[0].key(1)).nbytes * total // first
+        output = directory_bytes(
+            sites,
+            self._coverage,
+            session.corpus,
+            session.options,
+            repeated=layers,
+            beyond=parameter_bytes(
+                self._unlike_first(), self._coverage, self._chain.model, session.options
+            ),
+        )
         return Preflight(
             tokens=total,
             seconds=layers * (reading.seconds + block.seconds * total / first),
@@ -427,10 +438,22 @@ class _Walk:
             batch_size=max(span.count for span in spans),
             free=free_memory(self._device),
             device=str(self._device),
-            output=layers * sum(site.result_bytes() for site in sites),
+            output=output,
             parameters=sum(parameter.numel() for parameter in self._chain.model.parameters()),
-            # Saved states stay until newer ones are saved.
-            disk=2 * states + sums * layers,
+            # What was saved stays until the new is written; each process saves its own, and
+            # the first one also every layer's results.
+            disk=2 * (states + sums) * session.job.local_processes + output,
             disk_free=free_disk(session.progress.folder),
             low_memory=True,
         )
+
+    def _unlike_first(self) -> list[Parameter]:
+        """Return the parameters outside the layers, and those that the first layer lacks."""
+        chain, parameters = self._chain, self._coverage.plan.parameters
+        found = []
+        for name, parameter in parameters.items():
+            _, _, own = name.removeprefix(f"{chain.name}.").partition(".")
+            twin = parameters.get(f"{chain.layer(0)}.{own}") if chain.holds(name) else None
+            if twin is None or twin.tensor.shape != parameter.tensor.shape:
+                found.append(parameter)
+        return found
