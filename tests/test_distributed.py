@@ -112,10 +112,10 @@ def test_an_error_in_one_process_ends_the_others(
     assert (tmp_path / "s.partial").is_dir()
 
 
-def test_wrong_input_is_said_once(family: Path, token_file: Path, tmp_path: Path) -> None:
-    token_file = tmp_path / "words.jsonl"
-    token_file.write_text('{"input_ids": [1, 999]}\n')
-    ended = run(3, calibrate(family / "base", tmp_path / "s", token_file), tmp_path)
+def test_wrong_input_is_said_once(family: Path, tmp_path: Path) -> None:
+    dataset = tmp_path / "words.jsonl"
+    dataset.write_text('{"input_ids": [1, 999]}\n')
+    ended = run(3, calibrate(family / "base", tmp_path / "s", dataset), tmp_path)
     assert [one.status for one in ended] == [2, 2, 2]
     assert "made with another tokenizer" in ended[0].output
     assert [one.output.strip() for one in ended[1:]] == ["", ""]
@@ -173,7 +173,7 @@ def test_torchrun_low_memory(
     assert_same_statistics(tmp_path / "s", whole[True], rtol=TOLERANCE)
 
 
-def test_torchrun_refuses_wrong_input_once(family: Path, token_file: Path, tmp_path: Path) -> None:
+def test_torchrun_refuses_wrong_input_once(family: Path, tmp_path: Path) -> None:
     command = calibrate(family / "base", tmp_path / "s", tmp_path / "nothing.jsonl")
     with torchrun(2, command) as launcher:
         output = finish(launcher)
