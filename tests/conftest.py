@@ -19,8 +19,7 @@ VOCABULARY = 96
 # each other; commands that tests start inherit the variable.
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _THREADS = max(1, (os.cpu_count() or 1) // _WORKERS)
-os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))
-torch.set_num_threads(_THREADS)
+torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))))
 
 
 def tiny_llama(seed: int, *, layers: int = 2, tied: bool = False) -> LlamaForCausalLM:

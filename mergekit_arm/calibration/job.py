@@ -8,12 +8,13 @@ none starts before all are known to have arrived.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 
@@ -101,8 +102,9 @@ class Job:
         if self.processes == 1:
             return
         if error is None:
-            self._store.set(f"left/{self.process}", "")
             self._over.set()
+            self._store.set(f"left/{self.process}", "")
+            self._host_store("left", _DEAD_AFTER)
             dist.destroy_process_group()
             return
         self._over.set()
@@ -127,9 +129,9 @@ class Job:
         """
         if self.processes == 1:
             return
-        self._store.set(f"{stage}/{self.process}", "")
-        everybody = [f"{stage}/{other}" for other in range(self.processes)]
-        while not self._store.check(everybody):
+        with suppress(RuntimeError):  # the store is gone: seen below
+            self._store.set(f"{stage}/{self.process}", "")
+        while not self._stored(self._keys(stage)):
             (meanwhile or self.check)()
             time.sleep(_POLL)
 
@@ -139,9 +141,7 @@ class Job:
             return value
         if self.main:
             self._store.set(f"told/{name}", value)
-        while not self._store.check([f"told/{name}"]):
-            self.check()
-            time.sleep(_POLL)
+        self.wait(f"telling {name}")
         return self._store.get(f"told/{name}").decode()
 
     def agree(self, facts: Mapping[str, str]) -> None:
@@ -152,16 +152,17 @@ class Job:
         """
         if self.processes == 1:
             return
-        for name, value in facts.items():
-            self._store.set(f"fact/{name}/{self.process}", value)
+        self._store.set(f"facts/of/{self.process}", json.dumps(dict(facts)))
         self.wait("facts")
-        for name, value in facts.items():
-            first = self._store.get(f"fact/{name}/0").decode()
-            if value != first:
-                raise InputError(
-                    f"its {name} is {value}, but that of rank 0 is {first}: "
-                    "all processes must measure the same model on the same data"
-                )
+        # Everybody compares all, and so refuses: nobody starts to measure.
+        for other in range(1, self.processes):
+            theirs = json.loads(self._store.get(f"facts/of/{other}"))
+            for name, first in json.loads(self._store.get("facts/of/0")).items():
+                if theirs[name] != first:
+                    raise InputError(
+                        f"{name} of rank {other} is {theirs[name]}, but that of rank 0 is {first}: "
+                        "all processes must measure the same model on the same data"
+                    )
 
     @contextmanager
     def first_here(self, stage: str) -> Iterator[None]:
@@ -170,7 +171,7 @@ class Job:
             yield
             return
         key = f"{stage}/{socket.gethostname()}"
-        while self.local_process and not self._store.check([key]):
+        while self.local_process and not self._stored([key]):
             self.check()
             time.sleep(_POLL)
         yield
@@ -232,11 +233,34 @@ class Job:
                     store.set(_FAILED, f"{name} died: no sign of life for {_DEAD_AFTER:.0f} s")
                 if store.check([_FAILED]):
                     self._lost = store.get(_FAILED).decode()
+                    store.set(f"heard/{self.process}", "")
                     break
         except RuntimeError:
             if not self._over.is_set():
-                self._lost = f"rank 0 on {os.environ['MASTER_ADDR']} cannot be reached: it died"
+                self._no_store()
         self._over.set()
+
+    def _no_store(self) -> None:
+        """Note the loss of the process that holds the store, unless another was lost before."""
+        gone = f"rank 0 on {os.environ['MASTER_ADDR']} cannot be reached: it died"
+        self._lost = self._lost or gone
+
+    def _stored(self, keys: list[str]) -> bool:
+        """Say whether others have set ``keys``; note it when nobody can ask any more."""
+        try:
+            return self._store.check(keys)
+        except RuntimeError:
+            self._no_store()
+            return False
+
+    def _keys(self, stage: str) -> list[str]:
+        return [f"{stage}/{other}" for other in range(self.processes)]
+
+    def _host_store(self, until: str, seconds: float) -> None:
+        """On the first process, which may hold the store, stay until the others are through."""
+        end = time.monotonic() + seconds
+        while self.main and not self._store.check(self._keys(until)) and time.monotonic() < end:
+            time.sleep(_POLL)
 
     def _report(self, error: BaseException) -> None:
         """Tell the others of this process's failure, and name it in the message for the user."""
@@ -245,8 +269,13 @@ class Job:
             if not isinstance(error, PeerLost) and not self._store.check([_FAILED]):
                 self._store.set(_FAILED, f"{self._name} failed: {text}")
             self._store.set(f"error/{self.process}", text)
-            if isinstance(error, InputError) and not self.main and self._said_by_main(text):
-                raise click.exceptions.Exit(error.exit_code) from error
+            said = isinstance(error, InputError) and not self.main and self._said_by_main(text)
+            self._store.set(f"heard/{self.process}", "")
+            self._host_store("heard", 3 * _BEAT)
+            if said:
+                # A launcher stops everybody when the first has gone: let rank 0 speak.
+                time.sleep(1)
+                raise click.exceptions.Exit(InputError.exit_code) from error
         except RuntimeError as lost:
             if isinstance(lost, click.exceptions.Exit):
                 raise
@@ -259,10 +288,7 @@ class Job:
         key, until = "error/0", time.monotonic() + 3
         while not self._store.check([key]) and time.monotonic() < until:
             time.sleep(_POLL)
-        if not self._store.check([key]) or self._store.get(key).decode() != text:
-            return False
-        time.sleep(1)  # the launcher stops everybody when the first has gone: let rank 0 speak
-        return True
+        return self._store.check([key]) and self._store.get(key).decode() == text
 
 
 def _describe(error: BaseException) -> str:

@@ -41,7 +41,8 @@ from mergekit_arm.calibration.preflight import Cost, Preflight
 from mergekit_arm.calibration.progress import Snapshot
 from mergekit_arm.calibration.records import MeasuredSite, add_up
 from mergekit_arm.calibration.session import Session
-from mergekit_arm.calibration.sites import SitePlan
+from mergekit_arm.calibration.sites import Parameter, SitePlan
+from mergekit_arm.calibration.size import directory_bytes, parameter_bytes
 from mergekit_arm.errors import first_line
 
 _LEADER = "leader"
@@ -317,14 +318,36 @@ class _Walk:
         """Extrapolate from the first block's way through the first layer."""
         session, chain, layers = self._session, self._chain, len(self._chain)
         spans = spans_of(session, TOKENS_PER_BATCH)
-        one = estimate(chain.model, sites, spans, block, self._device, session)
+        one = estimate(chain.model, self._coverage, sites, spans, block, session)
         states = self._followers.bytes_of_first() * one.tokens // tokens_of(session, spans[:1])
+        output = directory_bytes(
+            sites,
+            self._coverage,
+            session.corpus,
+            session.options,
+            repeated=layers,
+            beyond=parameter_bytes(
+                self._unlike_first(), self._coverage, chain.model, session.options
+            ),
+        )
         return replace(
             one,
             seconds=layers * (reading.seconds + one.seconds),
             weights=size + sum(chain.loaded.values()),
-            output=layers * one.output,
-            # Saved states stay until newer ones are saved.
-            disk=2 * states + layers * one.sums,
+            output=output,
+            # What was saved stays until the new is written; each process saves its own, and
+            # the first one also every layer's results.
+            disk=2 * (states + one.sums) * session.job.local_processes + output,
             low_memory=True,
         )
+
+    def _unlike_first(self) -> list[Parameter]:
+        """Return the parameters outside the layers, and those that the first layer lacks."""
+        chain, parameters = self._chain, self._coverage.plan.parameters
+        found = []
+        for name, parameter in parameters.items():
+            _, _, own = name.removeprefix(f"{chain.name}.").partition(".")
+            twin = parameters.get(f"{chain.layer(0)}.{own}") if chain.holds(name) else None
+            if twin is None or twin.tensor.shape != parameter.tensor.shape:
+                found.append(parameter)
+        return found

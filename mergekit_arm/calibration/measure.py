@@ -19,6 +19,7 @@ from mergekit_arm.calibration.preflight import Cost, Preflight, free_disk, free_
 from mergekit_arm.calibration.records import site_name
 from mergekit_arm.calibration.session import Session
 from mergekit_arm.calibration.sites import ReadingPlan, SitePlan
+from mergekit_arm.calibration.size import directory_bytes
 from mergekit_arm.statistics.observers import Importance
 from mergekit_arm.statistics.subspace import Subspace
 
@@ -62,7 +63,7 @@ def measure(
                 if number == 0:
                     with Cost(device) as cost:
                         feeder.feed(span, forward)
-                    session.preflight(estimate(model, sites, spans, cost, device, session))
+                    session.preflight(estimate(model, coverage, sites, spans, cost, session))
                 else:
                     feeder.feed(span, forward)
                 done += tokens_of(session, [span])
@@ -114,16 +115,17 @@ def tokens_of(session: Session, spans: Sequence[Span]) -> int:
 
 def estimate(
     model: PreTrainedModel,
+    coverage: Coverage,
     sites: list[Site],
     spans: list[Span],
     first: Cost,
-    device: torch.device,
     session: Session,
 ) -> Preflight:
     """Extrapolate from what the first of ``spans``, a single block, took.
 
     What ``sites`` have seen by then decides the sizes of their sums.
     """
+    device = first.device
     block, total = tokens_of(session, spans[:1]), tokens_of(session, spans)
     largest = max(tokens_of(session, [span]) for span in spans)
     sums = sum(value.nbytes for site in sites for value in site.state().values())
@@ -138,9 +140,10 @@ def estimate(
         batch_size=max(span.count for span in spans),
         free=free_memory(device),
         device=str(device),
-        output=sum(site.result_bytes() for site in sites),
+        output=directory_bytes(sites, coverage, session.corpus, session.options),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        disk=sums,
+        # What was saved stays until the new is written; each process saves its own.
+        disk=2 * sums * session.job.local_processes,
         disk_free=free_disk(session.progress.folder),
     )
 

@@ -84,15 +84,15 @@ class Cost:
     """What a ``with`` block took: seconds, and bytes beyond what was taken at its start."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self.seconds = 0.0
         self.extra = 0
 
     def __enter__(self) -> Cost:
         self._began = time.perf_counter()
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-            self._before = torch.cuda.memory_allocated(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
         else:
             self._over = threading.Event()
             self._process = psutil.Process()
@@ -108,8 +108,8 @@ class Cost:
         traceback: TracebackType | None,
     ) -> None:
         self.seconds = time.perf_counter() - self._began
-        if self._device.type == "cuda":
-            self.extra = torch.cuda.max_memory_allocated(self._device) - self._before
+        if self.device.type == "cuda":
+            self.extra = torch.cuda.max_memory_allocated(self.device) - self._before
         else:
             self._over.set()
             self._thread.join()

@@ -166,6 +166,7 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
             suffix="dry-run" if options.dry_run else "partial",
         )
         saved.check(options.force)
+        job.wait("ready")  # what one process refuses, no other has begun
         session = Session(options, corpus, job, saved, reports)
         try:
             coverage, measured = _measure(

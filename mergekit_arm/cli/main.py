@@ -60,9 +60,8 @@ def cli(verbose: bool) -> None:
 def main() -> None:
     """Run the command line; one line and exit status 2 or 1 when something is wrong."""
     try:
-        cli.main(prog_name="mergekit-arm", standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        # Not standalone, click returns the status of a command that ends by its own Exit.
+        sys.exit(cli.main(prog_name="mergekit-arm", standalone_mode=False))
     except click.Abort:
         click.echo("Stopped.", err=True)
         sys.exit(1)

@@ -50,6 +50,21 @@ def stored_directions(width: int, rank: int) -> int:
     return max(few, rank // 4)
 
 
+def stored_bytes(width: int, rank: int | None, *, keep_sketch: bool) -> int:
+    """Return what a directory stores at most of the subspace of ``width`` channels."""
+    rank = min(width, rank or default_rank(width))
+    columns = width if _whole(width, rank) else rank
+    kept = 4 * width * columns + 8 if keep_sketch else 0
+    # A bfloat16 basis, float32 eigenvalues, trace and tokens.
+    return (2 * width + 4) * stored_directions(width, rank) + 16 + kept
+
+
+def sketch_matrix_bytes(width: int, rank: int | None) -> int:
+    """Return the size of Ω, which a directory with kept sketches stores once for each width."""
+    rank = min(width, rank or default_rank(width))
+    return 0 if _whole(width, rank) else 4 * width * rank
+
+
 @functools.lru_cache(maxsize=16)
 def sketch_matrix(width: int, rank: int, seed: int, device: torch.device) -> Tensor | None:
     """Return Ω (width × rank, float32), the same on every device, or None for the identity.
@@ -106,7 +121,7 @@ class Subspace:
         """
         self.energy = energy
         self._keep_sketch = keep_sketch
-        rank = min(width, rank or default_rank(width))
+        self._rank = rank = min(width, rank or default_rank(width))
         self._most = stored_directions(width, rank)
         self._omega = sketch_matrix(width, rank, seed, device)
         columns = width if self._omega is None else self._omega.shape[1]
@@ -150,10 +165,7 @@ class Subspace:
         return self.dominant().tensors() | (self.state() if self._keep_sketch else {})
 
     def result_bytes(self) -> int:
-        width = self.sketch.shape[0]
-        kept = sum(value.nbytes for value in self.state().values()) if self._keep_sketch else 0
-        # A bfloat16 basis, float32 eigenvalues, trace and tokens.
-        return (2 * width + 4) * self._most + 16 + kept
+        return stored_bytes(self.sketch.shape[0], self._rank, keep_sketch=self._keep_sketch)
 
     def checksum(self) -> Tensor:
         return self.square_norm
