@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_arm.calibration.corpus import build_corpus, load_rows
-from mergekit_arm.calibration.model import choose_device, find_model, load_tokenizer
+from mergekit_arm.calibration.model import choose_device, find_model
 from mergekit_arm.errors import InputError
+from mergekit_arm.streaming.models import load_own_tokenizer
 from mergekit_arm.streaming.plan import Plan
 from mergekit_arm.streaming.scoring import Judge
 
@@ -43,12 +45,10 @@ def _check_calibration(plan: Plan, merge: MergeOptions) -> None:
         return
     settings = plan.calibration.settings
     choose_device(settings["device"])
-    with find_model(
-        plan.config.base_model,
-        trust_remote_code=merge.trust_remote_code,
-        lora_cache=merge.lora_merge_cache,
-    ) as source:
-        tokenizer = load_tokenizer(source)
+    # Without its adapter, which would be merged for nothing, and by a dry run into OUT.
+    base = str(ModelReference.parse(plan.config.base_model).model)
+    with find_model(base, trust_remote_code=merge.trust_remote_code):
+        tokenizer = load_own_tokenizer(plan.config.base_model, merge.trust_remote_code)
     try:
         rows, split = load_rows(settings["dataset"], settings["subset"], settings["split"])
         if len(rows) == 0:
