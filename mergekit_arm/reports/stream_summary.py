@@ -24,7 +24,7 @@ def plan_report(forecast: Forecast) -> Iterator[RenderableType]:
             done = " (done)" if step.step <= forecast.done else ""
             rate = "" if step.rate is None else f"{step.rate:.4g}"
             measures = "yes" if step.measures else ""
-            table.add_row(f"{step.step}{done}", step.checkpoint.name, rate, measures)
+            table.add_row(f"{step.step}{done}", Text(step.checkpoint.name), rate, measures)
         yield table
     elif plan is not None:
         yield Text(f"Follows {plan.config.checkpoints}; the number of steps is not known yet.")
@@ -63,7 +63,7 @@ def stream_summary(result: StreamResult) -> Table:
     table = Table(title="The stream has ended", show_header=False)
     table.add_row("steps", f"{len(result.steps)}: {result.stopped}")
     chosen = f"step {result.chosen}" if result.chosen else "the base"
-    table.add_row("model", f"{chosen}, {result.model}")
+    table.add_row("model", Text(f"{chosen}, {result.model}"))
     if result.steps:
         last = result.steps[-1]
         losses = result.steps[result.chosen - 1].current if result.chosen else last.base

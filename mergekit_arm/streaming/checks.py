@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mergekit import merge_methods
@@ -53,7 +54,11 @@ def leaves(setting: Any) -> Iterator[Any]:
 def check_watched(config: StreamConfig) -> None:
     if isinstance(config.checkpoints, list):
         raise InputError("checkpoints: --watch follows one Trainer output directory, not a list")
-    plain_path(config.checkpoints)
+    folder = Path(plain_path(config.checkpoints))
+    if folder.exists() and not folder.is_dir():
+        raise InputError(
+            f"checkpoints: {folder} is a file; --watch follows a Trainer's output directory"
+        )
     if config.passes > 1:
         raise InputError(
             "passes: --watch goes through the checkpoints once, since the trainer may delete them"

@@ -84,11 +84,12 @@ class Calibration(_Strict):
         values = {key: getattr(options, key) for key in sorted(known)}
         return {"refresh": given.get("refresh", "once"), "settings": values}
 
-    @field_validator("refresh")
+    @field_validator("refresh", mode="before")
     @classmethod
-    def _check_refresh(cls, value: str | int) -> str | int:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be once, every, or a number of steps from 1 on")
+    def _check_refresh(cls, value: Any) -> Any:
+        steps = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not steps and value not in ("once", "every"):
+            raise ValueError(f"must be once, every, or N for every Nth step, not {value!r}")
         return value
 
     def document(self) -> dict[str, Any]:

@@ -87,7 +87,11 @@ def disk_needed(plan: Plan, keep: Keep) -> int:
 
 
 def estimate(plan: Plan, out: Path, merge: MergeOptions, keep: Keep) -> Estimate:
-    """Forecast a stream after timing one matrix product and one small file."""
+    """Forecast a stream after timing one matrix product and one small file.
+
+    Raises:
+        InputError: nothing can be written where ``out`` is to be.
+    """
     per_step = _seconds_per_step(plan, out, merge)
     steps = plan.length
     return Estimate(
@@ -158,12 +162,15 @@ def _flops(device: torch.device) -> float:
 def _disk_speed(out: Path) -> float:
     """Return bytes per second of writing a small file beside ``out``, flushed."""
     block = os.urandom(16 << 20)
-    with tempfile.TemporaryFile(dir=_existing(out)) as file:
-        begun = time.perf_counter()
-        file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        return len(block) / (time.perf_counter() - begun)
+    try:
+        with tempfile.TemporaryFile(dir=_existing(out)) as file:
+            begun = time.perf_counter()
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            return len(block) / (time.perf_counter() - begun)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}; give another OUT") from error
 
 
 def _free(out: Path) -> int:

@@ -99,7 +99,10 @@ def stream(
     for note in plan.notes:
         say(note)
     read_state(place)  # refuses a directory of something else before anything is put into it
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{place} cannot be made: {error.strerror}; give another OUT") from error
     with _locked(place):
         state = open_state(place, plan.fingerprint)
         check_disk(plan, place, options.keep)
