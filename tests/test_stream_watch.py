@@ -19,7 +19,7 @@ from mergekit_arm.streaming.checkpoints import is_last
 from mergekit_arm.streaming.files import hash_file
 from mergekit_arm.streaming.watch import Watch, take
 from tests.conftest import perturbed, tiny_llama
-from tests.streams import config, weights
+from tests.streams import config, weights, write_tokens
 
 FAST = WatchOptions(poll=0.02, timeout=20, settle=0.3)
 
@@ -59,12 +59,12 @@ def test_a_checkpoint_is_taken_when_it_is_complete(models: Path, tmp_path: Path)
     shutil.copy(models / "checkpoint-1" / "config.json", folder)
     content = (models / "checkpoint-1" / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-    assert follower.next(-1) is None
+    assert follower.next(-1) == "no new checkpoint in 0.2 s"
     (folder / "model.safetensors").write_bytes(content)
-    assert follower.next(-1) is None
+    assert follower.next(-1) == "no new checkpoint in 0.2 s"
     (folder / "trainer_state.json").write_text("{}")
     taken = follower.next(-1)
-    assert taken is not None
+    assert not isinstance(taken, str)
     assert taken[0] == 1
     assert taken[1].reference == str(tmp_path / "in" / "checkpoint-1")
 
@@ -76,7 +76,7 @@ def test_without_a_trainers_state_a_checkpoint_must_have_settled(
     for file in (tmp_path / "run" / "checkpoint-1").iterdir():
         file.touch()
     begun = time.monotonic()
-    assert watch(models, tmp_path).next(-1) is not None
+    assert not isinstance(watch(models, tmp_path).next(-1), str)
     assert time.monotonic() - begun > 0.2
 
 
@@ -84,7 +84,7 @@ def test_what_was_taken_outlives_its_original(models: Path, tmp_path: Path) -> N
     folder = save(models, tmp_path / "run", 1)
     original = hash_file(folder / "model.safetensors")
     taken = watch(models, tmp_path).next(-1)
-    assert taken is not None
+    assert not isinstance(taken, str)
     shutil.rmtree(folder)
     copy = tmp_path / "in" / "checkpoint-1"
     assert hash_file(copy / "model.safetensors") == original
@@ -106,7 +106,7 @@ def test_a_checkpoint_that_vanishes_half_way_is_passed_over(
 
     monkeypatch.setattr(module, "_link", rotating)
     taken = watch(models, tmp_path).next(-1)
-    assert taken is not None
+    assert not isinstance(taken, str)
     assert taken[0] == 2
     assert [path.name for path in (tmp_path / "in").iterdir()] == [second.name]
 
@@ -154,6 +154,8 @@ def test_a_stream_follows_training_to_its_end(models: Path, tmp_path: Path, endi
     document = config(tmp_path, base_model=str(models / "base"))
     result = stream(document, tmp_path / "out", StreamOptions(watch=options))
     thread.join()
+    ended = "no new checkpoint in 3 s" if ending == "timeout" else "the training run has ended"
+    assert result.stopped == ended
     assert [record.checkpoint for record in result.steps] == [f"checkpoint-{n}" for n in (1, 2, 3)]
     expected = weights(models / "base")
     for number in (1, 2, 3):
@@ -197,6 +199,26 @@ def test_a_list_of_rates_ends_a_watch(models: Path, tmp_path: Path) -> None:
     document = config(tmp_path, base_model=str(models / "base"), learning_rate=[0.5, 0.4])
     result = stream(document, tmp_path / "out", StreamOptions(watch=FAST))
     assert [record.learning_rate for record in result.steps] == [0.5, 0.4]
+    assert result.stopped == "the list of learning rates is used up"
+
+
+def test_a_run_without_a_checkpoint_fails_and_may_be_followed_again(
+    models: Path, tmp_path: Path
+) -> None:
+    save(models, tmp_path / "run", 1, last=True)
+    weights_file = tmp_path / "run" / "checkpoint-1" / "model.safetensors"
+    content = weights_file.read_bytes()
+    weights_file.write_bytes(content[:-1])
+    evaluation = {"dataset": str(write_tokens(tmp_path / "heldout.jsonl", 8))}
+    document = config(tmp_path, base_model=str(models / "base"), evaluation=evaluation)
+    hasty = StreamOptions(watch=WatchOptions(poll=0.02, timeout=0.1))
+    notes: list[str] = []
+    with pytest.raises(Failure, match="no checkpoint came"):
+        stream(document, tmp_path / "out", hasty, say=notes.append)
+    assert any("checkpoint-1 is left out" in note and "truncated" in note for note in notes)
+    assert not (tmp_path / "out" / "model").exists()
+    weights_file.write_bytes(content)
+    assert len(stream(document, tmp_path / "out", hasty).steps) == 1
 
 
 @pytest.mark.parametrize(
@@ -204,6 +226,7 @@ def test_a_list_of_rates_ends_a_watch(models: Path, tmp_path: Path) -> None:
     [
         ({"passes": 2}, "passes: --watch goes through the checkpoints once"),
         ({"checkpoints": ["a"]}, "--watch follows one Trainer output directory"),
+        ({"checkpoints": __file__}, "is a file; --watch follows"),
         ({"learning_rate": {"schedule": "cosine", "peak": 0.5}}, "add steps: N"),
     ],
 )

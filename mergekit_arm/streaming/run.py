@@ -12,7 +12,7 @@ from typing import Any, get_args
 from filelock import FileLock, Timeout
 from mergekit.options import MergeOptions
 
-from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.errors import Failure, InputError, did_you_mean
 from mergekit_arm.reports.stream_card import stream_card
 from mergekit_arm.reports.stream_plot import draw_stream
 from mergekit_arm.streaming.checkpoints import Checkpoint
@@ -197,7 +197,9 @@ class _Run:
         place, state = self.place, self.place.state
         while state.stopped is None:
             planned = self._next()
-            if planned is None:
+            if isinstance(planned, str):
+                state.stopped = planned
+                state.save(place.out)
                 break
             if state.base is None:
                 # Not before a checkpoint is there, whose chat template may be needed.
@@ -208,21 +210,25 @@ class _Run:
             state.save(place.out)
             self._tidy()
             self.on_step(record)
-        if state.stopped is None:
-            state.stopped = "all checkpoints are merged"
-            state.save(place.out)
 
-    def _next(self) -> PlannedStep | None:
+    def _next(self) -> PlannedStep | str:
+        """Return the next step, or why there is none."""
         plan, done = self.place.plan, len(self.place.state.steps)
         if self.watch is None:
             steps = plan.steps()
-            return steps[done] if done < len(steps) else None
+            return steps[done] if done < len(steps) else "all checkpoints are merged"
         after = self._last_number()
         self.watch.forget(after)
         if plan.rates is not None and plan.step(done + 1, Checkpoint("", "")) is None:
-            return None  # the list of learning rates is used up
+            return "the list of learning rates is used up"
         found = self.watch.next(after)
-        return None if found is None else plan.step(done + 1, found[1])
+        if isinstance(found, str):
+            if not done:
+                raise Failure(f"{self.watch.folder}: no checkpoint came ({found}); run again")
+            return found
+        planned = plan.step(done + 1, found[1])
+        assert planned is not None  # it has a learning rate, as was just seen
+        return planned
 
     def _last_number(self) -> int:
         steps = self.place.state.steps
