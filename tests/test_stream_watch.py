@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mergekit_arm.errors import Failure, InputError
-from mergekit_arm.streaming import StreamCallback, StreamOptions, WatchOptions, stream
+from mergekit_arm.streaming import StreamOptions, WatchOptions, stream
 from mergekit_arm.streaming.checkpoints import is_last
 from mergekit_arm.streaming.files import hash_file
 from mergekit_arm.streaming.watch import Watch, take
@@ -237,53 +237,3 @@ def test_what_a_watch_cannot_do_is_refused(
     with pytest.raises(InputError) as caught:
         stream(document, tmp_path / "out", StreamOptions(watch=FAST))
     assert said in caught.value.message
-
-
-def test_a_trainer_feeds_a_stream(models: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-
-    torch.manual_seed(0)
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(96, (16, 12))]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "run"),
-        max_steps=6,
-        save_steps=2,
-        save_total_limit=1,  # every checkpoint but the newest is deleted at once
-        per_device_train_batch_size=4,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    document = config(tmp_path, base_model=str(models / "base"), checkpoints=None)
-    callback = StreamCallback(document, tmp_path / "out", ["--poll", "0.1", "--quiet"])
-    model = AutoModelForCausalLM.from_pretrained(models / "base")
-    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback]).train()
-    final = callback.check()
-    records = (tmp_path / "out" / "stream.jsonl").read_text().splitlines()
-    assert [json.loads(line)["checkpoint"] for line in records] == [
-        "checkpoint-2", "checkpoint-4", "checkpoint-6",
-    ]  # fmt: skip
-    base, merged = weights(models / "base"), weights(final)
-    assert any(not torch.equal(base[name], merged[name]) for name in base)
-
-
-def test_a_failing_stream_does_not_end_training(models: Path, tmp_path: Path) -> None:
-    callback = StreamCallback({**config(tmp_path), "base_model": "./nowhere"}, tmp_path / "out")
-
-    class State:
-        is_world_process_zero = True
-        global_step = 2
-
-    class Arguments:
-        output_dir = str(tmp_path / "run")
-
-    (tmp_path / "run").mkdir()
-    callback.on_train_begin(Arguments(), State(), None)  # type: ignore[arg-type]
-    callback.on_train_end(Arguments(), State(), None)  # type: ignore[arg-type]
-    with pytest.raises(Failure, match="ended with 2"):
-        callback.check()
-
-
-def test_a_wrong_configuration_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="did you mean 'merge_method'"):
-        StreamCallback({"merge_metod": "arm", "base_model": "x"}, tmp_path / "out")
