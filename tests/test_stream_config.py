@@ -123,6 +123,12 @@ def test_local_references_become_absolute(tmp_path: Path, monkeypatch: pytest.Mo
         absolute_reference("base")
 
 
+def test_a_rate_in_scientific_notation_is_a_number() -> None:
+    # YAML reads 5e-1, without a point, as text.
+    assert load_config({**MINIMAL, "learning_rate": "5e-1"}).learning_rate == 0.5
+    assert load_config({**MINIMAL, "learning_rate": ["5e-1", 1]}).learning_rate == [0.5, 1.0]
+
+
 def test_schedules_meet_their_ends() -> None:
     cosine = Schedule(schedule="cosine", peak=0.6, final=0.1, warmup=2)
     rates = [rate_at(cosine, i, 7) for i in range(7)]

@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mergekit_arm.streaming.estimate import gb
 from mergekit_arm.streaming.forecast import Forecast
 from mergekit_arm.streaming.run import StreamResult
 from mergekit_arm.streaming.state import Losses, StepRecord
@@ -33,8 +34,8 @@ def plan_report(forecast: Forecast) -> Iterator[RenderableType]:
             yield Text(f"time     about {_duration(estimate.seconds)}")
         else:
             yield Text(f"time     about {_duration(estimate.seconds_per_step)} a step")
-        yield Text(f"disk     about {_size(estimate.disk)}, {_size(estimate.disk_free)} free")
-        yield Text(f"memory   about {_size(estimate.memory)}, {_size(estimate.memory_free)} free")
+        yield Text(f"disk     about {gb(estimate.disk)}, {gb(estimate.disk_free)} free")
+        yield Text(f"memory   about {gb(estimate.memory)}, {gb(estimate.memory_free)} free")
     for note in plan.notes if plan is not None else []:
         yield Text(f"note: {note}", style="yellow")
     for problem in forecast.problems:
@@ -91,7 +92,3 @@ def _duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

@@ -136,10 +136,7 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
 
 def _document(config: StreamConfig | Mapping[str, Any] | str | Path) -> dict[str, Any]:
     if isinstance(config, StreamConfig):
-        document = config.model_dump(mode="json", exclude_defaults=True)
-        if config.calibration is not None:
-            document["calibration"] = config.calibration.document()
-        return document
+        return config.document()
     if isinstance(config, Mapping):
         return dict(config)
     loaded = yaml.safe_load(Path(config).read_text(encoding="utf-8"))

@@ -155,6 +155,13 @@ class StreamConfig(_Strict):
     tokenizer: dict[str, Any] | None = None
     chat_template: str | None = None
 
+    def document(self) -> dict[str, Any]:
+        """Return the YAML again, without defaults."""
+        document = self.model_dump(mode="json", exclude_defaults=True)
+        if self.calibration is not None:
+            document["calibration"] = self.calibration.document()
+        return document
+
     @field_validator("learning_rate", mode="before")
     @classmethod
     def _read_learning_rate(cls, value: Any) -> Any:
@@ -165,8 +172,11 @@ class StreamConfig(_Strict):
         if value is None or isinstance(value, Schedule):
             return value
         for rate in rates:
-            number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
-            if not number or not 0 < rate <= HIGHEST_LEARNING_RATE:
+            try:
+                fits = not isinstance(rate, bool) and 0 < float(rate) <= HIGHEST_LEARNING_RATE
+            except (TypeError, ValueError):
+                fits = False
+            if not fits:
                 raise ValueError(
                     f"must lie in (0, {HIGHEST_LEARNING_RATE:g}], not {rate!r}; "
                     "or be a list of such, or {schedule: cosine, peak: 0.6, final: 0.1}"

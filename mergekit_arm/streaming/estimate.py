@@ -46,12 +46,12 @@ class Estimate:
         found = []
         if self.disk > self.disk_free:
             found.append(
-                f"disk: about {_gb(self.disk)} needed at the peak, {_gb(self.disk_free)} free: "
+                f"disk: about {gb(self.disk)} needed at the peak, {gb(self.disk_free)} free: "
                 "put OUT elsewhere, or use --keep last"
             )
         if self.memory > self.memory_free:
             found.append(
-                f"memory: about {_gb(self.memory)} needed at the peak, {_gb(self.memory_free)} "
+                f"memory: about {gb(self.memory)} needed at the peak, {gb(self.memory_free)} "
                 "free: lower --out-shard-size, or evaluate in dtype: bfloat16"
             )
         return found
@@ -66,7 +66,7 @@ def check_disk(plan: Plan, out: Path, keep: Keep) -> None:
     needed, free = disk_needed(plan, keep), _free(out) + (size_of(out) if out.is_dir() else 0)
     if needed > free:
         raise InputError(
-            f"{out}: the stream needs about {_gb(needed)} of disk and {_gb(free)} are free: "
+            f"{out}: the stream needs about {gb(needed)} of disk and {gb(free)} are free: "
             "put OUT elsewhere, or use --keep last"
         )
 
@@ -185,5 +185,6 @@ def _size(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
 
 
-def _gb(size: int) -> str:
+def gb(size: int) -> str:
+    """Return a number of bytes for people."""
     return f"{size / 1e9:.1f} GB"
