@@ -19,7 +19,7 @@ from mergekit_arm.streaming.checkpoints import is_last
 from mergekit_arm.streaming.files import hash_file
 from mergekit_arm.streaming.watch import Watch, take
 from tests.conftest import perturbed, tiny_llama
-from tests.streams import config, weights, write_tokens
+from tests.streams import add_tokenizer, config, weights, write_tokens
 
 FAST = WatchOptions(poll=0.02, timeout=20, settle=0.3)
 
@@ -166,13 +166,8 @@ def test_a_stream_follows_training_to_its_end(models: Path, tmp_path: Path, endi
     assert not (tmp_path / "out" / "incoming").exists()
 
 
-def test_a_watch_resumes_with_the_checkpoint_it_had_taken(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, out = tmp_path / "run", tmp_path / "out"
-    for number in (1, 2):
-        save(models, run, number)
-    document = config(tmp_path, base_model=str(models / "base"))
+def interrupted(document: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watch until the merge of checkpoint-2, which is not made."""
     import mergekit_arm.streaming.step as module
 
     merge = module.merge
@@ -182,15 +177,45 @@ def test_a_watch_resumes_with_the_checkpoint_it_had_taken(
             raise KeyboardInterrupt
         merge(document, text, *rest)
 
-    monkeypatch.setattr(module, "merge", dying)
-    with pytest.raises(KeyboardInterrupt):
-        stream(document, out, StreamOptions(watch=FAST))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "merge", dying)
+        with pytest.raises(KeyboardInterrupt):
+            stream(document, out, StreamOptions(watch=FAST))
+
+
+def test_a_watch_resumes_with_the_checkpoint_it_had_taken(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    for number in (1, 2):
+        save(models, run, number)
+    document = config(tmp_path, base_model=str(models / "base"))
+    interrupted(document, out, monkeypatch)
     shutil.rmtree(run / "checkpoint-1")  # rotated away while nobody looked
     shutil.rmtree(run / "checkpoint-2")
     save(models, run, 3, last=True)
     result = stream(document, out, StreamOptions(watch=FAST))
     assert [record.checkpoint for record in result.steps] == [f"checkpoint-{n}" for n in (1, 2, 3)]
+
+
+def test_a_watch_resumes_with_a_checkpoints_chat_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_llama(0)
+    base.resize_token_embeddings(320)
+    base.save_pretrained(tmp_path / "base")
+    add_tokenizer(tmp_path / "base")
+    for number in (1, 2):
+        folder = tmp_path / "run" / f"checkpoint-{number}"
+        perturbed(base, number).save_pretrained(folder)
+        add_tokenizer(folder, template="{% for m in messages %}{{ m.content }}{% endfor %}")
+        state = {"global_step": number, "max_steps": 2}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    document = config(tmp_path, evaluation={"dataset": str(tmp_path / "chats.jsonl")})
+    interrupted(document, tmp_path / "out", monkeypatch)
+    assert len(stream(document, tmp_path / "out", StreamOptions(watch=FAST)).steps) == 2
 
 
 def test_a_list_of_rates_ends_a_watch(models: Path, tmp_path: Path) -> None:

@@ -201,9 +201,11 @@ class _Run:
                 state.stopped = planned
                 state.save(place.out)
                 break
+            if place.judge is not None:
+                place.judge.add_reference(planned.checkpoint.reference)
             if state.base is None:
                 # Not before a checkpoint is there, whose chat template may be needed.
-                score_base(place, planned.checkpoint.reference)
+                score_base(place)
             record = take_step(place, planned)
             state.steps.append(record)
             state.stopped = self._reason_to_stop()
