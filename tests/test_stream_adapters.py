@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -10,31 +12,37 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.streaming import StreamOptions, stream
 from mergekit_arm.streaming.config import load_config
+from mergekit_arm.streaming.forecast import forecast
 from mergekit_arm.streaming.merging import merge_adapter
 from mergekit_arm.streaming.plan import make_plan
 from tests.conftest import tiny_llama
-from tests.streams import config, weights, write_tokens
+from tests.streams import add_tokenizer, config, weights, write_tokens
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``base`` and a Trainer's directory with adapters, as PEFT saves them."""
     folder = tmp_path_factory.mktemp("adapters")
-    tiny_llama(0).save_pretrained(folder / "base")
+    write_adapters(folder, tiny_llama(0))
+    return folder
+
+
+def write_adapters(folder: Path, base: PreTrainedModel) -> None:
+    base.save_pretrained(folder / "base")
     for number in (3, 6):
         torch.manual_seed(number)
         settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-        model = get_peft_model(tiny_llama(0), settings)
+        model = get_peft_model(copy.deepcopy(base), settings)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         model.peft_config["default"].base_model_name_or_path = str(folder / "base")
         model.save_pretrained(folder / "run" / f"checkpoint-{number}")
-    return folder
 
 
 def by_hand(run: Path, number: int) -> dict[str, torch.Tensor]:
@@ -122,3 +130,27 @@ def test_an_adapter_may_be_the_base_of_whole_models(run: Path, tmp_path: Path) -
     start, goal = by_hand(run, 3), weights(tmp_path / "whole")
     found = weights(result.model)
     assert all(torch.allclose(found[n], (start[n] + goal[n]) / 2, atol=1e-6) for n in found)
+
+
+@pytest.mark.parametrize("place", ["base", "checkpoints"])
+def test_text_is_measured_on_a_model_with_an_adapter(tmp_path: Path, place: str) -> None:
+    base = tiny_llama(0)
+    base.resize_token_embeddings(320)
+    write_adapters(tmp_path, base)
+    add_tokenizer(tmp_path / "base")
+    rows = [{"text": "a small text about nothing much " * 20}] * 4
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    calibration = {"dataset": str(tmp_path / "text.jsonl"), "samples": 4, "sequence_length": 24}
+    document = config(tmp_path, merge_method="arm", calibration=calibration)
+    if place == "base":
+        base.save_pretrained(tmp_path / "whole")
+        document["base_model"] = f"{tmp_path}/base+{tmp_path}/run/checkpoint-3"
+        document["checkpoints"] = [str(tmp_path / "whole")]
+    else:
+        document["parameters"] = {"alignment": 0.5}  # measures the checkpoints as well
+    out = tmp_path / "out"
+    assert forecast(load_config(document), out, StreamOptions()).problems == []
+    assert not out.exists()
+    result = stream(document, out)
+    assert result.steps[0].calibration_tokens == 4 * 24
+    assert (result.model / "tokenizer.json").is_file()

@@ -93,6 +93,33 @@ def test_an_error_is_one_line(run: Path) -> None:
     assert done.output.strip() == "Error: /dev/null is a file; name a directory for the stream"
 
 
+@pytest.mark.parametrize("rest", [(), ("--dry-run",)], ids=["run", "dry run"])
+@pytest.mark.parametrize("out", ["/proc/out", "stream.yml/out"])
+def test_an_out_that_cannot_be_made_is_one_line(run: Path, out: str, rest: Any) -> None:
+    done = call(run / "stream.yml", run / out, *rest)
+    assert done.exit_code == 2
+    assert "give another OUT" in done.output.splitlines()[-1]
+
+
+@pytest.mark.parametrize("option", ["--end-marker", "--watch-timeout", "--poll"])
+def test_what_belongs_to_watch_is_refused_without_it(run: Path, option: str) -> None:
+    done = call(run / "stream.yml", run / "out", option, "3")
+    assert done.exit_code == 2
+    assert done.output.strip() == f"Error: {option} belongs to --watch: add that"
+
+
+def test_brackets_in_names_are_printed_as_they_are(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run / "run" / "checkpoint-10", "a[/b]")
+    Path("stream.yml").write_text(yaml.safe_dump(config(run, checkpoints=["./a[/b]"])))
+    assert "│ ./a[/b] " in call("stream.yml", "out[/i]", "--dry-run").output
+    done = call("stream.yml", "out[/i]")
+    assert done.exit_code == 0, done.output  # markup that closes nothing would be an error
+    assert "step 1  ./a[/b]" in done.output
+
+
 def test_every_option_of_mergekit_yaml_is_there() -> None:
     ours = {parameter.name for parameter in command.params}
     assert set(MergeOptions.model_fields) <= ours

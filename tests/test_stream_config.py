@@ -69,8 +69,9 @@ dtype: bfloat16
         ({"calibration": "x.jsonl"}, "calibration: must be a mapping"),
         ({"calibration": {"sample": 3}}, "unknown key 'sample' (did you mean 'samples'?)"),
         ({"calibration": {"samples": "many"}}, "calibration"),
-        ({"calibration": {"refresh": 0}}, "must be once, every, or a number"),
-        ({"calibration": {"refresh": "never"}}, "calibration.refresh"),
+        ({"calibration": {"refresh": 0}}, "must be once, every, or N for every Nth step, not 0"),
+        ({"calibration": {"refresh": True}}, "or N for every Nth step, not True"),
+        ({"calibration": {"refresh": "every 2"}}, "calibration.refresh: must be once, every, or"),
         ({"evaluation": {}}, "evaluation: needs a dataset, a metric_command, or both"),
         (
             {"evaluation": {"data": "x", "dataset": "y"}},
@@ -122,6 +123,12 @@ def test_local_references_become_absolute(tmp_path: Path, monkeypatch: pytest.Mo
         absolute_reference("base")
 
 
+def test_a_rate_in_scientific_notation_is_a_number() -> None:
+    # YAML reads 5e-1, without a point, as text.
+    assert load_config({**MINIMAL, "learning_rate": "5e-1"}).learning_rate == 0.5
+    assert load_config({**MINIMAL, "learning_rate": ["5e-1", 1]}).learning_rate == [0.5, 1.0]
+
+
 def test_schedules_meet_their_ends() -> None:
     cosine = Schedule(schedule="cosine", peak=0.6, final=0.1, warmup=2)
     rates = [rate_at(cosine, i, 7) for i in range(7)]
@@ -148,6 +155,7 @@ def test_schedules_meet_their_ends() -> None:
         ([0.1, 0.2], 3, "2 entries for 3 steps"),
         (Schedule(schedule="cosine", peak=1), None, "must know its length: add steps: N"),
         (Schedule(schedule="cosine", peak=1, warmup=3), 3, "warmup 3 leaves none of 3 steps"),
+        (Schedule(schedule="constant", peak=1, final=0.1), 3, "a constant schedule ends at its"),
     ],
 )
 def test_a_schedule_that_cannot_work_is_refused(setting: Any, steps: Any, said: str) -> None:

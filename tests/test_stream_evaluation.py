@@ -92,6 +92,16 @@ def test_of_chats_only_the_answers_are_scored(tmp_path: Path) -> None:
     assert contexts[1] == contexts[0] + "two\n<user>three?\n<assistant>"
 
 
+@pytest.mark.parametrize("role", ["user", "gpt"])
+def test_chats_without_an_answer_are_refused(tmp_path: Path, role: str) -> None:
+    tokenizer = add_tokenizer(tmp_path, template=TEMPLATE)
+    chat = [{"role": "user", "content": "one?"}, {"role": role, "content": "two?"}]
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": chat}) + "\n")
+    with pytest.raises(InputError, match="no row has a message of the role assistant"):
+        load_heldout(Evaluation(dataset=str(file)), [tokenizer])
+
+
 def test_long_chats_keep_what_precedes_the_answer(tmp_path: Path) -> None:
     tokenizer = add_tokenizer(tmp_path, template=TEMPLATE)
     file = tmp_path / "chats.jsonl"

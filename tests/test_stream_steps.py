@@ -15,7 +15,6 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mergekit_arm.errors import InputError
 from mergekit_arm.streaming import StreamOptions, stream
 from mergekit_arm.streaming.measures import compare
 from tests.conftest import perturbed, tiny_llama
@@ -262,48 +261,3 @@ def test_checkpoints_come_in_numeric_order(tmp_path: Path) -> None:
     assert [r.checkpoint for r in result.steps] == [
         "checkpoint-30", "checkpoint-200", "checkpoint-1000",
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"checkpoints": "nowhere"}, "nowhere is no directory"),
-        ({"base_model": "./nowhere"}, "no such directory"),
-        ({"learning_rate": [0.5]}, "1 entries for 3 steps"),
-        ({"parameters": {"weight": 1}}, "set learning_rate"),
-        ({"parameters": {"density": "x"}}, "density"),
-        ({"merge_method": "nearswap", "parameters": {"t": 0.1}}, "nearswap has none"),
-        ({"evaluation": {"dataset": "nowhere.jsonl"}}, "nowhere.jsonl: no such file"),
-    ],
-)
-def test_what_cannot_work_is_refused_before_anything_is_written(
-    run: Path, tmp_path: Path, changes: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(InputError) as caught:
-        stream(config(run, **changes), tmp_path / "out")
-    assert said in caught.value.message
-    assert not (tmp_path / "out" / "steps").exists()
-
-
-def test_the_base_in_the_list_and_a_model_for_a_directory_are_refused(
-    run: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match="is the base_model"):
-        stream(config(run, checkpoints=[str(run / "base")]), tmp_path / "out")
-    with pytest.raises(InputError, match="it is a model itself"):
-        stream(config(run, checkpoints=str(run / "base")), tmp_path / "out")
-
-
-def test_another_architecture_is_refused(run: Path, tmp_path: Path) -> None:
-    other = tiny_llama(1)
-    other.resize_token_embeddings(100)
-    other.save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match=r"weight has shape \[100, 32\]"):
-        stream(config(run, checkpoints=[str(tmp_path / "other")]), tmp_path / "out")
-
-
-def test_a_directory_of_something_else_is_left_alone(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years")
-    with pytest.raises(InputError, match="holds no stream"):
-        stream(config(run), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from mergekit_arm.errors import Failure, InputError
-from mergekit_arm.streaming import StreamCallback, StreamOptions, WatchOptions, stream
+from mergekit_arm.streaming import StreamOptions, WatchOptions, stream
 from mergekit_arm.streaming.checkpoints import is_last
 from mergekit_arm.streaming.files import hash_file
 from mergekit_arm.streaming.watch import Watch, take
 from tests.conftest import perturbed, tiny_llama
-from tests.streams import config, weights
+from tests.streams import add_tokenizer, config, weights, write_tokens
 
 FAST = WatchOptions(poll=0.02, timeout=20, settle=0.3)
 
@@ -59,12 +59,12 @@ def test_a_checkpoint_is_taken_when_it_is_complete(models: Path, tmp_path: Path)
     shutil.copy(models / "checkpoint-1" / "config.json", folder)
     content = (models / "checkpoint-1" / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-    assert follower.next(-1) is None
+    assert follower.next(-1) == "no new checkpoint in 0.2 s"
     (folder / "model.safetensors").write_bytes(content)
-    assert follower.next(-1) is None
+    assert follower.next(-1) == "no new checkpoint in 0.2 s"
     (folder / "trainer_state.json").write_text("{}")
     taken = follower.next(-1)
-    assert taken is not None
+    assert not isinstance(taken, str)
     assert taken[0] == 1
     assert taken[1].reference == str(tmp_path / "in" / "checkpoint-1")
 
@@ -76,7 +76,7 @@ def test_without_a_trainers_state_a_checkpoint_must_have_settled(
     for file in (tmp_path / "run" / "checkpoint-1").iterdir():
         file.touch()
     begun = time.monotonic()
-    assert watch(models, tmp_path).next(-1) is not None
+    assert not isinstance(watch(models, tmp_path).next(-1), str)
     assert time.monotonic() - begun > 0.2
 
 
@@ -84,7 +84,7 @@ def test_what_was_taken_outlives_its_original(models: Path, tmp_path: Path) -> N
     folder = save(models, tmp_path / "run", 1)
     original = hash_file(folder / "model.safetensors")
     taken = watch(models, tmp_path).next(-1)
-    assert taken is not None
+    assert not isinstance(taken, str)
     shutil.rmtree(folder)
     copy = tmp_path / "in" / "checkpoint-1"
     assert hash_file(copy / "model.safetensors") == original
@@ -106,7 +106,7 @@ def test_a_checkpoint_that_vanishes_half_way_is_passed_over(
 
     monkeypatch.setattr(module, "_link", rotating)
     taken = watch(models, tmp_path).next(-1)
-    assert taken is not None
+    assert not isinstance(taken, str)
     assert taken[0] == 2
     assert [path.name for path in (tmp_path / "in").iterdir()] == [second.name]
 
@@ -154,6 +154,8 @@ def test_a_stream_follows_training_to_its_end(models: Path, tmp_path: Path, endi
     document = config(tmp_path, base_model=str(models / "base"))
     result = stream(document, tmp_path / "out", StreamOptions(watch=options))
     thread.join()
+    ended = "no new checkpoint in 3 s" if ending == "timeout" else "the training run has ended"
+    assert result.stopped == ended
     assert [record.checkpoint for record in result.steps] == [f"checkpoint-{n}" for n in (1, 2, 3)]
     expected = weights(models / "base")
     for number in (1, 2, 3):
@@ -164,13 +166,8 @@ def test_a_stream_follows_training_to_its_end(models: Path, tmp_path: Path, endi
     assert not (tmp_path / "out" / "incoming").exists()
 
 
-def test_a_watch_resumes_with_the_checkpoint_it_had_taken(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, out = tmp_path / "run", tmp_path / "out"
-    for number in (1, 2):
-        save(models, run, number)
-    document = config(tmp_path, base_model=str(models / "base"))
+def interrupted(document: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watch until the merge of checkpoint-2, which is not made."""
     import mergekit_arm.streaming.step as module
 
     merge = module.merge
@@ -180,15 +177,45 @@ def test_a_watch_resumes_with_the_checkpoint_it_had_taken(
             raise KeyboardInterrupt
         merge(document, text, *rest)
 
-    monkeypatch.setattr(module, "merge", dying)
-    with pytest.raises(KeyboardInterrupt):
-        stream(document, out, StreamOptions(watch=FAST))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "merge", dying)
+        with pytest.raises(KeyboardInterrupt):
+            stream(document, out, StreamOptions(watch=FAST))
+
+
+def test_a_watch_resumes_with_the_checkpoint_it_had_taken(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    for number in (1, 2):
+        save(models, run, number)
+    document = config(tmp_path, base_model=str(models / "base"))
+    interrupted(document, out, monkeypatch)
     shutil.rmtree(run / "checkpoint-1")  # rotated away while nobody looked
     shutil.rmtree(run / "checkpoint-2")
     save(models, run, 3, last=True)
     result = stream(document, out, StreamOptions(watch=FAST))
     assert [record.checkpoint for record in result.steps] == [f"checkpoint-{n}" for n in (1, 2, 3)]
+
+
+def test_a_watch_resumes_with_a_checkpoints_chat_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_llama(0)
+    base.resize_token_embeddings(320)
+    base.save_pretrained(tmp_path / "base")
+    add_tokenizer(tmp_path / "base")
+    for number in (1, 2):
+        folder = tmp_path / "run" / f"checkpoint-{number}"
+        perturbed(base, number).save_pretrained(folder)
+        add_tokenizer(folder, template="{% for m in messages %}{{ m.content }}{% endfor %}")
+        state = {"global_step": number, "max_steps": 2}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+    chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    document = config(tmp_path, evaluation={"dataset": str(tmp_path / "chats.jsonl")})
+    interrupted(document, tmp_path / "out", monkeypatch)
+    assert len(stream(document, tmp_path / "out", StreamOptions(watch=FAST)).steps) == 2
 
 
 def test_a_list_of_rates_ends_a_watch(models: Path, tmp_path: Path) -> None:
@@ -197,6 +224,26 @@ def test_a_list_of_rates_ends_a_watch(models: Path, tmp_path: Path) -> None:
     document = config(tmp_path, base_model=str(models / "base"), learning_rate=[0.5, 0.4])
     result = stream(document, tmp_path / "out", StreamOptions(watch=FAST))
     assert [record.learning_rate for record in result.steps] == [0.5, 0.4]
+    assert result.stopped == "the list of learning rates is used up"
+
+
+def test_a_run_without_a_checkpoint_fails_and_may_be_followed_again(
+    models: Path, tmp_path: Path
+) -> None:
+    save(models, tmp_path / "run", 1, last=True)
+    weights_file = tmp_path / "run" / "checkpoint-1" / "model.safetensors"
+    content = weights_file.read_bytes()
+    weights_file.write_bytes(content[:-1])
+    evaluation = {"dataset": str(write_tokens(tmp_path / "heldout.jsonl", 8))}
+    document = config(tmp_path, base_model=str(models / "base"), evaluation=evaluation)
+    hasty = StreamOptions(watch=WatchOptions(poll=0.02, timeout=0.1))
+    notes: list[str] = []
+    with pytest.raises(Failure, match="no checkpoint came"):
+        stream(document, tmp_path / "out", hasty, say=notes.append)
+    assert any("checkpoint-1 is left out" in note and "truncated" in note for note in notes)
+    assert not (tmp_path / "out" / "model").exists()
+    weights_file.write_bytes(content)
+    assert len(stream(document, tmp_path / "out", hasty).steps) == 1
 
 
 @pytest.mark.parametrize(
@@ -204,6 +251,7 @@ def test_a_list_of_rates_ends_a_watch(models: Path, tmp_path: Path) -> None:
     [
         ({"passes": 2}, "passes: --watch goes through the checkpoints once"),
         ({"checkpoints": ["a"]}, "--watch follows one Trainer output directory"),
+        ({"checkpoints": __file__}, "is a file; --watch follows"),
         ({"learning_rate": {"schedule": "cosine", "peak": 0.5}}, "add steps: N"),
     ],
 )
@@ -214,53 +262,3 @@ def test_what_a_watch_cannot_do_is_refused(
     with pytest.raises(InputError) as caught:
         stream(document, tmp_path / "out", StreamOptions(watch=FAST))
     assert said in caught.value.message
-
-
-def test_a_trainer_feeds_a_stream(models: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-
-    torch.manual_seed(0)
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(96, (16, 12))]
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path / "run"),
-        max_steps=6,
-        save_steps=2,
-        save_total_limit=1,  # every checkpoint but the newest is deleted at once
-        per_device_train_batch_size=4,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    document = config(tmp_path, base_model=str(models / "base"), checkpoints=None)
-    callback = StreamCallback(document, tmp_path / "out", ["--poll", "0.1", "--quiet"])
-    model = AutoModelForCausalLM.from_pretrained(models / "base")
-    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback]).train()
-    final = callback.check()
-    records = (tmp_path / "out" / "stream.jsonl").read_text().splitlines()
-    assert [json.loads(line)["checkpoint"] for line in records] == [
-        "checkpoint-2", "checkpoint-4", "checkpoint-6",
-    ]  # fmt: skip
-    base, merged = weights(models / "base"), weights(final)
-    assert any(not torch.equal(base[name], merged[name]) for name in base)
-
-
-def test_a_failing_stream_does_not_end_training(models: Path, tmp_path: Path) -> None:
-    callback = StreamCallback({**config(tmp_path), "base_model": "./nowhere"}, tmp_path / "out")
-
-    class State:
-        is_world_process_zero = True
-        global_step = 2
-
-    class Arguments:
-        output_dir = str(tmp_path / "run")
-
-    (tmp_path / "run").mkdir()
-    callback.on_train_begin(Arguments(), State(), None)  # type: ignore[arg-type]
-    callback.on_train_end(Arguments(), State(), None)  # type: ignore[arg-type]
-    with pytest.raises(Failure, match="ended with 2"):
-        callback.check()
-
-
-def test_a_wrong_configuration_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="did you mean 'merge_method'"):
-        StreamCallback({"merge_metod": "arm", "base_model": "x"}, tmp_path / "out")

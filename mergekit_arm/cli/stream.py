@@ -8,6 +8,7 @@ from typing import Any
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
+from mergekit_arm.errors import InputError
 from mergekit_arm.streaming.config import load_config, plain_path
 from mergekit_arm.streaming.run import StreamOptions, stream
 from mergekit_arm.streaming.watch import END_MARKER, WatchOptions
@@ -75,6 +76,8 @@ def command(
 
     transformers.utils.logging.disable_progress_bar()
     merge_options.apply_global_options()
+    if not watch:
+        _refuse_without_watch()
     watching = WatchOptions(end_marker, watch_timeout, poll) if watch else None
     options = StreamOptions(merge_options, keep, watching)
     console = Console(stderr=True)
@@ -84,18 +87,27 @@ def command(
         return
     from mergekit_arm.reports.stream_summary import step_line, stream_summary
 
+    def line(text: str, style: str | None = None) -> None:
+        # Paths may hold brackets, which are not markup.
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
     with _progress(console) as progress:
         result = stream(
             config,
             out,
             options,
-            say=lambda note: console.print(note, style="yellow", highlight=False, soft_wrap=True),
+            say=lambda note: line(note, "yellow"),
             progress=progress,
-            on_step=lambda record: console.print(
-                step_line(record), highlight=False, soft_wrap=True
-            ),
+            on_step=lambda record: line(step_line(record)),
         )
     console.print(stream_summary(result))
+
+
+def _refuse_without_watch() -> None:
+    context = click.get_current_context()
+    for name in ("end_marker", "watch_timeout", "poll"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise InputError(f"--{name.replace('_', '-')} belongs to --watch: add that")
 
 
 def _print_plan(console: Any, config: str, out: str, options: StreamOptions) -> bool:

@@ -45,15 +45,12 @@ def stream_card(config: StreamConfig, state: State, chosen: int) -> str:
         if chosen
         else "The base model, which no step bettered"
     )
-    document = config.model_dump(mode="json", exclude_defaults=True)
-    if config.calibration is not None:
-        document["calibration"] = config.calibration.document()
     return _TEMPLATE.format(
         front=yaml.safe_dump(front, sort_keys=False),
         count=len(state.steps),
         origin=origin,
         table=_table(config, state, chosen),
-        config=yaml.safe_dump(document, sort_keys=False, allow_unicode=True),
+        config=yaml.safe_dump(config.document(), sort_keys=False, allow_unicode=True),
     )
 
 

@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mergekit_arm.streaming.estimate import gb
 from mergekit_arm.streaming.forecast import Forecast
 from mergekit_arm.streaming.run import StreamResult
 from mergekit_arm.streaming.state import Losses, StepRecord
@@ -24,7 +25,7 @@ def plan_report(forecast: Forecast) -> Iterator[RenderableType]:
             done = " (done)" if step.step <= forecast.done else ""
             rate = "" if step.rate is None else f"{step.rate:.4g}"
             measures = "yes" if step.measures else ""
-            table.add_row(f"{step.step}{done}", step.checkpoint.name, rate, measures)
+            table.add_row(f"{step.step}{done}", Text(step.checkpoint.name), rate, measures)
         yield table
     elif plan is not None:
         yield Text(f"Follows {plan.config.checkpoints}; the number of steps is not known yet.")
@@ -33,8 +34,8 @@ def plan_report(forecast: Forecast) -> Iterator[RenderableType]:
             yield Text(f"time     about {_duration(estimate.seconds)}")
         else:
             yield Text(f"time     about {_duration(estimate.seconds_per_step)} a step")
-        yield Text(f"disk     about {_size(estimate.disk)}, {_size(estimate.disk_free)} free")
-        yield Text(f"memory   about {_size(estimate.memory)}, {_size(estimate.memory_free)} free")
+        yield Text(f"disk     about {gb(estimate.disk)}, {gb(estimate.disk_free)} free")
+        yield Text(f"memory   about {gb(estimate.memory)}, {gb(estimate.memory_free)} free")
     for note in plan.notes if plan is not None else []:
         yield Text(f"note: {note}", style="yellow")
     for problem in forecast.problems:
@@ -63,7 +64,7 @@ def stream_summary(result: StreamResult) -> Table:
     table = Table(title="The stream has ended", show_header=False)
     table.add_row("steps", f"{len(result.steps)}: {result.stopped}")
     chosen = f"step {result.chosen}" if result.chosen else "the base"
-    table.add_row("model", f"{chosen}, {result.model}")
+    table.add_row("model", Text(f"{chosen}, {result.model}"))
     if result.steps:
         last = result.steps[-1]
         losses = result.steps[result.chosen - 1].current if result.chosen else last.base
@@ -91,7 +92,3 @@ def _duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"

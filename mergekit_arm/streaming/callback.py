@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import subprocess
 import sys
@@ -27,13 +28,15 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
     random numbers, its memory and its speed, as far as the machine has room for both. Where
     they share an accelerator, say ``device: cpu`` under calibration and evaluation, or see
     that both fit. Every checkpoint is taken at the moment it is saved, before the trainer can
-    rotate it away::
+    rotate it away; those that wait for a slower stream stay on the disk until it has come to
+    them::
 
         callback = StreamCallback("stream.yml", "./merged")
         Trainer(..., callbacks=[callback]).train()      # waits for the stream at its end
         model = callback.check()                        # its directory; raises if it failed
 
-    A stream that fails does not end the training: it is logged, and :meth:`check` raises.
+    A stream that fails does not end the training: it is logged, and :meth:`check` raises. A
+    training that fails ends the stream; the same training, resumed, goes on with it.
     """
 
     def __init__(
@@ -71,12 +74,17 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         if not state.is_world_process_zero:
             return
         run = Path(args.output_dir)
+        run.mkdir(parents=True, exist_ok=True)
         (run / END_MARKER).unlink(missing_ok=True)  # of an earlier training
+        if self._child is not None and self._child.poll() is None:
+            return  # of a training that was interrupted in this process
         file = Path(self._scratch.name) / "stream.yml"
         document = {**self._document, "checkpoints": str(run.absolute())}
         file.write_text(yaml.safe_dump(document), encoding="utf-8")
         command = [sys.executable, "-m", "mergekit_arm", "stream", str(file), str(self.out)]
         self._child = subprocess.Popen([*command, "--watch", *self._arguments])
+        # A training that fails would leave it waiting, and the next one's stream locked out.
+        atexit.register(self._child.terminate)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -85,8 +93,13 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         if self._child is None or self._ended():
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if not take(checkpoint, self.out / INCOMING):
-            LOG.error("%s cannot be streamed: it is not a complete model", checkpoint)
+        problem = "it is not a complete model"
+        try:
+            taken = take(checkpoint, self.out / INCOMING)
+        except (OSError, Failure) as error:  # a full disk, or a stream that just now finished
+            taken, problem = False, str(error)
+        if not taken:
+            LOG.error("%s cannot be streamed: %s", checkpoint, problem)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -94,6 +107,7 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         """Tell the stream that no more checkpoints come, and wait for its end."""
         if self._child is None:
             return
+        atexit.unregister(self._child.terminate)
         (Path(args.output_dir) / END_MARKER).touch()
         if self._wait:
             self._child.wait()
@@ -122,10 +136,7 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
 
 def _document(config: StreamConfig | Mapping[str, Any] | str | Path) -> dict[str, Any]:
     if isinstance(config, StreamConfig):
-        document = config.model_dump(mode="json", exclude_defaults=True)
-        if config.calibration is not None:
-            document["calibration"] = config.calibration.document()
-        return document
+        return config.document()
     if isinstance(config, Mapping):
         return dict(config)
     loaded = yaml.safe_load(Path(config).read_text(encoding="utf-8"))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mergekit import merge_methods
+from mergekit._data import chat_templates
 from pydantic import ValidationError
 
-from mergekit_arm.errors import InputError, first_line
+from mergekit_arm.errors import InputError, did_you_mean, first_line
 from mergekit_arm.streaming.checkpoints import Checkpoint, trained_on
 from mergekit_arm.streaming.config import (
     DEFAULT_LEARNING_RATE,
@@ -53,10 +56,27 @@ def leaves(setting: Any) -> Iterator[Any]:
 def check_watched(config: StreamConfig) -> None:
     if isinstance(config.checkpoints, list):
         raise InputError("checkpoints: --watch follows one Trainer output directory, not a list")
-    plain_path(config.checkpoints)
+    folder = Path(plain_path(config.checkpoints))
+    if folder.exists() and not folder.is_dir():
+        raise InputError(
+            f"checkpoints: {folder} is a file; --watch follows a Trainer's output directory"
+        )
     if config.passes > 1:
         raise InputError(
             "passes: --watch goes through the checkpoints once, since the trainer may delete them"
+        )
+
+
+def check_chat_template(template: str | None) -> None:
+    """Refuse what mergekit would only log, leaving the tokenizer out of every model."""
+    if template is None or template == "auto" or "{" in template:
+        return
+    names = [Path(file.name) for file in files(chat_templates).iterdir()]
+    known = sorted(name.stem for name in names if name.suffix == ".jinja")
+    if template not in known:
+        raise InputError(
+            f"chat_template: mergekit has no {template!r}{did_you_mean(template, known)}; there "
+            f"are: auto, {', '.join(known)}, or give the template itself"
         )
 
 

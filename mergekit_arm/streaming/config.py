@@ -84,11 +84,12 @@ class Calibration(_Strict):
         values = {key: getattr(options, key) for key in sorted(known)}
         return {"refresh": given.get("refresh", "once"), "settings": values}
 
-    @field_validator("refresh")
+    @field_validator("refresh", mode="before")
     @classmethod
-    def _check_refresh(cls, value: str | int) -> str | int:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be once, every, or a number of steps from 1 on")
+    def _check_refresh(cls, value: Any) -> Any:
+        steps = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not steps and value not in ("once", "every"):
+            raise ValueError(f"must be once, every, or N for every Nth step, not {value!r}")
         return value
 
     def document(self) -> dict[str, Any]:
@@ -154,6 +155,13 @@ class StreamConfig(_Strict):
     tokenizer: dict[str, Any] | None = None
     chat_template: str | None = None
 
+    def document(self) -> dict[str, Any]:
+        """Return the YAML again, without defaults."""
+        document = self.model_dump(mode="json", exclude_defaults=True)
+        if self.calibration is not None:
+            document["calibration"] = self.calibration.document()
+        return document
+
     @field_validator("learning_rate", mode="before")
     @classmethod
     def _read_learning_rate(cls, value: Any) -> Any:
@@ -164,8 +172,11 @@ class StreamConfig(_Strict):
         if value is None or isinstance(value, Schedule):
             return value
         for rate in rates:
-            number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
-            if not number or not 0 < rate <= HIGHEST_LEARNING_RATE:
+            try:
+                fits = not isinstance(rate, bool) and 0 < float(rate) <= HIGHEST_LEARNING_RATE
+            except (TypeError, ValueError):
+                fits = False
+            if not fits:
                 raise ValueError(
                     f"must lie in (0, {HIGHEST_LEARNING_RATE:g}], not {rate!r}; "
                     "or be a list of such, or {schedule: cosine, peak: 0.6, final: 0.1}"

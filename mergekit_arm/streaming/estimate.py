@@ -46,12 +46,12 @@ class Estimate:
         found = []
         if self.disk > self.disk_free:
             found.append(
-                f"disk: about {_gb(self.disk)} needed at the peak, {_gb(self.disk_free)} free: "
+                f"disk: about {gb(self.disk)} needed at the peak, {gb(self.disk_free)} free: "
                 "put OUT elsewhere, or use --keep last"
             )
         if self.memory > self.memory_free:
             found.append(
-                f"memory: about {_gb(self.memory)} needed at the peak, {_gb(self.memory_free)} "
+                f"memory: about {gb(self.memory)} needed at the peak, {gb(self.memory_free)} "
                 "free: lower --out-shard-size, or evaluate in dtype: bfloat16"
             )
         return found
@@ -66,7 +66,7 @@ def check_disk(plan: Plan, out: Path, keep: Keep) -> None:
     needed, free = disk_needed(plan, keep), _free(out) + (size_of(out) if out.is_dir() else 0)
     if needed > free:
         raise InputError(
-            f"{out}: the stream needs about {_gb(needed)} of disk and {_gb(free)} are free: "
+            f"{out}: the stream needs about {gb(needed)} of disk and {gb(free)} are free: "
             "put OUT elsewhere, or use --keep last"
         )
 
@@ -87,7 +87,11 @@ def disk_needed(plan: Plan, keep: Keep) -> int:
 
 
 def estimate(plan: Plan, out: Path, merge: MergeOptions, keep: Keep) -> Estimate:
-    """Forecast a stream after timing one matrix product and one small file."""
+    """Forecast a stream after timing one matrix product and one small file.
+
+    Raises:
+        InputError: nothing can be written where ``out`` is to be.
+    """
     per_step = _seconds_per_step(plan, out, merge)
     steps = plan.length
     return Estimate(
@@ -158,12 +162,15 @@ def _flops(device: torch.device) -> float:
 def _disk_speed(out: Path) -> float:
     """Return bytes per second of writing a small file beside ``out``, flushed."""
     block = os.urandom(16 << 20)
-    with tempfile.TemporaryFile(dir=_existing(out)) as file:
-        begun = time.perf_counter()
-        file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        return len(block) / (time.perf_counter() - begun)
+    try:
+        with tempfile.TemporaryFile(dir=_existing(out)) as file:
+            begun = time.perf_counter()
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            return len(block) / (time.perf_counter() - begun)
+    except OSError as error:
+        raise InputError(f"{out} cannot be written: {error.strerror}; give another OUT") from error
 
 
 def _free(out: Path) -> int:
@@ -178,5 +185,6 @@ def _size(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
 
 
-def _gb(size: int) -> str:
+def gb(size: int) -> str:
+    """Return a number of bytes for people."""
     return f"{size / 1e9:.1f} GB"

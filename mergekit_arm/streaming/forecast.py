@@ -40,8 +40,11 @@ def forecast(config: StreamConfig, out: Path, options: StreamOptions) -> Forecas
     if plan is None:
         return Forecast(None, None, done, problems)
     problems += data_problems(plan, make_judge(plan, merge), merge)
-    forecast = None
+    costs = None
     if not problems:
-        forecast = estimate(plan, out, merge, options.keep)
-        problems += forecast.problems()
-    return Forecast(plan, forecast, done, problems)
+        try:
+            costs = estimate(plan, out, merge, options.keep)
+            problems += costs.problems()
+        except InputError as error:
+            problems.append(error.message)
+    return Forecast(plan, costs, done, problems)

@@ -12,6 +12,7 @@ from torch import Tensor
 from mergekit_arm.calibration.corpus import build_corpus, load_rows
 from mergekit_arm.errors import InputError
 from mergekit_arm.streaming.config import Evaluation
+from mergekit_arm.streaming.sections import section
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,7 +78,7 @@ def load_heldout(settings: Evaluation, tokenizers: list[PreTrainedTokenizerBase]
         InputError: no data, no usable column, no tokenizer, or a template that cannot be cut.
     """
     assert settings.dataset is not None
-    try:
+    with section("evaluation"):
         rows, split = load_rows(settings.dataset, settings.subset, settings.split)
         if len(rows) == 0:
             raise InputError(f"data set {settings.dataset!r} is empty")
@@ -100,10 +101,11 @@ def load_heldout(settings: Evaluation, tokenizers: list[PreTrainedTokenizerBase]
                 seed=settings.seed,
             )
             held = HeldOut([_text_sequence(block) for block in corpus.blocks], False)
-    except InputError as error:
-        raise InputError(f"evaluation: {error.message}") from error
-    if held.scored_tokens == 0:
-        raise InputError("evaluation: no token of the data can be scored: give longer rows")
+        if held.scored_tokens == 0:
+            remedy = "give longer rows"
+            if held.answers_only:
+                remedy = "no row has a message of the role assistant that answers another"
+            raise InputError(f"no token of the data can be scored: {remedy}")
     return held
 
 

@@ -25,6 +25,7 @@ from mergekit_arm.statistics import reader
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.files import fresh_directory, publish, remove
 from mergekit_arm.streaming.method import StepMethod
+from mergekit_arm.streaming.models import load_own_tokenizer
 
 STEP_DTYPE = "float32"
 """Of the running model: rounding it at every step would add up."""
@@ -148,6 +149,9 @@ def merge_adapter(reference: str, options: MergeOptions) -> str:
             trust_remote_code=options.trust_remote_code,
             lora_merge_dtype=options.lora_merge_dtype,
         )
+        tokenizer = load_own_tokenizer(reference, options.trust_remote_code)
+        if tokenizer is not None:  # mergekit leaves it out, and text cannot be measured without
+            tokenizer.save_pretrained(merged.model.path)
         publish(Path(merged.model.path), final)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise Failure(f"adapter {reference}: {first_line(error)}") from error

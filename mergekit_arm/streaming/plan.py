@@ -9,11 +9,13 @@ from pathlib import Path
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
+from mergekit_arm.calibration.model import choose_device
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.streaming.checkpoints import Checkpoint, find_checkpoints
 from mergekit_arm.streaming.checks import (
     Checks,
     adapter_note,
+    check_chat_template,
     check_parameters,
     check_watched,
     choose_calibration,
@@ -142,6 +144,8 @@ def make_plan(
         notes.append("no evaluation: the last step becomes the model, however good it is")
     aligns = any(value != 0 for value in leaves(config.parameters.get("alignment", 0)))
     check.run(lambda: check_parameters(config, method, rates))
+    check.run(lambda: check_chat_template(config.chat_template))
+    check.run(lambda: choose_device(merge.device or "cpu"))
     plan = Plan(
         config=config,
         method=method,

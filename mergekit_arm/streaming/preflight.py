@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_arm.calibration.corpus import build_corpus, load_rows
-from mergekit_arm.calibration.model import choose_device, find_model, load_tokenizer
+from mergekit_arm.calibration.model import choose_device, find_model
 from mergekit_arm.errors import InputError
+from mergekit_arm.streaming.models import load_own_tokenizer
 from mergekit_arm.streaming.plan import Plan
 from mergekit_arm.streaming.scoring import Judge
+from mergekit_arm.streaming.sections import section
 
 
 def make_judge(plan: Plan, merge: MergeOptions) -> Judge | None:
@@ -42,14 +45,12 @@ def _check_calibration(plan: Plan, merge: MergeOptions) -> None:
     if plan.calibration is None:
         return
     settings = plan.calibration.settings
-    choose_device(settings["device"])
-    with find_model(
-        plan.config.base_model,
-        trust_remote_code=merge.trust_remote_code,
-        lora_cache=merge.lora_merge_cache,
-    ) as source:
-        tokenizer = load_tokenizer(source)
-    try:
+    # Without its adapter, which would be merged for nothing, and by a dry run into OUT.
+    base = str(ModelReference.parse(plan.config.base_model).model)
+    with find_model(base, trust_remote_code=merge.trust_remote_code):
+        tokenizer = load_own_tokenizer(plan.config.base_model, merge.trust_remote_code)
+    with section("calibration"):
+        choose_device(settings["device"])
         rows, split = load_rows(settings["dataset"], settings["subset"], settings["split"])
         if len(rows) == 0:
             raise InputError(f"data set {settings['dataset']!r} is empty")
@@ -62,14 +63,13 @@ def _check_calibration(plan: Plan, merge: MergeOptions) -> None:
             sequence_length=settings["sequence_length"],
             seed=settings["seed"],
         )
-    except InputError as error:
-        raise InputError(f"calibration: {error.message}") from error
 
 
 def _check_evaluation(plan: Plan, judge: Judge | None) -> None:
     if judge is None:
         return
-    choose_device(judge.settings.device)
+    with section("evaluation"):
+        choose_device(judge.settings.device)
     # Under --watch the chat template may come with the first checkpoint.
     if judge.settings.dataset is not None and plan.checkpoints is not None:
         judge.heldout.scored_tokens  # noqa: B018  # reads the data

@@ -12,7 +12,7 @@ from typing import Any, get_args
 from filelock import FileLock, Timeout
 from mergekit.options import MergeOptions
 
-from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.errors import Failure, InputError, did_you_mean
 from mergekit_arm.reports.stream_card import stream_card
 from mergekit_arm.reports.stream_plot import draw_stream
 from mergekit_arm.streaming.checkpoints import Checkpoint
@@ -99,7 +99,10 @@ def stream(
     for note in plan.notes:
         say(note)
     read_state(place)  # refuses a directory of something else before anything is put into it
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{place} cannot be made: {error.strerror}; give another OUT") from error
     with _locked(place):
         state = open_state(place, plan.fingerprint)
         check_disk(plan, place, options.keep)
@@ -194,32 +197,40 @@ class _Run:
         place, state = self.place, self.place.state
         while state.stopped is None:
             planned = self._next()
-            if planned is None:
+            if isinstance(planned, str):
+                state.stopped = planned
+                state.save(place.out)
                 break
+            if place.judge is not None:
+                place.judge.add_reference(planned.checkpoint.reference)
             if state.base is None:
                 # Not before a checkpoint is there, whose chat template may be needed.
-                score_base(place, planned.checkpoint.reference)
+                score_base(place)
             record = take_step(place, planned)
             state.steps.append(record)
             state.stopped = self._reason_to_stop()
             state.save(place.out)
             self._tidy()
             self.on_step(record)
-        if state.stopped is None:
-            state.stopped = "all checkpoints are merged"
-            state.save(place.out)
 
-    def _next(self) -> PlannedStep | None:
+    def _next(self) -> PlannedStep | str:
+        """Return the next step, or why there is none."""
         plan, done = self.place.plan, len(self.place.state.steps)
         if self.watch is None:
             steps = plan.steps()
-            return steps[done] if done < len(steps) else None
+            return steps[done] if done < len(steps) else "all checkpoints are merged"
         after = self._last_number()
         self.watch.forget(after)
         if plan.rates is not None and plan.step(done + 1, Checkpoint("", "")) is None:
-            return None  # the list of learning rates is used up
+            return "the list of learning rates is used up"
         found = self.watch.next(after)
-        return None if found is None else plan.step(done + 1, found[1])
+        if isinstance(found, str):
+            if not done:
+                raise Failure(f"{self.watch.folder}: no checkpoint came ({found}); run again")
+            return found
+        planned = plan.step(done + 1, found[1])
+        assert planned is not None  # it has a learning rate, as was just seen
+        return planned
 
     def _last_number(self) -> int:
         steps = self.place.state.steps

@@ -28,6 +28,11 @@ def check_rates(setting: Rates, steps: int | None) -> None:
                 f"learning_rate: a {setting.schedule} schedule under --watch must know its "
                 "length: add steps: N"
             )
+        if setting.schedule == "constant" and setting.final not in (None, setting.peak):
+            raise InputError(
+                f"learning_rate: a constant schedule ends at its peak {setting.peak:g}: remove "
+                "final, or use linear or cosine"
+            )
         if length is not None and setting.warmup >= length:
             raise InputError(
                 f"learning_rate: warmup {setting.warmup} leaves none of {length} steps: lower it"

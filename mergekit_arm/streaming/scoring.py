@@ -83,8 +83,8 @@ class Judge:
         self._held: HeldOut | None = None
 
     def add_reference(self, reference: str) -> None:
-        """Add a model whose chat template may be used, before the data is first read."""
-        if reference not in self._references:
+        """Add a model whose chat template may be used, if the data was not read yet."""
+        if self._held is None and reference not in self._references:
             self._references.append(reference)
 
     @property

@@ -127,6 +127,9 @@ def read_state(out: Path) -> State | None:
         InputError: ``out`` is no directory or holds anything but a stream, or a damaged state.
     """
     if not out.exists():
+        above = next(parent for parent in out.parents if parent.exists())
+        if not above.is_dir():
+            raise InputError(f"{out} cannot be made, for {above} is a file; give another OUT")
         return None
     if not out.is_dir():
         raise InputError(f"{out} is a file; name a directory for the stream")

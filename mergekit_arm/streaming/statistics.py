@@ -20,6 +20,7 @@ from mergekit_arm.reports.card import statistics_card
 from mergekit_arm.statistics.format import METADATA_FILE, Metadata, WeightRecord
 from mergekit_arm.statistics.probe import take_probe
 from mergekit_arm.statistics.store import PROBES, write_statistics
+from mergekit_arm.streaming.sections import section
 
 Progress = Callable[[int, int], None]
 
@@ -59,7 +60,8 @@ def measure(
             lora_merge_cache=merge.lora_merge_cache,
             **settings,
         )
-        calibrate(options, progress, say)
+        with section("calibration"):
+            calibrate(options, progress, say)
     return Measurement(out, step, read_metadata(out).data.tokens)
 
 

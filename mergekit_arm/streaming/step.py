@@ -144,10 +144,8 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
     return record
 
 
-def score_base(place: Workplace, checkpoint: str) -> None:
-    """Score the base and commit that; ``checkpoint`` may lend its chat template."""
-    if place.judge is not None:
-        place.judge.add_reference(checkpoint)
+def score_base(place: Workplace) -> None:
+    """Score the base and commit that."""
     place.state.base = as_losses(_score(place, place.plan.config.base_model))
     place.state.save(place.out)
 

@@ -60,11 +60,11 @@ class Watch:
     options: WatchOptions
     say: Callable[[str], None]
 
-    def next(self, after: int) -> tuple[int, Checkpoint] | None:
+    def next(self, after: int) -> tuple[int, Checkpoint] | str:
         """Wait for the first complete checkpoint whose number exceeds ``after``.
 
-        Returns None where the run has ended: the checkpoint ``after`` was its last, its end
-        marker is there, or nothing new came within the timeout.
+        Where the run has ended, returns what says so: the checkpoint ``after`` was its last,
+        its end marker is there, or nothing new came within the timeout.
         """
         self.incoming.mkdir(parents=True, exist_ok=True)
         for left in self.incoming.glob(".*"):
@@ -80,15 +80,13 @@ class Watch:
                 return taken, trained_checkpoint(
                     self.incoming / f"checkpoint-{taken}", self.base_model
                 )
-            if ended:
-                return None
-            if time.monotonic() > deadline:
-                self.say(
-                    f"no new checkpoint in {self.options.timeout:g} s: the run counts as ended"
-                )
-                return None
+            if ended or time.monotonic() > deadline:
+                self._tell_left_out(after)
+                timeout = f"no new checkpoint in {self.options.timeout:g} s"
+                return "the training run has ended" if ended else timeout
             if not told:
-                self.say(f"waiting for a checkpoint after step {after} in {self.folder}")
+                which = f"a checkpoint after step {after}" if after >= 0 else "the first checkpoint"
+                self.say(f"waiting for {which} in {self.folder}")
                 told = True
             time.sleep(self.options.poll)
 
@@ -99,6 +97,12 @@ class Watch:
                 if is_last(path):
                     (self.incoming / "last").write_text(f"{number}\n", encoding="utf-8")
                 remove(path)
+
+    def _tell_left_out(self, after: int) -> None:
+        for number, path in numbered_checkpoints(self.folder).items():
+            problem = missing_part(path)
+            if number > after and problem:
+                self.say(f"{path.name} is left out: it is not complete ({problem})")
 
     def _ended(self, after: int) -> bool:
         marker = self.options.end_marker
