@@ -125,7 +125,7 @@ def test_killed_between_changes_to_the_disk(server: Any, scene: Any, tmp_path: P
     kill_at_changes(server, scene, tmp_path, generator.sample(range(1, changes), 4))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_before_every_change_to_the_disk(server: Any, scene: Any, tmp_path: Path) -> None:
     kill_at_changes(server, scene, tmp_path, list(range(1, scene[2] + 1)))
 

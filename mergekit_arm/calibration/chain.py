@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from mergekit_arm.calibration.batches import out_of_memory
 from mergekit_arm.calibration.calls import Call, Form, NotWalkable, Recorder
 from mergekit_arm.calibration.model import model_arguments
-from mergekit_arm.calibration.sites import ReadingPlan
+from mergekit_arm.calibration.sites import Parameter, ReadingPlan
 from mergekit_arm.calibration.weights import LayerWeights
 from mergekit_arm.errors import first_line
 
@@ -73,6 +73,16 @@ class Chain:
             places = {index for holder, _ in parameter.holders for index in layers[holder] or {-1}}
             if len(places) > 1:
                 raise NotWalkable(f"{parameter.name} belongs to several layers")
+
+    def unlike_first(self, plan: ReadingPlan) -> list[Parameter]:
+        """Return the parameters outside the layers, and those that the first layer lacks."""
+        found = []
+        for name, parameter in plan.parameters.items():
+            _, _, own = name.removeprefix(f"{self.name}.").partition(".")
+            twin = plan.parameters.get(f"{self.layer(0)}.{own}") if self.holds(name) else None
+            if twin is None or twin.tensor.shape != parameter.tensor.shape:
+                found.append(parameter)
+        return found
 
     def holds(self, parameter: str) -> bool:
         """Say whether a parameter belongs to one of the layers."""

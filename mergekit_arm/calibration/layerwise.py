@@ -41,7 +41,7 @@ from mergekit_arm.calibration.preflight import Cost, Preflight
 from mergekit_arm.calibration.progress import Snapshot
 from mergekit_arm.calibration.records import MeasuredSite, add_up
 from mergekit_arm.calibration.session import Session
-from mergekit_arm.calibration.sites import Parameter, SitePlan
+from mergekit_arm.calibration.sites import SitePlan
 from mergekit_arm.calibration.size import directory_bytes, parameter_bytes
 from mergekit_arm.errors import first_line
 
@@ -327,7 +327,10 @@ class _Walk:
             session.options,
             repeated=layers,
             beyond=parameter_bytes(
-                self._unlike_first(), self._coverage, chain.model, session.options
+                chain.unlike_first(self._coverage.plan),
+                self._coverage,
+                chain.model,
+                session.options,
             ),
         )
         return replace(
@@ -340,14 +343,3 @@ class _Walk:
             disk=2 * (states + one.sums) * session.job.local_processes + output,
             low_memory=True,
         )
-
-    def _unlike_first(self) -> list[Parameter]:
-        """Return the parameters outside the layers, and those that the first layer lacks."""
-        chain, parameters = self._chain, self._coverage.plan.parameters
-        found = []
-        for name, parameter in parameters.items():
-            _, _, own = name.removeprefix(f"{chain.name}.").partition(".")
-            twin = parameters.get(f"{chain.layer(0)}.{own}") if chain.holds(name) else None
-            if twin is None or twin.tensor.shape != parameter.tensor.shape:
-                found.append(parameter)
-        return found

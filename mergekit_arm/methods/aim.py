@@ -149,9 +149,7 @@ class ActivationInformedMerge(GroupMergeMethod):  # type: ignore[misc]  # mergek
             return merged
         # Where the wrapped method has statistics for each input, the base's are AIM's.
         reference = stats if isinstance(stats, str) else stats[base.id]
-        # With --multi-gpu, mergekit makes a GPU the default device; statistics are on the CPU.
-        with torch.device("cpu"):
-            return self._relax(group, base.tensor, merged, reference, **own)
+        return self._relax(group, base.tensor, merged, reference, **own)
 
     def _relax(
         self,
@@ -257,13 +255,19 @@ def register() -> None:
         if method.spec.name == DEFAULT_OVER:
             merge_methods.register(ActivationInformedMerge(method, PREFIX))
 
+    # mergekit asks for the method of every tensor.
+    found: set[str] = set()
+
     def get(name: str) -> MergeMethod:
-        known = {method.spec.name for method in merge_methods.registered_methods()}
         prefix, _, inner = name.partition("_")
-        if name not in known and prefix == PREFIX:
+        if prefix != PREFIX or name in found:
+            return plain_get(name)
+        known = {method.spec.name for method in merge_methods.registered_methods()}
+        if name not in known:
             if inner not in known:
                 raise InputError(f"no merge method {name!r}{did_you_mean(name, known)}")
             merge_methods.register(ActivationInformedMerge(plain_get(inner)))
+        found.add(name)
         return plain_get(name)
 
     get._wraps_with_aim = True  # type: ignore[attr-defined]  # marks the wrapper

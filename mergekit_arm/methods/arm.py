@@ -13,7 +13,6 @@ import threading
 from collections.abc import Hashable
 from typing import Any
 
-import torch
 from mergekit import merge_methods
 from mergekit.merge_methods import (
     BasePolicy,
@@ -131,20 +130,18 @@ class ArmMerge(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
         rates: PerInputValues[float] = parameters["learning_rate"]
         basis, input_axis = None, -1
         turning = (rotation != 0 or alignment > 0) and base.tensor.ndim > 1
-        # With --multi-gpu, mergekit makes a GPU the default device; statistics are on the CPU.
-        with torch.device("cpu"):
-            if turning:
-                basis, input_axis = self._subspace(group, base, parameters)
-            incoming = [
-                Incoming(
-                    entry.tensor,
-                    rates[entry.id],
-                    self._subspace(group, entry, parameters)[0]
-                    if alignment > 0 and basis is not None
-                    else None,
-                )
-                for entry in group.non_base
-            ]
+        if turning:
+            basis, input_axis = self._subspace(group, base, parameters)
+        incoming = [
+            Incoming(
+                entry.tensor,
+                rates[entry.id],
+                self._subspace(group, entry, parameters)[0]
+                if alignment > 0 and basis is not None
+                else None,
+            )
+            for entry in group.non_base
+        ]
         return arm_step(
             base.tensor,
             incoming,

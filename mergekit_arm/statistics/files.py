@@ -9,8 +9,10 @@ from pathlib import Path
 import huggingface_hub.errors
 import pydantic
 from mergekit.common import ModelReference
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
+from safetensors import safe_open
+from torch import Tensor
 
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.statistics.format import FORMAT_VERSION, METADATA_FILE, Metadata
@@ -45,7 +47,7 @@ def version(reference: str, path: Path) -> tuple[int, int]:
         InputError: it is no statistics directory.
     """
     try:
-        status = (path / METADATA_FILE).stat()
+        status = os.stat(f"{path}{os.sep}{METADATA_FILE}")
     except OSError as error:
         raise InputError(
             f"activation_stats {reference}: no {METADATA_FILE} in it, so it is no statistics "
@@ -82,19 +84,35 @@ def read_metadata(reference: str, path: Path) -> Metadata:
         ) from error
 
 
-def stored_names(path: Path, loader: LazyTensorLoader) -> frozenset[str]:
-    """Return the names of all tensors in the directory; every file of it is opened once.
+class TensorFiles:
+    """The safetensors files of a directory, mapped; a tensor is read when it is asked for.
 
-    Raises:
-        OSError, RuntimeError, ValueError, SafetensorError: a file is shorter than its header
-            says, or cannot be read.
+    As mergekit's lazy loader finds them, which looks through all names of a file for every
+    tensor: statistics have thousands.
     """
-    names: list[str] = []
-    for shard in loader.index.shards:
-        one = LazyTensorLoader.from_disk(str(path)) if len(loader.index.shards) > 1 else loader
-        one.get_tensor(shard.contained_keys[0])
-        names.extend(shard.contained_keys)
-    return frozenset(names)
+
+    def __init__(self, path: Path) -> None:
+        """Open every file, which checks that it is as long as its header says.
+
+        Raises:
+            OSError, RuntimeError, ValueError, SafetensorError: a file is absent, cannot be
+                read, or is shorter than its header says.
+        """
+        index = ShardedTensorIndex.from_disk(str(path))
+        files = {shard.filename: safe_open(path / shard.filename, "pt") for shard in index.shards}
+        self._file_of = {name: files[file] for name, file in index.tensor_paths.items()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor, on the CPU.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        tensor: Tensor = self._file_of[name].get_tensor(name)  # type: ignore[no-untyped-call]
+        return tensor
 
 
 def _hub_path(reference: str) -> str:

@@ -27,6 +27,8 @@ def probe_positions(numel: int) -> Tensor:
     return torch.tensor(
         [((i * _GOLDEN % 2**64) * numel) >> 64 for i in range(1, PROBE_SIZE + 1)],
         dtype=torch.int64,
+        # With --multi-gpu, mergekit makes a GPU the default device.
+        device="cpu",
     )
 
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import threading
 from pathlib import Path
 
 import torch
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from safetensors import SafetensorError
 from torch import Tensor
 
 from mergekit_arm.errors import InputError, first_line
-from mergekit_arm.statistics.files import locate, read_metadata, stored_names, version
+from mergekit_arm.statistics.files import TensorFiles, locate, read_metadata, version
 from mergekit_arm.statistics.format import WeightRecord
 from mergekit_arm.statistics.matching import Matcher
 from mergekit_arm.statistics.store import PROBES
 from mergekit_arm.statistics.subspace import columns_for_energy, orthonormal
 
 LOG = logging.getLogger(__name__)
+
+_KEPT = 4
+"""Sites whose finished values stay in memory."""
 
 
 class Statistics:
@@ -37,9 +41,8 @@ class Statistics:
         self.reference = reference
         self.metadata = read_metadata(reference, path)
         try:
-            self._loader = LazyTensorLoader.from_disk(str(path))
-            stored = stored_names(path, self._loader)
-            self._probes: Tensor = self._loader.get_tensor(PROBES)
+            self._files = TensorFiles(path)
+            self._probes = self._files.get(PROBES)
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(
                 f"activation_stats {reference}: cannot read its tensors ({first_line(error)}); "
@@ -50,7 +53,7 @@ class Statistics:
         absent = [
             name
             for name, site in self.metadata.sites.items()
-            if not any(f"{name}.{key}" in stored for key in ("abs_sum", "basis", "sketch"))
+            if not any(f"{name}.{key}" in self._files for key in ("abs_sum", "basis", "sketch"))
             and not (only_subspaces and site.no_subspace is not None)
         ]
         if absent:
@@ -58,11 +61,12 @@ class Statistics:
                 f"activation_stats {reference}: {len(absent)} sites have no tensors, "
                 f"first {absent[0]}; copy or measure it again"
             )
-        self._names = stored
         self.matcher = Matcher(reference, self.metadata, self._probes)
         self._lock = threading.Lock()
         self._warned: set[str] = set()
-        self._last = threading.local()
+        # Weights of one site follow each other, if not at once: q, k, v; gate, up.
+        self._importance = functools.lru_cache(maxsize=_KEPT)(self._read_importance)
+        self._basis = functools.lru_cache(maxsize=_KEPT)(self._read_basis)
 
     def importance(self, record: WeightRecord, kind: str) -> Tensor:
         """Return the importance of the weight's input channels, float32, ≥ 0, unnormalised.
@@ -76,24 +80,24 @@ class Statistics:
             Rows of experts that saw fewer than the recorded minimum of tokens are zero.
         """
         assert record.site is not None
-        site = self.metadata.sites[record.site]
-        tokens = torch.tensor(site.tokens, dtype=torch.float64)
+        values = self._importance(record.site, kind)
+        return values if record.row is None else values[record.row]
+
+    def _read_importance(self, name: str, kind: str) -> Tensor:
+        site = self.metadata.sites[name]
+        # With --multi-gpu, mergekit makes a GPU the default device.
+        tokens = torch.tensor(site.tokens, dtype=torch.float64, device="cpu")
         starved = tokens < max(self.metadata.settings.min_expert_tokens, 1)
-        if kind == "mean_abs":
-            values = self.tensor(record.site, "abs_sum")
-        else:
-            values = self.tensor(record.site, "square_sum")
+        values = self.tensor(name, "abs_sum" if kind == "mean_abs" else "square_sum")
         values = values.double() / tokens.clamp(min=1)[..., None]
         if kind == "rms":
             values = values.sqrt()
         if tokens.ndim:
             values = values.masked_fill(starved[..., None], 0)
-            self._warn_starved(record.site, starved)
-            if record.row is not None:
-                values = values[record.row]
+            self._warn_starved(name, starved)
         if not torch.isfinite(values).all():
             raise InputError(
-                f"activation_stats {self.reference}: values of {record.site} are not finite; "
+                f"activation_stats {self.reference}: values of {name} are not finite; "
                 "measure it again"
             )
         return values.float()
@@ -123,36 +127,33 @@ class Statistics:
 
         Returns:
             (in, k) float32, orthonormal columns by falling eigenvalue; None where the run left
-            subspaces out on purpose (the output head, norms). The last basis of every thread
-            is kept, since weights of one site follow each other.
+            subspaces out on purpose (the output head, norms).
 
         Raises:
             InputError: subspaces were not measured, or hold less energy than asked for.
         """
         assert record.site is not None
-        site = self.metadata.sites[record.site]
-        if site.no_subspace is not None:
+        if self.metadata.sites[record.site].no_subspace is not None:
             return None
-        key = (record.site, energy)
-        if getattr(self._last, "key", None) != key:
-            where = f"activation_stats {self.reference}: {record.site}"
-            stored = self.tensor(record.site, "basis")
-            if stored.shape[0] != site.width:
-                raise InputError(
-                    f"{where}: its basis has {stored.shape[0]} rows for {site.width} inputs; "
-                    "copy or measure it again"
-                )
-            count = columns_for_energy(
-                self.tensor(record.site, "eigenvalues"),
-                float(self.tensor(record.site, "trace")),
-                energy,
-                measured=self.metadata.settings.energy or 1.0,
-                where=where,
+        return self._basis(record.site, energy)
+
+    def _read_basis(self, name: str, energy: float) -> Tensor:
+        site = self.metadata.sites[name]
+        where = f"activation_stats {self.reference}: {name}"
+        stored = self.tensor(name, "basis")
+        if stored.shape[0] != site.width:
+            raise InputError(
+                f"{where}: its basis has {stored.shape[0]} rows for {site.width} inputs; "
+                "copy or measure it again"
             )
-            self._last.basis = orthonormal(stored[:, :count], where)
-            self._last.key = key
-        basis: Tensor = self._last.basis
-        return basis
+        count = columns_for_energy(
+            self.tensor(name, "eigenvalues"),
+            float(self.tensor(name, "trace")),
+            energy,
+            measured=self.metadata.settings.energy or 1.0,
+            where=where,
+        )
+        return orthonormal(stored[:, :count], where)
 
     def tensor(self, site: str, key: str) -> Tensor:
         """Read ``<site>.<key>``.
@@ -161,18 +162,17 @@ class Statistics:
             InputError: the directory does not hold this statistic.
         """
         full = f"{site}.{key}"
-        if full not in self._names:
+        if full not in self._files:
             measured = ", ".join(self.metadata.settings.statistics)
             raise InputError(
                 f"activation_stats {self.reference}: {key} of {site} was not measured "
                 f"(it holds: {measured}); calibrate again with --statistics all"
             )
-        tensor: Tensor = self._loader.get_tensor(full)
-        return tensor
+        return self._files.get(full)
 
     def holds(self, site: str, key: str) -> bool:
         """Say whether there is a ``<site>.<key>``."""
-        return f"{site}.{key}" in self._names
+        return f"{site}.{key}" in self._files
 
     def stored(self, name: str) -> Tensor:
         """Read a tensor that belongs to no site.
@@ -180,32 +180,41 @@ class Statistics:
         Raises:
             KeyError: there is none of that name.
         """
-        if name not in self._names:
-            raise KeyError(name)
-        tensor: Tensor = self._loader.get_tensor(name)
-        return tensor
+        return self._files.get(name)
 
     def probe(self, record: WeightRecord) -> Tensor:
         """Return the stored probe of a weight, float32."""
         return self._probes[record.probe]
 
 
-_OPEN: dict[str, tuple[tuple[int, int], Statistics]] = {}
+_OPEN: dict[tuple[str, str], tuple[Path, tuple[int, int], Statistics]] = {}
 _OPEN_LOCK = threading.Lock()
 
 
 def open_statistics(reference: str) -> Statistics:
     """Open ``reference`` (a directory, or ``org/name[@revision]`` on the Hub), once.
 
-    Opened statistics are shared; a directory that has been replaced since is opened again.
+    Opened statistics are shared; a directory that has been replaced since is opened again. A
+    merge asks for every tensor, so that what is open costs no more than a look at one file.
 
     Raises:
         InputError: it is neither, or it cannot be read.
     """
+    key = (reference, os.getcwd())
     with _OPEN_LOCK:
+        if key in _OPEN:
+            path, opened, statistics = _OPEN[key]
+            if version(reference, path) == opened:
+                return statistics
         path = locate(reference)
-        current = version(reference, path)
-        opened = _OPEN.get(str(path))
-        if opened is None or opened[0] != current:
-            opened = _OPEN[str(path)] = (current, Statistics(reference, path))
-        return opened[1]
+        statistics = Statistics(reference, path)
+        _OPEN[key] = path, version(reference, path), statistics
+        return statistics
+
+
+def forget(path: Path) -> None:
+    """Let go of the directory ``path``: a long run would keep every one that it ever read."""
+    with _OPEN_LOCK:
+        for key, (opened, _, _) in list(_OPEN.items()):
+            if opened == path.resolve():
+                del _OPEN[key]

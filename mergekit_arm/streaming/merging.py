@@ -21,7 +21,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
 from mergekit_arm.errors import Failure, first_line
-from mergekit_arm.statistics import reader
+from mergekit_arm.statistics.reader import forget
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.files import fresh_directory, publish, remove
 from mergekit_arm.streaming.method import StepMethod
@@ -174,10 +174,8 @@ def forgetting(references: Iterable[str], statistics: Iterable[Path | None]) -> 
             LoaderCache.loaders.pop(ModelReference.parse(reference), None)
         MergePlanner._model_arch.cache_clear()
         infer_architecture_info.cache_clear()
-        with reader._OPEN_LOCK:
-            for path in statistics:
-                if path is not None:
-                    reader._OPEN.pop(str(path.resolve()), None)
+        for path in filter(None, statistics):
+            forget(path)
 
 
 def _names(document: Mapping[str, Any]) -> str:

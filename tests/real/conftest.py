@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from mergekit_arm.demo.text import Corpus, standard_library
 from mergekit_arm.demo.train import checkpoints, pack, train
 from tests.real import smollm2
 
-STEPS = 24
+STEPS = 16
 EVERY = 8
 LENGTH = 128
 
@@ -35,13 +36,15 @@ def corpora() -> dict[str, Corpus]:
 
 
 @pytest.fixture(scope="session")
-def runs(
+def run(
     base: Path, corpora: dict[str, Corpus], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Path]]:
-    """Two short fine-tunes, ``prose`` and ``code``: directories of float32 ``checkpoint-N``."""
+) -> Iterator[Callable[[str], Path]]:
+    """Return a function that fine-tunes on a domain, once: a directory of ``checkpoint-N``."""
     folder = tmp_path_factory.mktemp("runs")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    for domain in ("prose", "code"):
+
+    @functools.cache
+    def fine_tune(domain: str) -> Path:
+        tokenizer = AutoTokenizer.from_pretrained(base)
         model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
         train(
             model,
@@ -51,12 +54,14 @@ def runs(
             batch_size=1,
             on_step=checkpoints(model, tokenizer, folder / domain, EVERY),
         )
-    yield {domain: folder / domain for domain in ("prose", "code")}
+        return folder / domain
+
+    yield fine_tune
     # pytest keeps the folders of three sessions; these would be ten gigabytes.
     shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")
-def variants(runs: dict[str, Path]) -> dict[str, Path]:
-    """The last checkpoint of either fine-tune."""
-    return {domain: run / f"checkpoint-{STEPS}" for domain, run in runs.items()}
+def variants(run: Callable[[str], Path]) -> dict[str, Path]:
+    """The last checkpoint of a fine-tune on prose, and of one on code."""
+    return {domain: run(domain) / f"checkpoint-{STEPS}" for domain in ("prose", "code")}

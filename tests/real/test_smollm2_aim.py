@@ -116,7 +116,7 @@ def test_merges_load_speak_and_know_both_texts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
-    heldout = {name: pack(tokenizer, corpora[name].heldout, LENGTH)[:6] for name in variants}
+    heldout = {name: pack(tokenizer, corpora[name].heldout, LENGTH)[:4] for name in variants}
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,

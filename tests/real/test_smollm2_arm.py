@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +144,12 @@ def test_statistics_are_small(base: Path, statistics: Path, capsys: Report) -> N
 @pytest.fixture(scope="module")
 def merges(
     base: Path,
-    runs: dict[str, Path],
+    run: Callable[[str], Path],
     statistics: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("arm-merges")
-    early = runs["prose"] / f"checkpoint-{EVERY}"
+    early = run("prose") / f"checkpoint-{EVERY}"
 
     def config(method: str, own: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
         return {
