@@ -72,7 +72,7 @@ def arm_step(
     checkpoint equals W stays W, bit for bit, at any setting.
 
     Extra memory: the result, and working copies of a block of rows that come to less than
-    another copy of the weight (or a few MiB, if that is more); where rows need float64 (see the
+    another copy of the weight (or 2 MiB, if that is more); where rows need float64 (see the
     module's notes), a float64 copy of the bases too.
 
     Args:
@@ -326,7 +326,8 @@ def _block_rows(weight: Tensor) -> int:
     """Return how many rows to take at once: few enough for their working copies to be small.
 
     A 32nd of the weight's bytes, in float32 numbers: four copies and what alignment adds stay
-    below one copy of the weight. More rows at once would only use more memory; fewer, more time.
+    below one copy of the weight. More rows at once would only use more memory; fewer, more time:
+    dozens of operations on few numbers are mostly calls.
     """
-    elements = min(1 << 23, max(weight.nbytes // 32, 1 << 16))
+    elements = min(1 << 23, max(weight.nbytes // 32, 1 << 17))
     return int(max(elements // max(weight.shape[1], 1), 1))
