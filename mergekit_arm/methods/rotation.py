@@ -269,13 +269,11 @@ def _step(
     # Products of strided rows, and sums with them, are slow: copies are not.
     converted = result.dtype != steering.dtype or not result.is_contiguous()
     # One allocation for all blocks: fresh pages cost a third of a step's time.
-    scratch = weight.new_empty((4 if converted else 2, step, width), dtype=steering.dtype)
+    scratch = weight.new_empty((3 if converted else 2, step, width), dtype=steering.dtype)
     for start in range(0, rows, max(step, 1)):
         block = slice(start, start + step)
         turned, spare, *copies = scratch[:, : min(step, rows - start)]
-        current, updated = copies if converted else (weight[block], result[block])
-        if converted:
-            current.copy_(weight[block])
+        current, updated = weight[block], copies[0] if converted else result[block]
         updated.copy_(current)
         for one, rate, planes in zip(checkpoints, steering.rates, steering.planes, strict=True):
             if steering.basis is None and rate == 1 and len(checkpoints) == 1:
@@ -301,7 +299,7 @@ def _turn(
     Reversed, since W − W is +0 and x − (+0) is x for every x: x + (+0) would turn −0 into +0.
     """
     same = checkpoint.dtype == turned.dtype
-    torch.sub(current, checkpoint if same else spare.copy_(checkpoint), out=turned)
+    turned.copy_(current).sub_(checkpoint if same else spare.copy_(checkpoint))
     if steering.basis is None:
         return
     if planes is not None:
@@ -325,9 +323,9 @@ def _turn(
 def _block_rows(weight: Tensor) -> int:
     """Return how many rows to take at once: few enough for their working copies to be small.
 
-    A 32nd of the weight's bytes, in float32 numbers: four copies and what alignment adds stay
+    A 32nd of the weight's bytes, in float32 numbers: three copies and what alignment adds stay
     below one copy of the weight. More rows at once would only use more memory; fewer, more time:
     dozens of operations on few numbers are mostly calls.
     """
-    elements = min(1 << 23, max(weight.nbytes // 32, 1 << 17))
+    elements = min(1 << 23, max(weight.nbytes // 32, 3 << 15))
     return int(max(elements // max(weight.shape[1], 1), 1))
