@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -64,9 +64,7 @@ class Statistics:
         self.matcher = Matcher(reference, self.metadata, self._probes)
         self._lock = threading.Lock()
         self._warned: set[str] = set()
-        # Weights of one site follow each other, if not at once: q, k, v; gate, up.
-        self._importance = functools.lru_cache(maxsize=_KEPT)(self._read_importance)
-        self._basis = functools.lru_cache(maxsize=_KEPT)(self._read_basis)
+        self._recent: dict[tuple[str, str | float], Tensor] = {}
 
     def importance(self, record: WeightRecord, kind: str) -> Tensor:
         """Return the importance of the weight's input channels, float32, ≥ 0, unnormalised.
@@ -80,7 +78,8 @@ class Statistics:
             Rows of experts that saw fewer than the recorded minimum of tokens are zero.
         """
         assert record.site is not None
-        values = self._importance(record.site, kind)
+        site = record.site
+        values = self._once((site, kind), lambda: self._read_importance(site, kind))
         return values if record.row is None else values[record.row]
 
     def _read_importance(self, name: str, kind: str) -> Tensor:
@@ -133,9 +132,25 @@ class Statistics:
             InputError: subspaces were not measured, or hold less energy than asked for.
         """
         assert record.site is not None
-        if self.metadata.sites[record.site].no_subspace is not None:
+        site = record.site
+        if self.metadata.sites[site].no_subspace is not None:
             return None
-        return self._basis(record.site, energy)
+        return self._once((site, energy), lambda: self._read_basis(site, energy))
+
+    def _once(self, key: tuple[str, str | float], read: Callable[[], Tensor]) -> Tensor:
+        """Return what ``read`` made, from memory if it is among the last few.
+
+        Weights of one site follow each other, if not at once: q, k, v; gate, up.
+        """
+        with self._lock:
+            if key in self._recent:
+                return self._recent[key]
+        value = read()
+        with self._lock:
+            self._recent[key] = value
+            while len(self._recent) > _KEPT:
+                del self._recent[next(iter(self._recent))]
+        return value
 
     def _read_basis(self, name: str, energy: float) -> Tensor:
         site = self.metadata.sites[name]
