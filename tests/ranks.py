@@ -23,6 +23,9 @@ LIMIT = 120.0
 """Seconds after which a job hangs; a machine with other work on it is slow."""
 
 
+_TORCH = re.compile(r"^(\[rank\d+\]:)?(\[W|frame #).*\n?", re.M)
+
+
 @dataclass(frozen=True)
 class Death:
     """What happens to one process at one of its batches."""
@@ -45,6 +48,11 @@ class Ended:
     @property
     def batches(self) -> int:
         return self.output.count("BATCH")
+
+    @property
+    def said(self) -> str:
+        """The output without what torch's C++ logs of a connection that has closed."""
+        return _TORCH.sub("", self.output).strip()
 
 
 def run_ranks(
