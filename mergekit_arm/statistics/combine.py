@@ -20,7 +20,7 @@ from mergekit_arm.statistics.reader import Statistics, open_statistics
 from mergekit_arm.statistics.store import PROBES, ROWS, check_destination, write_statistics
 from mergekit_arm.statistics.subspace import (
     SKETCH_MATRIX,
-    default_rank,
+    chosen_rank,
     dominant_subspace,
     stored_directions,
 )
@@ -157,7 +157,7 @@ def _add_subspaces(parts: list[Statistics], site: str) -> tuple[dict[str, Tensor
     width = metadata.sites[site].width
     total = {key: _total(parts, site, key) for key in _SKETCH}
     omega = _sketch_matrix(parts, width) if total["sketch"].shape[1] < width else None
-    rank = min(width, metadata.settings.rank or default_rank(width))
+    rank = chosen_rank(width, metadata.settings.rank)
     found = dominant_subspace(
         total["sketch"],
         omega,

@@ -43,6 +43,11 @@ def default_rank(width: int) -> int:
     return min(width, 768)
 
 
+def chosen_rank(width: int, asked: int | None) -> int:
+    """Return r for an input of ``width`` channels: what was asked for, or the default."""
+    return min(width, asked or default_rank(width))
+
+
 def stored_directions(width: int, rank: int) -> int:
     """Return how many directions are stored at most of ``width`` channels and r = ``rank``."""
     # None of a whole second moment's directions is poorly resolved, and few take no room.
@@ -52,7 +57,7 @@ def stored_directions(width: int, rank: int) -> int:
 
 def stored_bytes(width: int, rank: int | None, *, keep_sketch: bool) -> int:
     """Return what a directory stores at most of the subspace of ``width`` channels."""
-    rank = min(width, rank or default_rank(width))
+    rank = chosen_rank(width, rank)
     columns = width if _whole(width, rank) else rank
     kept = 4 * width * columns + 8 if keep_sketch else 0
     # A bfloat16 basis, float32 eigenvalues, trace and tokens.
@@ -61,7 +66,7 @@ def stored_bytes(width: int, rank: int | None, *, keep_sketch: bool) -> int:
 
 def sketch_matrix_bytes(width: int, rank: int | None) -> int:
     """Return the size of Ω, which a directory with kept sketches stores once for each width."""
-    rank = min(width, rank or default_rank(width))
+    rank = chosen_rank(width, rank)
     return 0 if _whole(width, rank) else 4 * width * rank
 
 
@@ -121,7 +126,7 @@ class Subspace:
         """
         self.energy = energy
         self._keep_sketch = keep_sketch
-        self._rank = rank = min(width, rank or default_rank(width))
+        self._rank = rank = chosen_rank(width, rank)
         self._most = stored_directions(width, rank)
         self._omega = sketch_matrix(width, rank, seed, device)
         columns = width if self._omega is None else self._omega.shape[1]
