@@ -16,7 +16,7 @@ Several checkpoints' updates add: W + Σ η_i τ'_i. Nothing here is ever in × 
 of a block of rows with an in × k basis.
 
 Numbers. Sums are taken in float32, in float64 where an input is float64; angles always in
-float64. A row whose part inside or outside the subspace is so small that float32 would hold few
+float64. A row with a part inside or outside the subspace so small that float32 would hold too few
 of its digits is computed again in float64. On CUDA, float32 means what
 ``torch.backends.cuda.matmul`` lets it mean: with TF32 switched on (off by default) it is less.
 """
@@ -33,9 +33,12 @@ from torch import Tensor
 STRAIGHT = 1e-6
 """Rows keep their direction where a part's share of the norm is below this."""
 
-DELICATE = 2**-8
-"""Below this share a part has lost too many digits in float32 (errors are about 1e-7 of the
-row, thus 3e-5 of the part), and the row is computed again in float64."""
+ENLARGED = 2**8
+"""Rows with a part that grows by more than this are computed again in float64: errors of float32,
+about 1e-7 of the row, grow with it."""
+
+SMALL_OUTSIDE = 2**-3
+"""The same for rows with a smaller share outside: the root of a difference of squares."""
 
 SMALLEST = 1e-12
 """Rows of a norm below this lose squares to float32's underflow; they go to float64 too."""
@@ -121,47 +124,62 @@ def align(task: Tensor, planes: Planes) -> Tensor:
     return task + (along_p @ to_p.T) @ start.T + (along_q @ to_q.T) @ end.T
 
 
-def rotate_rows(
-    task: Tensor, basis: Tensor, rotation: float, spare: Tensor | None = None
-) -> Tensor:
-    """Turn rows ``task`` (rows × in) into τ', in place; return which the dtype does not resolve.
+def rotate_rows(task: Tensor, basis: Tensor, rotation: float) -> tuple[Tensor, Tensor]:
+    """Split the turned rows τ' = b τ + (a − b) τ U Uᵀ of ``task`` (rows × in, float32).
+
+    a and b are the factors of τ∥ and τ⊥ in step 3. τ⊥ is never formed, since
+    ‖τ⊥‖² = ‖τ‖² − ‖τ U‖². ``task`` becomes b τ. Returned are (a − b) τ U, rows × k, which adds
+    up over checkpoints and needs one product with Uᵀ for all of them, and the rows (bool) that
+    float32 resolves, where the two are right. Zeros are not among these.
 
     A row of zeros, and one whose part inside or outside span U is under ``STRAIGHT`` of its
-    norm, keeps its direction. Unresolved rows (bool, rows; none in float64) are those with a
-    part under ``DELICATE``, and those whose squares leave float32's range; zeros are among them.
+    norm, keeps its direction.
 
     Args:
         task: τ.
-        basis: U, in × k.
+        basis: U, in × k, float32.
         rotation: ρ.
-        spare: scratch like ``task``, whose content is lost; made where None.
     """
+    coordinates = task @ basis
+    inside = torch.linalg.vector_norm(coordinates, dim=-1).double()
+    norm = torch.linalg.vector_norm(task, dim=-1).double()
+    outside = (norm.square() - inside.square()).clamp_(min=0).sqrt_()
+    along, across = _factors(inside, outside, norm, rotation)
+    resolved = (norm > SMALLEST) & (along < ENLARGED) & (outside > SMALL_OUTSIDE * norm)
+    task.mul_(across[:, None].float())
+    return coordinates.mul_((along - across)[:, None].float()), resolved
+
+
+def rotate_rows_precisely(task: Tensor, basis: Tensor, rotation: float) -> None:
+    """Turn rows ``task`` (rows × in, float64) into τ', in place; see ``rotate_rows``."""
     basis = basis.to(task.dtype)
     coordinates = task @ basis
-    parallel = torch.mm(coordinates, basis.T, out=spare)
+    parallel = coordinates @ basis.T
     orthogonal = task.sub_(parallel)
-    if task.dtype == torch.float64:
-        # A basis stored in float32 is orthonormal to 1e-7 only. Projecting twice squares that
-        # error, which a small part enlarged to full length would otherwise show.
-        again = orthogonal @ basis
-        coordinates += again
-        parallel.addmm_(again, basis.T)
-        orthogonal.addmm_(again, basis.T, alpha=-1)
-    inside = torch.linalg.vector_norm(coordinates, dim=-1).double()
-    outside = torch.linalg.vector_norm(orthogonal, dim=-1).double()
-    norm = torch.hypot(inside, outside)
+    # A basis stored in float32 is orthonormal to 1e-7 only. Projecting twice squares that
+    # error, which a small part enlarged to full length would otherwise show.
+    again = orthogonal @ basis
+    coordinates += again
+    parallel.addmm_(again, basis.T)
+    orthogonal.addmm_(again, basis.T, alpha=-1)
+    inside = torch.linalg.vector_norm(coordinates, dim=-1)
+    outside = torch.linalg.vector_norm(orthogonal, dim=-1)
+    along, across = _factors(inside, outside, torch.hypot(inside, outside), rotation)
+    orthogonal.mul_(across[:, None])
+    task.addcmul_(parallel, along[:, None])
+
+
+def _factors(
+    inside: Tensor, outside: Tensor, norm: Tensor, rotation: float
+) -> tuple[Tensor, Tensor]:
+    """Return what τ∥ and τ⊥ are multiplied by: step 3's ‖τ‖ cos θ'/‖τ∥‖, ‖τ‖ sin θ'/‖τ⊥‖."""
     angle = torch.atan2(outside, inside)
     goal = 0.0 if rotation >= 0 else math.pi / 2
     angle = angle + abs(rotation) * (goal - angle)
-    smaller = torch.minimum(inside, outside)
-    straight = (smaller < STRAIGHT * norm) | (norm == 0)
+    straight = (torch.minimum(inside, outside) < STRAIGHT * norm) | (norm == 0)
     along = torch.where(straight, 1.0, norm * angle.cos() / inside)
     across = torch.where(straight, 1.0, norm * angle.sin() / outside)
-    orthogonal.mul_(across[:, None].to(task.dtype))
-    task.addcmul_(parallel, along[:, None].to(task.dtype))
-    if task.dtype == torch.float64:
-        return torch.zeros_like(straight)
-    return (smaller < DELICATE * norm) | ~(norm > SMALLEST) | ~norm.isfinite()
+    return along, across
 
 
 @dataclass(frozen=True)
@@ -267,48 +285,54 @@ def _step(
     rows, width = weight.shape
     step = min(_block_rows(weight), rows)
     # Products of strided rows, and sums with them, are slow: copies are not.
+    narrow = weight.dtype != steering.dtype or not weight.is_contiguous()
     converted = result.dtype != steering.dtype or not result.is_contiguous()
     # One allocation for all blocks: fresh pages cost a third of a step's time.
-    scratch = weight.new_empty((3 if converted else 2, step, width), dtype=steering.dtype)
+    scratch = weight.new_empty((1 + narrow + converted, step, width), dtype=steering.dtype)
     for start in range(0, rows, max(step, 1)):
         block = slice(start, start + step)
-        turned, spare, *copies = scratch[:, : min(step, rows - start)]
-        current, updated = weight[block], copies[0] if converted else result[block]
-        updated.copy_(current)
+        turned, *copies = scratch[:, : min(step, rows - start)]
+        current = copies.pop().copy_(weight[block]) if narrow else weight[block]
+        updated = copies.pop() if converted else result[block]
+        if steering.basis is None and steering.rates == (1,):
+            # W + (W_c − W) is rounded; W_c is not.
+            result[block] = checkpoints[0][block]
+            continue
+        # −Σ η τ' first, and that from W at the end: W − W is +0 and x − (+0) is x for every x,
+        # while x + (+0) would turn −0 into +0.
+        updated.zero_()
+        inside: Tensor | None = None
         for one, rate, planes in zip(checkpoints, steering.rates, steering.planes, strict=True):
-            if steering.basis is None and rate == 1 and len(checkpoints) == 1:
-                # W + (W_c − W) is rounded; W_c is not.
-                updated.copy_(one[block])
-            else:
-                _turn(current, one[block], steering, planes, turned, spare)
-                updated.sub_(turned, alpha=rate)
+            coordinates = _turn(current, one[block], steering, planes, turned)
+            updated.add_(turned, alpha=rate)
+            if coordinates is not None:
+                coordinates *= rate
+                inside = coordinates if inside is None else inside.add_(coordinates)
+        if inside is not None:
+            assert steering.basis is not None
+            updated.addmm_(inside, steering.basis.T)
+        torch.sub(current, updated, out=updated)
         if converted:
             result[block] = updated
 
 
 def _turn(
-    current: Tensor,
-    checkpoint: Tensor,
-    steering: _Steering,
-    planes: Planes | None,
-    turned: Tensor,
-    spare: Tensor,
-) -> None:
-    """Write −τ' of a block of rows into ``turned``.
-
-    Reversed, since W − W is +0 and x − (+0) is x for every x: x + (+0) would turn −0 into +0.
-    """
-    same = checkpoint.dtype == turned.dtype
-    turned.copy_(current).sub_(checkpoint if same else spare.copy_(checkpoint))
+    current: Tensor, checkpoint: Tensor, steering: _Steering, planes: Planes | None, turned: Tensor
+) -> Tensor | None:
+    """Write −τ' of a block of rows into ``turned``, less what coordinates in U are returned for."""
+    torch.sub(current, turned.copy_(checkpoint), out=turned)
     if steering.basis is None:
-        return
+        return None
     if planes is not None:
         turned.copy_(align(turned, planes))
     if steering.rotation == 0:
-        return
-    unresolved = rotate_rows(turned, steering.basis, steering.rotation, spare)
+        return None
+    if turned.dtype == torch.float64:
+        rotate_rows_precisely(turned, steering.basis, steering.rotation)
+        return None
+    coordinates, resolved = rotate_rows(turned, steering.basis, steering.rotation)
     # A few rows at a time, since float64 rows and their products are large beside the block.
-    for rows in torch.split(unresolved.nonzero()[:, 0], len(turned) // 8 + 1):
+    for rows in torch.split(resolved.logical_not_().nonzero()[:, 0], len(turned) // 8 + 1):
         wide = current[rows].double() - checkpoint[rows].double()
         moved = wide.any(dim=1)
         if not moved.any():
@@ -316,8 +340,9 @@ def _turn(
         wide, rows = wide[moved], rows[moved]
         if planes is not None:
             wide = align(wide, planes)
-        rotate_rows(wide, steering.basis, steering.rotation)
-        turned[rows] = wide.to(turned.dtype)
+        rotate_rows_precisely(wide, steering.basis, steering.rotation)
+        turned[rows], coordinates[rows] = wide.to(turned.dtype), 0.0
+    return coordinates
 
 
 def _block_rows(weight: Tensor) -> int:

@@ -274,14 +274,14 @@ def orthonormal(basis: Tensor, where: str = "activation_stats") -> Tensor:
     Raises:
         InputError: ``where``: the columns are not nearly orthonormal, as a damaged file's.
     """
-    wide = basis.double()
+    wide, narrow = basis.double(), basis.float()
     gram = wide.T @ wide
     eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     if not bool(((gram - eye).abs() < 0.01).all()):
         raise InputError(f"{where}: the stored basis is damaged; copy or measure it again")
-    factor = torch.linalg.cholesky(gram)
-    narrow: Tensor = torch.linalg.solve_triangular(factor.T, wide, upper=True, left=False).float()
-    return narrow
+    inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), eye, upper=False).T
+    # U + U (L⁻ᵀ − I): the correction is small enough for a float32 product.
+    return torch.addmm(narrow, narrow, (inverse - eye).float())
 
 
 def _whole(width: int, rank: int) -> bool:

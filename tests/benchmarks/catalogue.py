@@ -79,13 +79,30 @@ def merge_aim_ties(shop: Workshop) -> list[Row]:
 
 
 def merge_arm(shop: Workshop) -> list[Row]:
-    """``arm`` against mergekit's ``task_arithmetic``.
+    """One checkpoint by ``arm`` against mergekit's ``task_arithmetic``.
 
     On the real SmolLM2: how many directions a subspace has decides what a rotation costs, and
     random activations have far more than text's.
     """
+    return _merge_arm(shop, "merge-arm", models=1)
+
+
+def merge_arm_two(shop: Workshop) -> list[Row]:
+    """The same with two checkpoints in one step."""
+    return _merge_arm(shop, "merge-arm-two", models=2)
+
+
+def _merge_arm(shop: Workshop, name: str, *, models: int) -> list[Row]:
     return _merges(
-        shop, "arm", "task_arithmetic", own={"learning_rate": 0.5}, base=REAL, time=1.5, memory=1.25
+        shop,
+        "arm",
+        "task_arithmetic",
+        own={"learning_rate": 0.5},
+        models=models,
+        base=REAL,
+        time=1.5,
+        memory=1.25,
+        name=name,
     )
 
 
@@ -118,6 +135,7 @@ def _merges(
     base: str = _SHAPE,
     time: float = 1.10,
     memory: float = 1.15,
+    name: str | None = None,
 ) -> list[Row]:
     shape = shop.shape(base)
     statistics = {"activation_stats": str(shop.statistics(shape))}
@@ -137,7 +155,7 @@ def _merges(
 
     shop.model(shape, 1), shop.model(shape, models)
     return compare(
-        f"merge-{ours}",
+        name or f"merge-{ours}",
         Side(ours, lambda: merge(ours, {**(own or shared), **statistics}, True)),
         Side(theirs, lambda: merge(theirs, shared, with_base)),
         {TIME: time, WALL: time, PROCESSOR: None, MEMORY: memory},
@@ -264,6 +282,7 @@ BENCHMARKS: dict[str, Callable[[Workshop], list[Row]]] = {
     "merge-aim_task_arithmetic": merge_aim_task_arithmetic,
     "merge-aim_ties": merge_aim_ties,
     "merge-arm": merge_arm,
+    "merge-arm-two": merge_arm_two,
     "low-memory": low_memory,
     "processes": processes,
     "growth-tokens": growth_tokens,
