@@ -11,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mergekit_arm.calibration.corpus import build_corpus, load_rows
+from mergekit_arm.calibration.corpus import build_corpus
+from mergekit_arm.calibration.rows import load_rows
 from mergekit_arm.errors import InputError
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -160,3 +161,10 @@ def test_splits(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did you mean 'test'"):
         load_rows(str(tmp_path / "saved"), None, "tets")
     assert load_rows(str(tmp_path / "saved"), None, "dev")[1] == "dev"
+
+
+def test_a_split_of_a_single_file_is_a_mistake(tmp_path: Path) -> None:
+    path = write(tmp_path, ".jsonl", ["one text"])
+    assert len(load_rows(str(path), None, "train")[0]) == 1
+    with pytest.raises(InputError, match=r"--split trian: .* is one file, without splits"):
+        load_rows(str(path), None, "trian")

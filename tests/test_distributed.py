@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from tests.architectures.zoo import ZOO, build
 from tests.calibrations import WAYS, undisturbed
 from tests.conftest import VOCABULARY
 from tests.equality import assert_same_statistics
@@ -59,6 +60,22 @@ def test_three_processes_measure_what_one_does(
     # Written once, and told once.
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
     assert ended[1].output.strip("BATCH ") == ended[2].output.strip("BATCH ") == ""
+
+
+def test_processes_fall_back_together_where_a_model_cannot_be_walked(
+    token_file: Path, tmp_path: Path
+) -> None:
+    (model,) = (build(one) for one in ZOO if one.file == "t5")
+    model.save_pretrained(tmp_path / "model")
+    in_memory = calibrate(tmp_path / "model", tmp_path / "whole", token_file)
+    assert run(1, in_memory, tmp_path)[0].status == 0
+    walked = calibrate(tmp_path / "model", tmp_path / "s", token_file, "--low-memory")
+    ended = run(2, walked, tmp_path)
+    assert [one.status for one in ended] == [0, 0], ended
+    assert ended[0].output.count("cannot be walked layer by layer") == 1
+    assert "walked" not in ended[1].output
+    assert_same_statistics(tmp_path / "s", tmp_path / "whole", rtol=TOLERANCE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "s", "whole"]
 
 
 @pytest.mark.parametrize("low_memory", WAYS)

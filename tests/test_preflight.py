@@ -203,6 +203,13 @@ def test_weights_that_do_not_fit_are_not_loaded(
     assert "\n" not in error.value.message
 
 
+def test_processes_that_share_memory_must_all_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "free_memory", lambda device: 1000)
+    preflight.check_weights_fit(400, CPU, torch.float32, "model", 2)
+    with pytest.raises(InputError, match=r"600 B in float32, in each of 2 processes, and 1\.0 kB"):
+        preflight.check_weights_fit(600, CPU, torch.float32, "model", 2)
+
+
 def test_memory_that_is_short_is_warned_of_before_the_run(
     family: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,10 @@ class Job:
         """Processes of the job on this host."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.processes > 1 else 1
 
+    def sharing(self, device: torch.device) -> int:
+        """Return how many processes share the memory of ``device``, this one among them."""
+        return self.local_processes if device.type == "cpu" else 1
+
     def __enter__(self) -> Job:
         if self.processes == 1:
             return self

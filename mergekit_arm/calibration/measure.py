@@ -138,7 +138,7 @@ def estimate(
         # The first block made the sums, too.
         activations=max(first.extra - sums, 0) * largest // block,
         batch_size=max(span.count for span in spans),
-        free=free_memory(device),
+        free=free_memory(device) // session.job.sharing(device),
         device=str(device),
         output=directory_bytes(sites, coverage, session.corpus, session.options),
         parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -48,34 +48,6 @@ class CalibrationOptions:
     force: bool = False
 
 
-_BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes that ``512MB``, ``8GB`` or a plain number mean.
-
-    Raises:
-        InputError: it is no size.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if not found:
-        raise InputError(f"{text!r} is no size: write 512MB or 8GB")
-    return int(float(found[1]) * _BYTES[found[2].upper()])
-
-
-def parse_duration(text: str) -> float:
-    """Return the seconds that ``90s``, ``5m``, ``1h`` or a plain number mean.
-
-    Raises:
-        InputError: it is no duration.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
-    if not found:
-        raise InputError(f"{text!r} is no duration: write 90s, 5m or 1h")
-    return float(found[1]) * _SECONDS[found[2]]
-
-
 def parse_part(text: str | None) -> tuple[int, int]:
     """Return which part of how many ``2/4`` means, counted from 0; None is the whole.
 

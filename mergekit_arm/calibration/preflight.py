@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.units import duration_text, size_text
 
 _CGROUP = Path("/sys/fs/cgroup")
 _POLL = 0.002  # seconds
@@ -48,16 +49,16 @@ class Preflight:
         """Return the estimate in words."""
         held = "one layer's weights" if self.low_memory else "weights"
         return [
-            f"{self.tokens:,} tokens will take about {_duration(self.seconds)}.",
+            f"{self.tokens:,} tokens will take about {duration_text(self.seconds)}.",
             (
-                f"Memory: {_size(self.weights)} {held}, {_size(self.sums)} sums, about "
-                f"{_size(self.activations)} activations for {self.batch_size} sequences at once "
-                f"({_size(self.free)} free on {self.device})."
+                f"Memory: {size_text(self.weights)} {held}, {size_text(self.sums)} sums, about "
+                f"{size_text(self.activations)} activations for {self.batch_size} sequences at "
+                f"once ({size_text(self.free)} free on {self.device})."
             ),
             (
-                f"Disk: {_size(self.output)} statistics at most "
+                f"Disk: {size_text(self.output)} statistics at most "
                 f"({self.output / (2 * self.parameters):.0%} of a bfloat16 checkpoint), "
-                f"{_size(self.disk)} for progress ({_size(self.disk_free)} free)."
+                f"{size_text(self.disk)} for progress ({size_text(self.disk_free)} free)."
             ),
         ]
 
@@ -69,13 +70,15 @@ class Preflight:
             low = "" if self.low_memory else ", --low-memory"
             smaller = f"--batch-size {fitting}" if fitting else "a shorter --sequence-length"
             found.append(
-                f"{self.batch_size} sequences at once may not fit into the {_size(self.free)} that "
-                f"are free on {self.device}: use {smaller}{low} or --dtype bfloat16"
+                f"{self.batch_size} sequences at once may not fit into the "
+                f"{size_text(self.free)} that are free on {self.device}: "
+                f"use {smaller}{low} or --dtype bfloat16"
             )
         if self.disk + self.output > self.disk_free:
             found.append(
                 f"progress and statistics may not fit on the disk, which has "
-                f"{_size(self.disk_free)} free: choose an OUT on a larger one, or fewer --samples"
+                f"{size_text(self.disk_free)} free: choose an OUT on a larger one, or fewer "
+                "--samples"
             )
         return found
 
@@ -149,33 +152,20 @@ def free_disk(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def check_weights_fit(needed: int, device: torch.device, dtype: torch.dtype, model: str) -> None:
-    """Refuse to load weights that take more memory than there is.
+def check_weights_fit(
+    size: int, device: torch.device, dtype: torch.dtype, model: str, processes: int
+) -> None:
+    """Refuse to load weights of ``size`` bytes, once for each of ``processes``, into what is free.
 
     Raises:
         InputError: with the options that help.
     """
     free = free_memory(device)
-    if needed > free:
+    if size * processes > free:
+        times = f", in each of {processes} processes" if processes > 1 else ""
         name = str(dtype).removeprefix("torch.")
         narrower = "" if dtype.itemsize < 4 else ", --dtype bfloat16"
         raise InputError(
-            f"{model} takes {_size(needed)} in {name}, and {_size(free)} are free on {device}: "
-            f"use --low-memory, --device-map auto{narrower}"
+            f"{model} takes {size_text(size)} in {name}{times}, and {size_text(free)} are free on "
+            f"{device}: use --low-memory, --device-map auto{narrower}"
         )
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if count >= 10 or unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 100 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mergekit_arm.calibration.calls import NotWalkable
 from mergekit_arm.calibration.chain import Chain
 from mergekit_arm.calibration.collect import NotFinite
-from mergekit_arm.calibration.corpus import Corpus, build_corpus, load_rows
+from mergekit_arm.calibration.corpus import Corpus, build_corpus
 from mergekit_arm.calibration.coverage import Coverage, cover_checkpoint
 from mergekit_arm.calibration.job import Job
 from mergekit_arm.calibration.layerwise import measure_by_layer
@@ -31,9 +31,7 @@ from mergekit_arm.calibration.model import (
 )
 from mergekit_arm.calibration.options import (
     CalibrationOptions,
-    parse_duration,
     parse_part,
-    parse_size,
 )
 from mergekit_arm.calibration.placement import check_placement, offload, spread
 from mergekit_arm.calibration.preflight import Preflight, check_weights_fit
@@ -46,6 +44,7 @@ from mergekit_arm.calibration.records import (
     fingerprint,
     settings_record,
 )
+from mergekit_arm.calibration.rows import load_rows
 from mergekit_arm.calibration.session import DryRun, ProgressReport, Reports, Session
 from mergekit_arm.calibration.sites import plan_readings
 from mergekit_arm.calibration.weights import (
@@ -59,6 +58,7 @@ from mergekit_arm.reports.card import statistics_card
 from mergekit_arm.statistics.format import Metadata, ModelRecord
 from mergekit_arm.statistics.store import check_destination, write_statistics
 from mergekit_arm.statistics.subspace import sketch_matrices
+from mergekit_arm.units import parse_duration, parse_size
 
 __all__ = ["CalibrationOptions", "CalibrationResult", "calibrate"]
 
@@ -144,7 +144,13 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
             model = empty_model(source, dtype)
         else:
             if options.device_map is None:
-                check_weights_fit(checkpoint.size(dtype), device, dtype, options.model)
+                with job.first_here("room"):  # before anyone here has taken any
+                    sharing = job.sharing(device)
+                    if sharing == 1 or job.local_process == 0:
+                        size = checkpoint.size(dtype)
+                        # What is no wider than its file is mapped from it, once for all.
+                        copies = sharing if size > checkpoint.bytes_on_disk() else 1
+                        check_weights_fit(size, device, dtype, options.model, copies)
                 placement = None
             else:
                 placement = spread(options.device_map, stack, out)

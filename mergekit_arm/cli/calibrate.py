@@ -10,10 +10,9 @@ import click
 from mergekit_arm.calibration.options import (
     STATISTICS,
     CalibrationOptions,
-    parse_duration,
     parse_part,
-    parse_size,
 )
+from mergekit_arm.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
     from mergekit_arm.calibration.preflight import Preflight

@@ -8,10 +8,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mergekit_arm.streaming.estimate import gb
 from mergekit_arm.streaming.forecast import Forecast
 from mergekit_arm.streaming.run import StreamResult
 from mergekit_arm.streaming.state import Losses, StepRecord
+from mergekit_arm.units import duration_text, size_text
 
 
 def plan_report(forecast: Forecast) -> Iterator[RenderableType]:
@@ -31,11 +31,15 @@ def plan_report(forecast: Forecast) -> Iterator[RenderableType]:
         yield Text(f"Follows {plan.config.checkpoints}; the number of steps is not known yet.")
     if estimate is not None:
         if estimate.seconds is not None:
-            yield Text(f"time     about {_duration(estimate.seconds)}")
+            yield Text(f"time     about {duration_text(estimate.seconds)}")
         else:
-            yield Text(f"time     about {_duration(estimate.seconds_per_step)} a step")
-        yield Text(f"disk     about {gb(estimate.disk)}, {gb(estimate.disk_free)} free")
-        yield Text(f"memory   about {gb(estimate.memory)}, {gb(estimate.memory_free)} free")
+            yield Text(f"time     about {duration_text(estimate.seconds_per_step)} a step")
+        yield Text(
+            f"disk     about {size_text(estimate.disk)}, {size_text(estimate.disk_free)} free"
+        )
+        yield Text(
+            f"memory   about {size_text(estimate.memory)}, {size_text(estimate.memory_free)} free"
+        )
     for note in plan.notes if plan is not None else []:
         yield Text(f"note: {note}", style="yellow")
     for problem in forecast.problems:
@@ -84,11 +88,3 @@ def _scores(name: str, losses: Losses) -> list[str]:
     if losses.metric is not None:
         found.append(f"{prefix}metric {losses.metric:g}")
     return found
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from mergekit_arm.statistics.format import Metadata
+from mergekit_arm.units import size_text
 
 _STARVED_SHOWN = 5
 
@@ -57,5 +58,5 @@ def calibration_summary(
                 f"aim (arm rotates no expert): {names}{more}",
                 style="yellow",
             )
-    table.add_row("written", f"{out} ({size / 1e6:.1f} MB)")
+    table.add_row("written", f"{out} ({size_text(size)})")
     return table

@@ -20,6 +20,7 @@ from mergekit_arm.streaming.files import size_of
 from mergekit_arm.streaming.plan import Plan
 from mergekit_arm.streaming.scoring import LOGIT_ELEMENTS
 from mergekit_arm.streaming.workplace import Keep
+from mergekit_arm.units import size_text
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _LIBRARIES = 700 << 20  # resident once torch, transformers and mergekit are imported
@@ -46,13 +47,14 @@ class Estimate:
         found = []
         if self.disk > self.disk_free:
             found.append(
-                f"disk: about {gb(self.disk)} needed at the peak, {gb(self.disk_free)} free: "
-                "put OUT elsewhere, or use --keep last"
+                f"disk: about {size_text(self.disk)} needed at the peak, "
+                f"{size_text(self.disk_free)} free: put OUT elsewhere, or use --keep last"
             )
         if self.memory > self.memory_free:
             found.append(
-                f"memory: about {gb(self.memory)} needed at the peak, {gb(self.memory_free)} "
-                "free: lower --out-shard-size, or evaluate in dtype: bfloat16"
+                f"memory: about {size_text(self.memory)} needed at the peak, "
+                f"{size_text(self.memory_free)} free: lower --out-shard-size, or evaluate "
+                "in dtype: bfloat16"
             )
         return found
 
@@ -66,8 +68,8 @@ def check_disk(plan: Plan, out: Path, keep: Keep) -> None:
     needed, free = disk_needed(plan, keep), _free(out) + (size_of(out) if out.is_dir() else 0)
     if needed > free:
         raise InputError(
-            f"{out}: the stream needs about {gb(needed)} of disk and {gb(free)} are free: "
-            "put OUT elsewhere, or use --keep last"
+            f"{out}: the stream needs about {size_text(needed)} of disk and {size_text(free)} are "
+            "free: put OUT elsewhere, or use --keep last"
         )
 
 
@@ -183,8 +185,3 @@ def _existing(path: Path) -> Path:
 
 def _size(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
-
-
-def gb(size: int) -> str:
-    """Return a number of bytes for people."""
-    return f"{size / 1e9:.1f} GB"

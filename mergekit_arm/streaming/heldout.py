@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mergekit_arm.calibration.corpus import build_corpus, load_rows
+from mergekit_arm.calibration.corpus import build_corpus
+from mergekit_arm.calibration.rows import load_rows
 from mergekit_arm.errors import InputError
 from mergekit_arm.streaming.config import Evaluation
 from mergekit_arm.streaming.sections import section

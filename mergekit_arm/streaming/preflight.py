@@ -7,8 +7,9 @@ from collections.abc import Callable
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_arm.calibration.corpus import build_corpus, load_rows
+from mergekit_arm.calibration.corpus import build_corpus
 from mergekit_arm.calibration.model import choose_device, find_model
+from mergekit_arm.calibration.rows import load_rows
 from mergekit_arm.errors import InputError
 from mergekit_arm.streaming.models import load_own_tokenizer
 from mergekit_arm.streaming.plan import Plan

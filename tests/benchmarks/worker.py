@@ -175,7 +175,10 @@ def methods() -> dict[str, Any]:
 
 
 def kernel(what: str, rows: int, width: int, rank: int, dtype: str) -> dict[str, float]:
-    """One ARM step on a weight, or one pair of products of its task vector with the basis."""
+    """One ARM step on a weight, or one pair of products of its task vector with the basis.
+
+    The products are of float32, as the step's are: ``dtype`` is that of the weights.
+    """
     import torch
 
     from mergekit_arm.methods.rotation import Incoming, arm_step
@@ -186,11 +189,12 @@ def kernel(what: str, rows: int, width: int, rank: int, dtype: str) -> dict[str,
         torch.empty(rows, width, dtype=kind).normal_(generator=generator) for _ in range(2)
     )
     basis = torch.linalg.qr(torch.randn(width, rank, generator=generator)).Q
+    task = checkpoint.float() - weight.float() if what == "pair" else weight
     runs: dict[str, Callable[[slice], Any]] = {
         "step": lambda part: arm_step(
             weight[part], [Incoming(checkpoint[part], 0.5)], basis, rotation=-0.4
         ),
-        "pair": lambda part: (weight[part] @ basis.to(kind)) @ basis.to(kind).T,
+        "pair": lambda part: (task[part] @ basis) @ basis.T,
     }
     run = runs[what]
     run(slice(16))  # the libraries' own start-up

@@ -17,7 +17,13 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from mergekit_arm.demo.text import standard_library
 from mergekit_arm.demo.train import mean_loss, pack, train
 from mergekit_arm.methods.rotation import Incoming, arm_step
-from mergekit_arm.statistics.subspace import Subspace, dominant_subspace, orthonormal
+from mergekit_arm.statistics.subspace import (
+    Dominant,
+    Subspace,
+    columns_for_energy,
+    dominant_subspace,
+    orthonormal,
+)
 from tests.real.smollm2 import smollm2
 
 ENERGIES = (0.5, 0.8, 0.9, 0.97)
@@ -51,21 +57,27 @@ def observe(model: LlamaForCausalLM, blocks: Tensor) -> dict[str, Subspace]:
     return observers
 
 
-def bases(observers: dict[str, Subspace], energy: float) -> dict[str, Tensor]:
+def spectrum(observer: Subspace) -> Dominant:
+    """Return the leading eigenvectors that hold the largest of ``ENERGIES``."""
+    return dominant_subspace(
+        observer.sketch,
+        None,
+        float(observer.square_norm),
+        int(observer.tokens),
+        energy=max(ENERGIES),
+        most=observer.sketch.shape[0],
+    )
+
+
+def bases(spectra: dict[str, Dominant], energy: float) -> dict[str, Tensor]:
     """Return the fewest leading eigenvectors that hold ``energy``, by layer."""
-    return {
-        name: orthonormal(
-            dominant_subspace(
-                one.sketch,
-                None,
-                float(one.square_norm),
-                int(one.tokens),
-                energy=energy,
-                most=one.sketch.shape[0],
-            ).basis.bfloat16()
+    found = {}
+    for name, one in spectra.items():
+        count = columns_for_energy(
+            one.eigenvalues, one.trace, energy, measured=max(ENERGIES), where=name
         )
-        for name, one in observers.items()
-    }
+        found[name] = orthonormal(one.basis[:, :count].bfloat16())
+    return found
 
 
 def step(
@@ -103,8 +115,9 @@ def rows() -> Iterator[tuple[str, LlamaForCausalLM, dict[str, Tensor]]]:
     observers = observe(base, pack(tokenizer, corpora["general"].train, LENGTH)[:16])
     for rate in RATES:
         yield f"task arithmetic, η {rate}", step(base, tuned, {}, rate, 0.0), held
+    spectra = {name: spectrum(observer) for name, observer in observers.items()}
     for energy in ENERGIES:
-        found = bases(observers, energy)
+        found = bases(spectra, energy)
         mean = sum(basis.shape[1] for basis in found.values()) / len(found)
         for rate in RATES:
             for rotation in ROTATIONS:
