@@ -10,128 +10,22 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergekit_arm.methods.rotation import Incoming, align, arm_step, principal_planes
+from tests.arm_reference import (
+    REPEATABLE,
+    kernel,
+    orthonormal,
+    problems,
+    reference,
+    tensor,
+)
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-REPEATABLE = settings(deadline=None, derandomize=True)
-
-
-def reference(
-    weight: np.ndarray,
-    checkpoint: np.ndarray,
-    rate: float,
-    basis: np.ndarray,
-    rotation: float,
-    checkpoint_basis: np.ndarray | None = None,
-    alignment: float = 0.0,
-) -> np.ndarray:
-    """One step, in × in matrices and all: Rodrigues' formula for every plane."""
-    result = weight.copy()
-    turn = np.eye(weight.shape[1])
-    if checkpoint_basis is not None:
-        turn = explicit_alignment(checkpoint_basis, basis, alignment)
-    projector = basis @ basis.T
-    for i in range(weight.shape[0]):
-        row = turn @ (checkpoint[i] - weight[i])
-        result[i] += rate * turned_row(row, projector, rotation)
-    return result
-
-
-def turned_row(row: np.ndarray, projector: np.ndarray, rotation: float) -> np.ndarray:
-    inside = projector @ row
-    outside = row - inside
-    norm = math.sqrt(sum(x * x for x in row))
-    a, b = np.linalg.norm(inside), np.linalg.norm(outside)
-    if norm == 0 or a < 1e-6 * norm or b < 1e-6 * norm or rotation == 0:
-        return row
-    theta = math.acos(min(a / norm, 1.0)) if a < b else math.asin(min(b / norm, 1.0))
-    by = -rotation * theta if rotation > 0 else -rotation * (math.pi / 2 - theta)
-    return plane_rotation(inside / a, outside / b, by) @ row
-
-
-def plane_rotation(start: np.ndarray, end: np.ndarray, angle: float) -> np.ndarray:
-    """The matrix that turns ``start`` towards the orthogonal ``end`` by ``angle``."""
-    both = np.outer(start, start) + np.outer(end, end)
-    across = np.outer(end, start) - np.outer(start, end)
-    return np.eye(len(start)) + (math.cos(angle) - 1) * both + math.sin(angle) * across
-
-
-def explicit_alignment(
-    checkpoint_basis: np.ndarray, basis: np.ndarray, alignment: float
-) -> np.ndarray:
-    left, cosines, right = np.linalg.svd(checkpoint_basis.T @ basis, full_matrices=False)
-    matrix = np.eye(basis.shape[0])
-    for j, cosine in enumerate(cosines):
-        p, q = checkpoint_basis @ left[:, j], basis @ right[j]
-        rest = q - (p @ q) * p
-        if np.linalg.norm(rest) < 1e-12:
-            continue
-        angle = math.atan2(np.linalg.norm(rest), cosine)
-        matrix = plane_rotation(p, rest / np.linalg.norm(rest), alignment * angle) @ matrix
-    return matrix
-
-
-def orthonormal(rng: np.random.Generator, rows: int, columns: int) -> np.ndarray:
-    return np.linalg.qr(rng.standard_normal((rows, columns)))[0]
-
-
-def tensor(array: np.ndarray, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
-
-
-def task_of(rows: np.ndarray, basis: np.ndarray, rotation: float, **options: Any) -> Tensor:
-    """τ' of task vectors: a step from zero at η = 1."""
-    tau = tensor(rows, options.pop("dtype", torch.float64))
-    incoming = [Incoming(tau, 1.0)]
-    return arm_step(
-        torch.zeros_like(tau), incoming, tensor(basis, tau.dtype), rotation=rotation, **options
-    )
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> dict[str, Any]:
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    rows, width = draw(st.integers(1, 9)), draw(st.integers(2, 24))
-    k, k_c = draw(st.integers(1, width - 1)), draw(st.integers(0, width))
-    scale = 10.0 ** draw(st.floats(-25, 3))
-    weight = rng.standard_normal((rows, width)) * draw(st.sampled_from([0.0, 1.0]))
-    tau = rng.standard_normal((rows, width)) * scale
-    basis = orthonormal(rng, width, k)
-    # Close subspaces as well as unrelated ones, and parts of each other.
-    mix = draw(st.sampled_from([0.0, 1e-9, 1e-3, 1.0]))
-    other = orthonormal(rng, width, width)
-    other[:, :k] = basis + mix * rng.standard_normal(basis.shape)
-    return {
-        "weight": weight,
-        "checkpoint": weight + tau,
-        "rate": draw(st.floats(0.01, 2)),
-        "basis": basis,
-        "rotation": draw(st.floats(-1, 1) | st.sampled_from([-1.0, 0.0, 1.0])),
-        "checkpoint_basis": np.linalg.qr(other)[0][:, :k_c],
-        "alignment": draw(st.floats(0, 1) | st.sampled_from([0.0, 1.0])),
-    }
-
-
-def kernel(problem: dict[str, Any], dtype: torch.dtype = torch.float64) -> Tensor:
-    return arm_step(
-        tensor(problem["weight"], dtype),
-        [
-            Incoming(
-                tensor(problem["checkpoint"], dtype),
-                problem["rate"],
-                tensor(problem["checkpoint_basis"], dtype),
-            )
-        ],
-        tensor(problem["basis"], dtype),
-        rotation=problem["rotation"],
-        alignment=problem["alignment"],
-    )
 
 
 @given(problems())
@@ -253,87 +147,6 @@ def test_neutral_settings_are_task_arithmetic(problem: dict[str, Any]) -> None:
 
 @given(problems())
 @settings(REPEATABLE, max_examples=100)
-def test_row_norms_are_kept(problem: dict[str, Any]) -> None:
-    problem["weight"] = np.zeros_like(problem["weight"])
-    problem["rate"] = 1.0
-    for dtype, rtol in ((torch.float64, 1e-9), (torch.float32, 3e-6)):
-        rows = kernel(problem, dtype).double()
-        given_rows = tensor(problem["checkpoint"], dtype).double()
-        torch.testing.assert_close(rows.norm(dim=1), given_rows.norm(dim=1), rtol=rtol, atol=1e-37)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-5)])
-@pytest.mark.parametrize("share", [0.7, 0.05, 1e-3, 1e-5])
-def test_full_rotation_ends_inside_or_orthogonal(
-    dtype: torch.dtype, tolerance: float, share: float
-) -> None:
-    """Also where the part that is enlarged to full length was a hundred-thousandth."""
-    rng = np.random.default_rng(6)
-    basis = orthonormal(rng, 48, 12)
-    inside = rng.standard_normal((10, 12)) @ basis.T
-    outside = rng.standard_normal((10, 48))
-    outside -= outside @ basis @ basis.T
-    inside /= np.linalg.norm(inside, axis=1, keepdims=True)
-    outside /= np.linalg.norm(outside, axis=1, keepdims=True)
-    within = task_of(outside + share * inside, basis, 1.0, dtype=dtype).double()
-    away = task_of(inside + share * outside, basis, -1.0, dtype=dtype).double()
-    span = tensor(np.linalg.qr(tensor(basis, dtype).double().numpy())[0])
-    assert (within - within @ span @ span.T).norm(dim=1).max() < tolerance
-    assert (away @ span).norm(dim=1).max() < tolerance
-    # … in the direction of that very part.
-    resolved = 1e-12 if dtype == torch.float64 else 1e-7 / share + 3e-5
-    for result, part in ((within, inside), (away, outside)):
-        aligned = torch.nn.functional.cosine_similarity(result, tensor(part))
-        assert (1 - aligned).max() < max(10 * resolved**2, 1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("rotation", [1.0, -1.0, 0.3, -0.3])
-@pytest.mark.parametrize("mostly", ["inside", "outside"])
-def test_rows_with_almost_no_second_part_keep_their_direction(
-    dtype: torch.dtype, rotation: float, mostly: str
-) -> None:
-    rng = np.random.default_rng(7)
-    basis = orthonormal(rng, 32, 8)
-    inside = basis @ rng.standard_normal(8)
-    outside = rng.standard_normal(32)
-    outside -= basis @ (basis.T @ outside)
-    first, second = (inside, outside) if mostly == "inside" else (outside, inside)
-    first, second = first / np.linalg.norm(first), second / np.linalg.norm(second)
-    rows = np.stack([first, first + 5e-7 * second, first + 3e-6 * second])
-    result = task_of(rows, basis, rotation, dtype=dtype).double().numpy()
-    np.testing.assert_allclose(result[:2], rows[:2], atol=3e-7)
-    away = (rotation > 0) == (mostly == "inside")
-    if away:  # the small part shrinks further
-        np.testing.assert_allclose(result[2], rows[2], atol=4e-6)
-    else:
-        turned = abs(rotation) * math.pi / 2
-        assert result[2] @ first == pytest.approx(math.cos(turned), abs=1e-5)
-
-
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-13, 1.0, 1e15, 1e25])
-def test_the_scale_of_a_row_does_not_matter(scale: float) -> None:
-    rng = np.random.default_rng(8)
-    basis = orthonormal(rng, 32, 8)
-    rows = rng.standard_normal((5, 32))
-    plain = task_of(rows, basis, -0.4, dtype=torch.float32)
-    scaled = task_of(rows * scale, basis, -0.4, dtype=torch.float32)
-    torch.testing.assert_close(scaled.double() / scale, plain.double(), rtol=1e-4, atol=1e-6)
-
-
-def test_non_finite_rows_stay_visible_and_alone() -> None:
-    rng = np.random.default_rng(9)
-    basis = orthonormal(rng, 32, 8)
-    rows = rng.standard_normal((4, 32))
-    clean = task_of(rows, basis, -0.4, dtype=torch.float32)
-    rows[1, 3], rows[2, 0] = np.nan, np.inf
-    result = task_of(rows, basis, -0.4, dtype=torch.float32)
-    assert not torch.isfinite(result[1:3]).any()
-    assert torch.equal(result[[0, 3]], clean[[0, 3]])
-
-
-@given(problems())
-@settings(REPEATABLE, max_examples=100)
 def test_rotating_the_input_coordinates_rotates_the_result(problem: dict[str, Any]) -> None:
     width = problem["weight"].shape[1]
     turn = orthonormal(np.random.default_rng(0), width, width)
@@ -371,22 +184,6 @@ def test_permuting_rows_permutes_the_result_across_blocks() -> None:
     assert torch.equal(again, result)
 
 
-def test_rows_that_float32_does_not_resolve_are_mixed_in_correctly() -> None:
-    """Rows that did not move, and rows almost inside or outside, in every block."""
-    rng = np.random.default_rng(21)
-    basis = tensor(orthonormal(rng, 96, 11), torch.float32)
-    span = np.linalg.qr(basis.double().numpy())[0]
-    tau = rng.standard_normal((2000, 96))
-    inside = tau @ span @ span.T
-    tau[::3] = 1e-4 * tau[::3] + inside[::3]
-    tau[1::5] = tau[1::5] - inside[1::5] * (1 - 1e-3)
-    tau[2::7] = 0
-    tau = tau.astype(np.float32).astype(np.float64)
-    expected = reference(np.zeros_like(tau), tau, 1.0, span, -0.7)
-    result = task_of(tau, basis.numpy(), -0.7, dtype=torch.float32)
-    np.testing.assert_allclose(result, expected, atol=2e-5)
-
-
 @pytest.mark.parametrize("shape", [(0, 16), (5, 0), (2, 0, 16), (0, 4, 16)])
 def test_empty_weights(shape: tuple[int, ...]) -> None:
     basis = None if shape[-1] == 0 else torch.eye(16)[:, :3]
@@ -414,29 +211,6 @@ def test_neutral_updates_at_full_rate_add() -> None:
     weight, one, two = torch.ones(2, 3), torch.full((2, 3), 3.0), torch.full((2, 3), 5.0)
     result = arm_step(weight, [Incoming(one, 1.0), Incoming(two, 1.0)], None, rotation=0.0)
     assert torch.equal(result, torch.full((2, 3), 7.0))
-
-
-def test_alignment_keeps_its_digits_in_rows_that_it_carries_into_the_subspace() -> None:
-    rng = np.random.default_rng(20)
-    basis = tensor(orthonormal(rng, 40, 8), torch.float32)
-    other = tensor(
-        np.linalg.qr(basis.numpy() + 0.3 * rng.standard_normal((40, 8)))[0], torch.float32
-    )
-    rows = (rng.standard_normal((6, 8)) @ other.numpy().T).astype(np.float32)
-    rows += (1e-4 * rng.standard_normal((6, 40))).astype(np.float32)
-    result = arm_step(
-        torch.zeros(6, 40),
-        [Incoming(tensor(rows, torch.float32), 1.0, other)],
-        basis,
-        rotation=-1.0,
-        alignment=1.0,
-    )
-    spans = [np.linalg.qr(one.double().numpy())[0] for one in (basis, other)]
-    expected = reference(
-        np.zeros((6, 40)), rows.astype(np.float64), 1.0, spans[0], -1.0, spans[1], 1.0
-    )
-    # The bases are orthonormal to 1e-7; that, over the 1e-4 that is enlarged to full length.
-    np.testing.assert_allclose(result, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -486,64 +260,6 @@ def test_views_are_taken_and_nothing_given_is_changed() -> None:
     align(weight, principal_planes(basis, other, 0.5))
     for one, copy in zip((weight, checkpoint, basis, other), copies, strict=True):
         assert torch.equal(one, copy)
-
-
-def alignment_matrix(start: np.ndarray, end: np.ndarray, alignment: float) -> np.ndarray:
-    """The kernel's R_γ, column convention."""
-    planes = principal_planes(tensor(end), tensor(start), alignment)
-    return align(torch.eye(start.shape[0], dtype=torch.float64), planes).numpy().T
-
-
-def test_alignment_squares_to_the_product_of_the_two_reflections() -> None:
-    rng = np.random.default_rng(15)
-    start, end = orthonormal(rng, 20, 6), orthonormal(rng, 20, 6)
-    full = alignment_matrix(start, end, 1.0)
-    reflections = (2 * end @ end.T - np.eye(20)) @ (2 * start @ start.T - np.eye(20))
-    np.testing.assert_allclose(full @ full, reflections, atol=1e-10)
-    half = alignment_matrix(start, end, 0.5)
-    np.testing.assert_allclose(half @ half, full, atol=1e-10)
-
-
-@pytest.mark.parametrize("angle", [0.0, 1e-12, 1e-8, 1e-6, 1e-3, 1.0, math.pi / 2 - 1e-9])
-@pytest.mark.parametrize("alignment", [0.3, 1.0])
-def test_alignment_turns_a_single_plane_by_a_known_angle(angle: float, alignment: float) -> None:
-    start = np.zeros((5, 2))
-    start[0, 0] = start[1, 1] = 1
-    end = start.copy()
-    end[:, 0] = [math.cos(angle), 0, math.sin(angle), 0, 0]
-    expected = plane_rotation(np.eye(5)[0], np.eye(5)[2], alignment * angle)
-    np.testing.assert_allclose(alignment_matrix(start, end, alignment), expected, atol=1e-8)
-
-
-@pytest.mark.parametrize(("k_c", "k"), [(3, 7), (7, 3), (5, 5), (12, 5), (0, 5), (5, 12)])
-def test_full_alignment_carries_one_span_into_the_other(k_c: int, k: int) -> None:
-    rng = np.random.default_rng(16)
-    start, end = orthonormal(rng, 12, k_c), orthonormal(rng, 12, k)
-    matrix = alignment_matrix(start, end, 1.0)
-    np.testing.assert_allclose(matrix @ matrix.T, np.eye(12), atol=1e-12)
-    carried = matrix @ start
-    if k_c <= k:
-        assert np.abs(carried - end @ (end.T @ carried)).max(initial=0) < 1e-12
-    else:
-        assert np.abs(end - carried @ (carried.T @ end)).max(initial=0) < 1e-12
-    outside = np.linalg.qr(np.hstack([start, end]))[0]
-    free = np.eye(12) - outside @ outside.T
-    np.testing.assert_allclose(matrix @ free, free, atol=1e-12)
-
-
-def test_orthogonal_subspaces_are_carried_too() -> None:
-    matrix = alignment_matrix(np.eye(9)[:, :4], np.eye(9)[:, 4:8], 1.0)
-    np.testing.assert_allclose(matrix @ matrix.T, np.eye(9), atol=1e-12)
-    carried = matrix @ np.eye(9)[:, :4]
-    assert np.abs(carried[[0, 1, 2, 3, 8]]).max() < 1e-12
-
-
-def test_alignment_of_equal_subspaces_and_of_none_is_nothing() -> None:
-    rng = np.random.default_rng(17)
-    basis = orthonormal(rng, 12, 5)
-    same = basis @ orthonormal(rng, 5, 5)
-    np.testing.assert_allclose(alignment_matrix(same, basis, 1.0), np.eye(12), atol=1e-12)
-    np.testing.assert_allclose(alignment_matrix(basis[:, :0], basis, 1.0), np.eye(12), atol=0)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from mergekit_arm.calibration import preflight, run
+from mergekit_arm.calibration import estimates, preflight, run
 from mergekit_arm.calibration.preflight import Preflight, free_memory
 from mergekit_arm.calibration.run import calibrate
 from mergekit_arm.cli.calibrate import command
@@ -213,9 +213,7 @@ def test_processes_that_share_memory_must_all_fit(monkeypatch: pytest.MonkeyPatc
 def test_memory_that_is_short_is_warned_of_before_the_run(
     family: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mergekit_arm.calibration import measure
-
-    monkeypatch.setattr(measure, "free_memory", lambda device: -1)
+    monkeypatch.setattr(estimates, "free_memory", lambda device: -1)
     arguments = [str(family / "base"), str(tmp_path / "s"), f"--dataset={token_file}", "--dry-run"]
     done = CliRunner().invoke(command, arguments)
     assert done.exit_code == 0, done.output

@@ -14,7 +14,7 @@ and at every layer what was recorded must equal what really arrives, bit for bit
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -27,22 +27,15 @@ from mergekit_arm.calibration.chain import Chain
 from mergekit_arm.calibration.collect import Site, without_logits
 from mergekit_arm.calibration.coverage import Coverage
 from mergekit_arm.calibration.discovery import discover
+from mergekit_arm.calibration.estimates import estimate_by_layer
 from mergekit_arm.calibration.followers import Followers
 from mergekit_arm.calibration.hidden import HiddenStates, Key
-from mergekit_arm.calibration.measure import (
-    DISCOVERY_TOKENS,
-    TOKENS_PER_BATCH,
-    estimate,
-    plan_sites,
-    spans_of,
-    tokens_of,
-)
-from mergekit_arm.calibration.preflight import Cost, Preflight
+from mergekit_arm.calibration.measure import DISCOVERY_TOKENS, plan_sites
+from mergekit_arm.calibration.preflight import Cost
 from mergekit_arm.calibration.progress import Snapshot
 from mergekit_arm.calibration.records import MeasuredSite, add_up
 from mergekit_arm.calibration.session import Session
 from mergekit_arm.calibration.sites import SitePlan
-from mergekit_arm.calibration.size import directory_bytes, parameter_bytes
 from mergekit_arm.errors import first_line
 
 _LEADER = "leader"
@@ -94,7 +87,7 @@ class _Walk:
         self._leader_calls: list[Call] = []
         self._arriving: Tensor | None = None
         """The hidden states with which the leader comes to the stage."""
-        self._spans = spans_of(session, TOKENS_PER_BATCH)
+        self._spans = session.spans()
         if session.options.dry_run:
             del self._spans[1:]
         self._followers = Followers(chain, self._hidden, self._feeder, device)
@@ -163,7 +156,12 @@ class _Walk:
 
         def passed(cost: Cost | None) -> None:
             if index == 0 and cost:
-                self._session.preflight(self._estimate(reading, size, sites, cost))
+                states = self._followers.bytes_of_first()
+                self._session.preflight(
+                    estimate_by_layer(
+                        chain, self._coverage, sites, cost, reading, size, states, self._session
+                    )
+                )
             self._passed(sites)
 
         self._followers.through_layer(forward, sites, passed)
@@ -308,38 +306,8 @@ class _Walk:
     def _tokens(self) -> tuple[int, int]:
         """Return tokens done and tokens in all; every layer counts."""
         session, layers = self._session, len(self._chain)
-        everything = tokens_of(session, self._spans)
-        done = tokens_of(session, self._followers.spans()[: self._followers.done])
+        everything = session.tokens(self._spans)
+        done = session.tokens(self._followers.spans()[: self._followers.done])
         return min(
             self._followers.stage * everything + done, layers * everything
         ), layers * everything
-
-    def _estimate(self, reading: Cost, size: int, sites: list[Site], block: Cost) -> Preflight:
-        """Extrapolate from the first block's way through the first layer."""
-        session, chain, layers = self._session, self._chain, len(self._chain)
-        spans = spans_of(session, TOKENS_PER_BATCH)
-        one = estimate(chain.model, self._coverage, sites, spans, block, session)
-        states = self._followers.bytes_of_first() * one.tokens // tokens_of(session, spans[:1])
-        output = directory_bytes(
-            sites,
-            self._coverage,
-            session.corpus,
-            session.options,
-            repeated=layers,
-            beyond=parameter_bytes(
-                chain.unlike_first(self._coverage.plan),
-                self._coverage,
-                chain.model,
-                session.options,
-            ),
-        )
-        return replace(
-            one,
-            seconds=layers * (reading.seconds + one.seconds),
-            weights=size + sum(chain.loaded.values()),
-            output=output,
-            # What was saved stays until the new is written; each process saves its own, and
-            # the first one also every layer's results.
-            disk=2 * (states + one.sums) * session.job.local_processes + output,
-            low_memory=True,
-        )

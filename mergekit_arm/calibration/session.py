@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
+from mergekit_arm.calibration.batches import Span, plan_spans
 from mergekit_arm.calibration.collect import Site
 from mergekit_arm.calibration.corpus import Corpus
 from mergekit_arm.calibration.job import Job, PeerLost
@@ -19,6 +20,8 @@ from mergekit_arm.calibration.preflight import Preflight
 from mergekit_arm.calibration.progress import Progress, Snapshot
 from mergekit_arm.calibration.sample import TokenSample
 from mergekit_arm.errors import Failure
+
+TOKENS_PER_BATCH = 4096
 
 ProgressReport = Callable[[int, int], None]
 """Called after every batch with tokens done and tokens in all."""
@@ -73,6 +76,23 @@ class Session:
             seed=self.options.seed,
             skip_first=self.options.skip_first,
         )
+
+    def spans(self) -> list[Span]:
+        """Return this process's batches: of ``--batch-size`` blocks, or of about 4096 tokens."""
+        by_tokens = max(1, TOKENS_PER_BATCH // self.corpus.lengths[-1])
+        # Few blocks are shared out evenly rather than batched well.
+        fair = -(-len(self.corpus.blocks) // self.job.processes)
+        return plan_spans(
+            self.corpus.lengths,
+            # What has images or audio beside it comes one by one.
+            1 if self.corpus.extras else self.options.batch_size or min(by_tokens, fair),
+            process=self.job.process,
+            processes=self.job.processes,
+        )
+
+    def tokens(self, spans: Iterable[Span]) -> int:
+        """Return how many tokens ``spans`` hold."""
+        return sum(self.corpus.lengths[span.first] * span.count for span in spans)
 
     def resume(self) -> Snapshot | None:
         """Return what an earlier run of the same command has saved."""

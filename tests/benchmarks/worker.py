@@ -86,8 +86,8 @@ def forward(model: str, dataset: str) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from mergekit_arm.calibration.measure import TOKENS_PER_BATCH
     from mergekit_arm.calibration.model import choose_dtype
+    from mergekit_arm.calibration.session import TOKENS_PER_BATCH
 
     dtype = choose_dtype("auto", torch.device("cpu"))
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
