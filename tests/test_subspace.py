@@ -70,7 +70,8 @@ def test_a_rank_of_half_the_width_is_the_exact_second_moment() -> None:
     x = activations(2000)
     moment, values, vectors = exact(x)
     observer = observed(x, rank=WIDTH // 2, energy=0.97)
-    torch.testing.assert_close(observer.sketch.double() / 2000, moment, rtol=1e-5, atol=1e-7)
+    half = observer.sketch.double().triu() / 2000
+    torch.testing.assert_close(half, moment.triu(), rtol=1e-5, atol=1e-7)
     found = observer.dominant()
     k = found.basis.shape[1]
     assert largest_angle(found.basis, vectors[:, :k]) < 1e-3
