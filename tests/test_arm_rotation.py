@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from mergekit_arm.methods.rotation import Incoming, arm_step
 from tests.arm_reference import (
     REPEATABLE,
     kernel,
@@ -118,3 +119,24 @@ def test_rows_that_float32_does_not_resolve_are_mixed_in_correctly() -> None:
     expected = reference(np.zeros_like(tau), tau, 1.0, span, -0.7)
     result = task_of(tau, basis.numpy(), -0.7, dtype=torch.float32)
     np.testing.assert_allclose(result, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("rotation", [-0.7, 0.7])
+def test_rows_that_one_checkpoint_of_two_resolves_add_up(rotation: float) -> None:
+    rng = np.random.default_rng(22)
+    basis = tensor(orthonormal(rng, 96, 11), torch.float32)
+    span = np.linalg.qr(basis.double().numpy())[0]
+    tasks = rng.standard_normal((2, 60, 96))
+    inside = tasks @ span @ span.T
+    tasks[0, ::3] = 1e-4 * tasks[0, ::3] + inside[0, ::3]
+    tasks[1, ::2] -= (1 - 1e-4) * inside[1, ::2]
+    tasks[1, 1::4] = 0
+    tasks = tasks.astype(np.float32).astype(np.float64)
+    incoming = [
+        Incoming(tensor(tasks[0], torch.float32), 0.5),
+        Incoming(tensor(tasks[1], torch.float32), 1.5),
+    ]
+    result = arm_step(torch.zeros(60, 96), incoming, basis, rotation=rotation)
+    expected = reference(np.zeros((60, 96)), tasks[0], 0.5, span, rotation)
+    expected += reference(np.zeros((60, 96)), tasks[1], 1.5, span, rotation)
+    np.testing.assert_allclose(result, expected, atol=1e-4)
