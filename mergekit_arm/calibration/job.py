@@ -212,15 +212,45 @@ class Job:
         # nccl adds on GPUs and gloo on the CPU; no backend does on other accelerators.
         where = tensor.device if tensor.is_cuda else torch.device("cpu")
         summed = tensor.to(where, copy=True).contiguous()
-        try:
+        with self._connected():
             dist.all_reduce(summed)
+        return summed.to(tensor.device)
+
+    def collect(self, data: bytes) -> list[bytes]:
+        """Return every process's ``data`` on the first, nothing on the others.
+
+        Every process must call this as it must ``total``.
+
+        Raises:
+            PeerLost: another process died on the way.
+        """
+        if self.processes == 1:
+            return [data]
+        sizes = torch.zeros(self.processes, dtype=torch.int64, device="cpu")
+        sizes[self.process] = len(data)
+        sizes = self.total(sizes)
+        with self._connected():
+            if not self.main:
+                dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0)
+                return []
+            found = [data]
+            for other, size in enumerate(sizes.tolist()[1:], 1):
+                received = torch.empty(size, dtype=torch.uint8, device="cpu")
+                dist.recv(received, other)
+                found.append(received.numpy().tobytes())
+        return found
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        """Name the process whose death ends what the block asks of the others."""
+        try:
+            yield
         except RuntimeError as error:
             self._over.wait(_DEAD_AFTER + 2 * _BEAT)  # until it is known who
             self.check()
             raise PeerLost(
                 f"the connection to another process broke ({first_line(error)})"
             ) from error
-        return summed.to(tensor.device)
 
     def _watch(self, store: Store) -> None:
         """Beat, and look after the next process in the ring, until the job is over."""

@@ -22,13 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_arm.calibration.collect import Site
-from mergekit_arm.calibration.records import MeasuredSite
+from mergekit_arm.calibration.records import PARTS, MeasuredSite, pack, unpack
 from mergekit_arm.errors import InputError, first_line
-from mergekit_arm.statistics.format import SiteRecord
 
 _RECORD = "progress"
 _SUMS, _FINISHED = "sums", "finished"
-_PARTS = "\x1f"  # between a site's name and the key of its state; in neither
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class Progress:
         record = self._read_record(path)
         states: dict[str, dict[str, Tensor]] = {name: {} for name in record["sites"]}
         for key, value in _read_tensors(path).items():
-            site, _, entry = key.partition(_PARTS)
+            site, _, entry = key.partition(PARTS)
             states[site][entry] = value.clone()
         return Snapshot(record["position"], record["sites"], states)
 
@@ -128,7 +126,7 @@ class Progress:
         for site in sites:
             names[site.name] = [reading.parameter for reading in site.plan.readings]
             for key, value in site.state().items():
-                tensors[f"{site.name}{_PARTS}{key}"] = value
+                tensors[f"{site.name}{PARTS}{key}"] = value
         self._write(_SUMS, tensors, {"position": position, "sites": names})
         self._saved = time.monotonic()
 
@@ -141,29 +139,13 @@ class Progress:
 
     def finish(self, number: int, measured: Sequence[MeasuredSite]) -> None:
         """Keep sites that nothing will be added to any more as part ``number``."""
-        self._write(
-            f"{_FINISHED}.{number}",
-            {f"{s.name}{_PARTS}{key}": value for s in measured for key, value in s.tensors.items()},
-            {"sites": {s.name: [s.parameters, s.record.model_dump()] for s in measured}},
-        )
+        tensors, sites = pack(measured)
+        self._write(f"{_FINISHED}.{number}", tensors, {"sites": sites})
 
     def read_finished(self, number: int) -> list[MeasuredSite]:
         """Return what ``finish`` kept; tensors are mapped, and read when they are used."""
         path = self.path(f"{_FINISHED}.{number}")
-        tensors = _read_tensors(path)
-        return [
-            MeasuredSite(
-                name,
-                parameters,
-                SiteRecord.model_validate(record),
-                {
-                    key.removeprefix(f"{name}{_PARTS}"): value
-                    for key, value in tensors.items()
-                    if key.startswith(f"{name}{_PARTS}")
-                },
-            )
-            for name, (parameters, record) in self._read_record(path)["sites"].items()
-        ]
+        return unpack(_read_tensors(path), self._read_record(path)["sites"])
 
     def path(self, name: str) -> Path:
         """Return the path of this process's file of that name."""

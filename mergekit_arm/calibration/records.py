@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -29,6 +32,9 @@ from mergekit_arm.statistics.format import (
 )
 from mergekit_arm.statistics.store import PROBES, ROWS
 
+PARTS = "\x1f"
+"""Between a site's name and the key of one of its tensors; in neither."""
+
 
 def site_name(plan: SitePlan) -> str:
     """Return the name of a site: the first layer that reads there."""
@@ -50,22 +56,79 @@ class MeasuredSite:
 def add_up(
     sites: Iterable[Site], job: Job, device: torch.device, *, subspaces: bool
 ) -> list[MeasuredSite]:
-    """Sum the sites over all processes, each of which calls this, and finish them on the first.
+    """Sum the sites over all processes, each of which calls this; return them on the first.
 
-    Sites that no process saw an input of are left out. The sums of this process stay what they
-    are: should another die now, they are what must be saved.
+    Each process finishes its share, one site at a time, so that it holds the sums of one site
+    beside its own. Those stay what they are: should a process die now, they are what must be
+    saved. Sites that no process saw an input of are left out.
     """
     shares: dict[int, list[Site]] = {}
     for site in sites:
-        if job.processes > 1:
-            site.prepare(device)
-            own, site = site, Site(site.name, site.plan, site.statistics, site.expert)
-            site.load_state({k: job.total(v.to(device)) for k, v in own.state().items()})
         shares.setdefault(id(site.plan), []).append(site)
+    order = {site_name(group[0].plan): number for number, group in enumerate(shares.values())}
+    # Of one width side by side: what is finished at once then takes alike long.
+    groups = sorted(shares.values(), key=lambda group: group[0].plan.width)
+    measured: list[MeasuredSite] = []
+    for first in range(0, len(groups), job.processes):
+        mine: list[Site] = []
+        for process, group in enumerate(groups[first : first + job.processes]):
+            total = [_total(site, job, device) for site in group]
+            if process == job.process:
+                mine = total
+        seen = any(site.tokens for site in mine)
+        finished = [finish_site(mine, device, subspaces=subspaces)] if seen else []
+        measured += _collect(finished, job)
+    return sorted(measured, key=lambda site: order[site.name])
+
+
+def _total(site: Site, job: Job, device: torch.device) -> Site:
+    """Return the site with the sums of all processes."""
+    if job.processes == 1:
+        return site
+    site.prepare(device)
+    total = Site(site.name, site.plan, site.statistics, site.expert)
+    total.load_state({key: job.total(value.to(device)) for key, value in site.state().items()})
+    return total
+
+
+def _collect(finished: list[MeasuredSite], job: Job) -> list[MeasuredSite]:
+    """Return the sites of all processes, in their order, on the first; none on the others."""
+    if job.processes == 1:
+        return finished
+    tensors, record = pack(finished)
+    records = job.collect(json.dumps(record).encode())
     return [
-        finish_site(group, device, subspaces=subspaces)
-        for group in shares.values()
-        if job.main and any(site.tokens for site in group)
+        site
+        for packed, record in zip(job.collect(save(tensors)), records, strict=True)
+        for site in unpack(load(packed), json.loads(record))
+    ]
+
+
+def pack(sites: Iterable[MeasuredSite]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the sites as tensors, on the CPU, and a record for JSON; ``unpack`` reverses it."""
+    sites = list(sites)
+    tensors = {
+        f"{site.name}{PARTS}{key}": value.cpu().contiguous()
+        for site in sites
+        for key, value in site.tensors.items()
+    }
+    return tensors, {site.name: [site.parameters, site.record.model_dump()] for site in sites}
+
+
+def unpack(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> list[MeasuredSite]:
+    """Return the sites that ``pack`` was given."""
+    return [
+        MeasuredSite(
+            name,
+            parameters,
+            SiteRecord.model_validate(found),
+            {
+                key.removeprefix(f"{name}{PARTS}"): value
+                for key, value in tensors.items()
+                if key.startswith(f"{name}{PARTS}")
+            },
+        )
+        for name, (parameters, found) in record.items()
     ]
 
 
