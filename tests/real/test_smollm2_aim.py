@@ -43,7 +43,7 @@ def merges(
     call(
         "mergekit-arm", "calibrate", base, folder / "stats",
         "--dataset", folder / "calibration.jsonl", "--dtype", "float32",
-        "--samples", BLOCKS, "--sequence-length", LENGTH,
+        "--samples", BLOCKS, "--sequence-length", LENGTH, "--statistics", "importance",
     )  # fmt: skip
     for inner, parameters in PARAMETERS.items():
         config: dict[str, Any] = {
