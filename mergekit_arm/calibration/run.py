@@ -29,10 +29,7 @@ from mergekit_arm.calibration.model import (
     load_tokenizer,
     open_checkpoint,
 )
-from mergekit_arm.calibration.options import (
-    CalibrationOptions,
-    parse_part,
-)
+from mergekit_arm.calibration.options import CalibrationOptions, parse_part
 from mergekit_arm.calibration.placement import check_placement, offload, spread
 from mergekit_arm.calibration.preflight import Preflight, check_weights_fit
 from mergekit_arm.calibration.progress import Progress

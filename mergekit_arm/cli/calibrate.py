@@ -7,11 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mergekit_arm.calibration.options import (
-    STATISTICS,
-    CalibrationOptions,
-    parse_part,
-)
+from mergekit_arm.calibration.options import STATISTICS, CalibrationOptions, parse_part
 from mergekit_arm.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
