@@ -58,9 +58,9 @@ def add_up(
 ) -> list[MeasuredSite]:
     """Sum the sites over all processes, each of which calls this; return them on the first.
 
-    Each process finishes its share, one site at a time, so that it holds the sums of one site
-    beside its own. Those stay what they are: should a process die now, they are what must be
-    saved. Sites that no process saw an input of are left out.
+    Each process finishes its share, one site at a time, so that beside its own sums it holds the
+    totals of two sites at most. Its own stay what they are: should a process die now, they are
+    what must be saved. Sites that no process saw an input of are left out.
     """
     shares: dict[int, list[Site]] = {}
     for site in sites:

@@ -78,7 +78,7 @@ class Session:
         )
 
     def spans(self) -> list[Span]:
-        """Return this process's batches: of ``--batch-size`` blocks, or of about 4096 tokens."""
+        """Return this process's batches, of ``--batch-size`` or ``TOKENS_PER_BATCH``."""
         by_tokens = max(1, TOKENS_PER_BATCH // self.corpus.lengths[-1])
         # Few blocks are shared out evenly rather than batched well.
         fair = -(-len(self.corpus.blocks) // self.job.processes)
