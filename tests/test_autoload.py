@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "mergekit_arm"
+from tests.support.paths import PACKAGE
 
 HOST = """
 '''Stands for mergekit.merge_methods.'''

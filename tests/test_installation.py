@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 PIP = (sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check")
 
 

@@ -14,8 +14,8 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from mergekit_arm.cli import main as cli_module
 from mergekit_arm.cli.calibrate import command as calibrate_command
 from mergekit_arm.cli.stream import command as stream_command
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
 

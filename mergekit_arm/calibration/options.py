@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from mergekit_arm.data.rows import DEFAULT_DATASET
 from mergekit_arm.errors import InputError
-
-DEFAULT_DATASET = "mit-han-lab/pile-val-backup"
-"""The AIM authors' calibration data, split ``validation``."""
 
 STATISTICS = ("importance", "subspace")
 """What can be measured: for AIM and for ARM."""

@@ -11,7 +11,7 @@ from mergekit_arm.calibration.options import STATISTICS, CalibrationOptions, par
 from mergekit_arm.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
-    from mergekit_arm.calibration.preflight import Preflight
+    from mergekit_arm.calibration.running.preflight import Preflight
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -141,8 +141,8 @@ def command(**values: Any) -> None:
     with console.status("Loading libraries"):
         import transformers
 
-        from mergekit_arm.calibration.run import calibrate
-        from mergekit_arm.reports.summary import calibration_summary
+        from mergekit_arm.calibration.calibrate import calibrate
+        from mergekit_arm.cli.tables.calibration import calibration_summary
 
     transformers.utils.logging.disable_progress_bar()
     columns = (

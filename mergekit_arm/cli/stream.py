@@ -10,8 +10,9 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.streaming.config import load_config, plain_path
-from mergekit_arm.streaming.run import StreamOptions, stream
-from mergekit_arm.streaming.watch import END_MARKER, WatchOptions
+from mergekit_arm.streaming.layout import END_MARKER
+from mergekit_arm.streaming.options import StreamOptions, WatchOptions
+from mergekit_arm.streaming.stream import stream
 
 _EPILOG = """\b
 Examples:
@@ -85,7 +86,7 @@ def command(
         if not _print_plan(console, config, out, options):
             raise click.exceptions.Exit(2)
         return
-    from mergekit_arm.reports.stream_summary import step_line, stream_summary
+    from mergekit_arm.cli.tables.stream import step_line, stream_summary
 
     def line(text: str, style: str | None = None) -> None:
         # Paths may hold brackets, which are not markup.
@@ -113,7 +114,7 @@ def _refuse_without_watch() -> None:
 def _print_plan(console: Any, config: str, out: str, options: StreamOptions) -> bool:
     from pathlib import Path
 
-    from mergekit_arm.reports.stream_summary import plan_report
+    from mergekit_arm.cli.tables.stream import plan_report
     from mergekit_arm.streaming.forecast import forecast
 
     report = forecast(load_config(config), Path(plain_path(out)), options)

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from mergekit_arm.calibration.run import CalibrationOptions, calibrate
+from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
 from mergekit_arm.demo.stream import CONFIG, EARLY, OUT, early_checkpoints, run_stream
 from mergekit_arm.demo.stream import DOMAIN as STREAMED
 from mergekit_arm.demo.text import DOMAINS, Corpus, standard_library

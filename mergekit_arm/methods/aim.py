@@ -28,15 +28,15 @@ from mergekit.merge_methods.base import ParameterSpec
 from torch import Tensor
 
 from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.methods.base import Plan, Remembered, check_planned
 from mergekit_arm.methods.parameters import (
     choice,
     number,
     parameter_type,
     statistics_reference,
 )
-from mergekit_arm.methods.planning import Plan, Remembered, check_planned
 from mergekit_arm.statistics.format import LEFT_AS_MERGED, NO_TOKEN
-from mergekit_arm.statistics.reader import open_statistics
+from mergekit_arm.statistics.read import open_statistics
 
 LOG = logging.getLogger(__name__)
 

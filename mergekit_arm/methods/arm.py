@@ -28,11 +28,11 @@ from mergekit.merge_methods.base import ParameterSpec
 from torch import Tensor
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.methods.base import Plan, Remembered, check_planned
 from mergekit_arm.methods.parameters import number, parameter_type, statistics_reference
-from mergekit_arm.methods.planning import Plan, Remembered, check_planned
 from mergekit_arm.methods.rotation import Incoming, arm_step
 from mergekit_arm.statistics.format import EXPERTS, LEFT_AS_MERGED
-from mergekit_arm.statistics.reader import Statistics, open_statistics
+from mergekit_arm.statistics.read import Statistics, open_statistics
 
 LOG = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from mergekit_arm.errors import InputError, did_you_mean
-from mergekit_arm.statistics.reader import open_statistics
+from mergekit_arm.statistics.read import open_statistics
 
 
 def parameter_type(validator: Callable[[Any], Any]) -> Any:

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.reports.card import statistics_card
+from mergekit_arm.statistics.card import statistics_card
 from mergekit_arm.statistics.format import DataRecord, Metadata, SiteRecord, WeightRecord
-from mergekit_arm.statistics.reader import Statistics, open_statistics
-from mergekit_arm.statistics.store import PROBES, ROWS, check_destination, write_statistics
-from mergekit_arm.statistics.subspace import (
+from mergekit_arm.statistics.kinds.subspace import (
     SKETCH_MATRIX,
     chosen_rank,
     dominant_subspace,
     stored_directions,
 )
+from mergekit_arm.statistics.read import Statistics, open_statistics
+from mergekit_arm.statistics.write import PROBES, ROWS, check_destination, write_statistics
 
 _SUMS = ("abs_sum", "square_sum")
 _SKETCH = ("sketch", "square_norm", "subspace_tokens")

@@ -8,7 +8,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from mergekit_arm.streaming.config import StreamConfig
+from mergekit_arm.streaming.options import StreamOptions, WatchOptions
+from mergekit_arm.streaming.stream import StreamResult, stream
+from mergekit_arm.streaming.training.callback import StreamCallback
 
 __all__ = [
     "StreamCallback",
@@ -18,21 +21,3 @@ __all__ = [
     "WatchOptions",
     "stream",
 ]
-
-_HOMES = {
-    "StreamCallback": "callback",
-    "StreamConfig": "config",
-    "StreamOptions": "run",
-    "StreamResult": "run",
-    "WatchOptions": "watch",
-    "stream": "run",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # The reports read this package's records, and importing all of it for them would be slow.
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +46,7 @@ class _Strict(BaseModel):
 
 
 class Schedule(_Strict):
-    """Learning rates from a rule; see :func:`~mergekit_arm.streaming.schedule.rate_at`."""
+    """Learning rates from a rule; see :func:`~mergekit_arm.streaming.plan.schedule.rate_at`."""
 
     schedule: Literal["constant", "linear", "cosine"]
     peak: float = Field(gt=0, le=HIGHEST_LEARNING_RATE)
@@ -292,3 +294,20 @@ def _explain(error: ValidationError) -> str:
     # The names of a union's branches say nothing to the user.
     path = ".".join(part for part in place if "[" not in part and part not in ("str", "int"))
     return f"{path}: {message[:1].lower()}{message[1:]}" if path else message
+
+
+_FLAG = re.compile(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)")
+
+
+@contextmanager
+def section(name: str) -> Iterator[None]:
+    """Put ``name`` before what is refused inside, and keys where ``calibrate`` has flags.
+
+    Raises:
+        InputError: the same, reworded.
+    """
+    try:
+        yield
+    except InputError as error:
+        message = _FLAG.sub(lambda flag: flag[1].replace("-", "_"), error.message)
+        raise InputError(f"{name}: {message}") from error

@@ -10,13 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming.files import remove, write_text
-from mergekit_arm.streaming.watch import INCOMING
-
-STATE_FILE = "stream_state.json"
-LOCK_FILE = ".lock"
-BEFORE_STATE = (LOCK_FILE, INCOMING)
-"""What may lie in OUT before the state: the lock, and checkpoints a callback has taken."""
+from mergekit_arm.files import remove, write_text
+from mergekit_arm.streaming.layout import BEFORE_STATE, LOCK_FILE, STATE_FILE
 
 FORMAT_VERSION = 1
 

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mergekit_arm.calibration.model import model_arguments
-from mergekit_arm.calibration.run import CalibrationOptions, calibrate
+from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
+from mergekit_arm.models.loading import model_arguments
 from mergekit_arm.statistics.format import LEFT_AS_MERGED, NOT_LOADED, Metadata
-from mergekit_arm.statistics.reader import Statistics
+from mergekit_arm.statistics.read import Statistics
 from tests.architectures.recorder import Recorder
 from tests.architectures.zoo import Architecture, build
 

@@ -12,9 +12,9 @@ from click.testing import CliRunner, Result
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file
 
-from mergekit_arm.calibration.run import CalibrationOptions, calibrate
+from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
 from mergekit_arm.statistics.format import NEVER_USED
-from mergekit_arm.statistics.reader import Statistics
+from mergekit_arm.statistics.read import Statistics
 from tests.architectures.matrix import publish, write_rows
 from tests.architectures.zoo import ZOO
 

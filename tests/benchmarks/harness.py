@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import linear_regression, median
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 TIME = "time"
 """Seconds of the work itself: the process is up and its libraries are imported."""

@@ -86,8 +86,8 @@ def forward(model: str, dataset: str) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from mergekit_arm.calibration.model import choose_dtype
-    from mergekit_arm.calibration.session import TOKENS_PER_BATCH
+    from mergekit_arm.calibration.running.session import TOKENS_PER_BATCH
+    from mergekit_arm.models.loading import choose_dtype
 
     dtype = choose_dtype("auto", torch.device("cpu"))
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
@@ -111,7 +111,7 @@ def calibrate(options: dict[str, Any]) -> dict[str, float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from mergekit_arm.calibration import run
+    from mergekit_arm.calibration import calibrate as run
 
     loading = dict.fromkeys((TIME, PROCESSOR), 0.0)
     load_model = run.load_model

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from mergekit_arm.demo.text import standard_library
 from mergekit_arm.demo.train import mean_loss, pack, train
 from mergekit_arm.methods.rotation import Incoming, arm_step
-from mergekit_arm.statistics.subspace import (
+from mergekit_arm.statistics.kinds.subspace import (
     Dominant,
     Subspace,
     columns_for_energy,

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mergekit_arm.demo.text import Corpus
 from mergekit_arm.demo.train import mean_loss, pack
-from mergekit_arm.statistics.reader import Statistics
-from mergekit_arm.statistics.subspace import Subspace, default_rank, stored_directions
+from mergekit_arm.statistics.kinds.subspace import Subspace, default_rank, stored_directions
+from mergekit_arm.statistics.read import Statistics
 from tests.real.commands import call, merge, weights
 from tests.real.conftest import EVERY, LENGTH
 

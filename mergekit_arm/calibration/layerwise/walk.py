@@ -1,0 +1,358 @@
+"""Walk through a model layer by layer, for models that do not fit into memory.
+
+All blocks pass through one layer before the next layer's weights are read. The model's own
+forward leads, on a few tokens: whenever it reaches a layer, that layer's weights are read, the
+few tokens pass as they would in any forward, and all blocks follow before the weights are let
+go. How the blocks must be handed to each layer (masks, positions, …) is recorded beforehand by
+letting them through the model with every layer replaced by one that hands on what it gets.
+
+That is right only where the forward is a plain chain: each layer takes what the one before it
+returned, and nothing else that depends on it. So the few tokens are recorded in the same way,
+and at every layer what was recorded must equal what really arrives, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_arm.calibration.inputs.coverage import Coverage
+from mergekit_arm.calibration.inputs.discovery import DISCOVERY_TOKENS, discover
+from mergekit_arm.calibration.inputs.readings import SitePlan
+from mergekit_arm.calibration.layerwise.calls import Call, Form, NotWalkable
+from mergekit_arm.calibration.layerwise.chain import Chain
+from mergekit_arm.calibration.layerwise.followers import Followers
+from mergekit_arm.calibration.layerwise.hidden import HiddenStates, Key
+from mergekit_arm.calibration.running.estimate import estimate
+from mergekit_arm.calibration.running.preflight import Preflight
+from mergekit_arm.calibration.running.progress import Snapshot
+from mergekit_arm.calibration.running.session import Session
+from mergekit_arm.calibration.running.size import directory_bytes, parameter_bytes
+from mergekit_arm.calibration.sums.batches import Feeder, Span
+from mergekit_arm.calibration.sums.hooks import without_logits
+from mergekit_arm.calibration.sums.sites import Site, plan_sites
+from mergekit_arm.calibration.sums.totals import MeasuredSite, add_up
+from mergekit_arm.errors import first_line
+from mergekit_arm.machine import Cost
+
+_LEADER = "leader"
+_SAME = 0.01
+"""Relative difference of two equal computations, at most: some GPU kernels add in any order."""
+
+
+def measure_by_layer(
+    chain: Chain, coverage: Coverage, device: torch.device, session: Session, *, budget: int
+) -> list[MeasuredSite]:
+    """Pass the session's corpus through ``chain``, whose weights are read layer by layer.
+
+    Holds the weights of one layer, one batch of activations, the sums of one layer's sites, and
+    hidden states of up to ``budget`` bytes; the rest of them lies in the session's progress
+    directory. Each weight is read once. Returns the sites on the first process only.
+
+    Raises:
+        NotWalkable: the model's forward is no plain chain of layers.
+        Failure: as ``measure`` does.
+        DryRun: only the preflight was wanted.
+    """
+    walk = _Walk(chain, coverage, device, session, budget)
+    session.beside = walk
+    try:
+        with without_logits(chain.model), torch.inference_mode(), chain.wired(), session.running():
+            return walk.run()
+    finally:
+        session.beside = None
+
+
+class _Walk:
+    """The leader's way through the model, and what is measured on it."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        coverage: Coverage,
+        device: torch.device,
+        session: Session,
+        budget: int,
+    ) -> None:
+        self._chain = chain
+        self._coverage = coverage
+        self._device = device
+        self._session = session
+        self._hidden = HiddenStates(session.progress, budget)
+        self._feeder = Feeder(session.corpus, session.sample, session.reports.say)
+        self._leader = session.corpus.blocks[0][None, :DISCOVERY_TOKENS]
+        self._leader_calls: list[Call] = []
+        self._arriving: Tensor | None = None
+        """The hidden states with which the leader comes to the stage."""
+        self._spans = session.spans()
+        if session.options.dry_run:
+            del self._spans[1:]
+        self._followers = Followers(chain, self._hidden, self._feeder, device)
+        self._before: set[str] = set()
+        """Parameters that are read before the layers."""
+        self._start = 0
+        """Where the walk began: not at 0 if an earlier run had come further."""
+        self._snapshot: Snapshot | None = None
+        # What is finished comes in parts: before the layers, each layer, behind them.
+        self._finished = int(session.job.tell("finished", str(session.progress.finished())))
+
+    def run(self) -> list[MeasuredSite]:
+        self._resume()
+        try:
+            self._chain.run(self._leader, self._lead)
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise
+            # What torch says of a weight that was used without its module being called.
+            raise NotWalkable(f"it uses weights outside its layers: {first_line(error)}") from error
+        self._measure_behind()
+        if not self._session.job.main:
+            return []
+        parts = range(len(self._chain) + 2)
+        return [site for part in parts for site in self._session.progress.read_finished(part)]
+
+    def _lead(self, index: int, call: Call, hidden: Tensor, forward: Callable[..., Any]) -> Any:
+        """Take the leader, and after it everybody, through layer ``index``."""
+        chain = self._chain
+        if index < self._start:  # an earlier run has been here
+            if index == self._start - 1:
+                hidden = self._arriving = self._hidden.get((_LEADER, self._start)).to(self._device)
+            return chain.form.wrap(hidden)
+        chain.follows(index, self._followers.stage)
+        if self._arriving is not None and not torch.equal(self._arriving, hidden):
+            raise NotWalkable(f"layer {index} takes more than what the one before it returns")
+        self._hidden.put((_LEADER, index), hidden)
+
+        with Cost(self._device) as reading:
+            size = chain.weights.load(chain.layer(index), inner=True)
+        args, kwargs = call.fill(hidden)
+        outputs: list[Any] = []
+        layer = chain.model.get_submodule(chain.layer(index))
+        if index == 0:
+            chain.check_sharing(self._coverage.plan)
+        plans = self._discover(
+            layer,
+            lambda name: name.startswith(f"{chain.layer(index)}."),
+            lambda: outputs.append(forward(*args, **kwargs)),
+        )
+        if any(layer in plan.users for plan in plans):
+            # Its forward is called without it, where nothing can be observed.
+            raise NotWalkable(f"layer {index} multiplies weights itself")
+        form = Form.of(outputs[0], hidden)
+        if index == 0:
+            chain.form = form
+        if form != chain.form:
+            raise NotWalkable(f"layer {index} does not return what the one before it does")
+        if not self._followers.begun:
+            self._begin()
+        difference = self._leader_calls[index].difference(call)
+        if difference is not None:
+            raise NotWalkable(f"what layer {index} takes as {difference} depends on other layers")
+
+        sites = self._sites(plans)
+
+        def passed(cost: Cost | None) -> None:
+            if index == 0 and cost:
+                states = self._followers.bytes_of_first()
+                self._session.preflight(
+                    estimate_by_layer(
+                        chain, self._coverage, sites, cost, reading, size, states, self._session
+                    )
+                )
+            self._passed(sites)
+
+        self._followers.through_layer(forward, sites, passed)
+        self._check_memory(index, call, hidden, forward, form.unwrap(outputs[0]))
+        self._close(self._followers.stage + 1, sites)
+        chain.weights.unload(chain.layer(index), inner=True)
+        self._hidden.drop((_LEADER, index))
+        self._arriving = form.unwrap(outputs[0])
+        self._followers.stage, self._followers.done = index + 1, 0
+        return outputs[0]
+
+    def _check_memory(
+        self, index: int, call: Call, hidden: Tensor, forward: Callable[..., Any], output: Tensor
+    ) -> None:
+        """Let the leader through the layer again, behind everybody else.
+
+        Raises:
+            NotWalkable: another output came out, so that layers hand on something out of sight.
+        """
+        args, kwargs = call.fill(hidden)
+        again = self._chain.form.unwrap(forward(*args, **kwargs))
+        if float((again - output).float().norm()) > _SAME * float(output.float().norm()):
+            raise NotWalkable(f"layer {index} depends on what other layers did")
+
+    def _begin(self) -> None:
+        """Record how the leader and every batch come to the layers."""
+        called = self._chain.called()
+        plan = self._coverage.plan
+        self._before = set()
+        for name, parameter in plan.parameters.items():
+            # A tied embedding is read where the head is.
+            known = plan.readings.get(name)
+            layers = known.layers if known else [holder for holder, _ in parameter.holders]
+            if not self._chain.holds(name) and not called.isdisjoint(layers):
+                self._before.add(name)
+        plans = self._discover(
+            self._chain.model,
+            self._before.__contains__,
+            lambda: self._leader_calls.extend(self._chain.record(self._leader)[0]),
+        )
+        sites = plan_sites(self._chain.model, plans, self._session.options)
+        self._followers.begin(
+            self._spans,
+            sites if self._finished == 0 else [],
+            resumed=(self._followers.stage, self._followers.done) != (0, 0),
+        )
+        self._close(0, sites)
+
+    def _measure_behind(self) -> None:
+        """Let every block through what follows the layers: the last norm, the head's input."""
+        chain = self._chain
+        if not chain.name:
+            raise NotWalkable("its forward reaches no list of layers")
+        chain.follows(len(chain), self._followers.stage)
+        arriving = self._arriving
+        assert arriving is not None
+        self._hidden.put((_LEADER, self._followers.stage), arriving)
+        if not self._followers.begun:
+            self._begin()
+        chain.blank_embeddings()
+        plans = self._discover(
+            chain.model,
+            lambda name: not chain.holds(name) and name not in self._before,
+            lambda: chain.leave(self._leader, arriving, lambda: None),
+        )
+        sites = self._sites(plans)
+        self._followers.leave(sites, lambda _: self._passed(sites))
+        self._close(self._followers.stage + 1, sites)
+
+    def _passed(self, sites: list[Site]) -> None:
+        """Report a batch, and save progress if it is time."""
+        self._session.after_batch(*self._tokens(), self._position(), sites)
+
+    def _close(self, part: int, sites: list[Site]) -> None:
+        """Add up a part's sums over all processes and put its results on the disk."""
+        if part < self._finished:
+            return
+        session = self._session
+        wait = partial(session.wait, position=self._position(), sites=sites)
+        wait(f"part {part}")
+        subspaces = "subspace" in session.options.statistics
+        measured = add_up(sites, session.job, self._device, subspaces=subspaces)
+        if session.job.main:
+            session.progress.finish(part, measured)
+        # Nobody may go on, and lose these sums, before they are in the finished part.
+        wait(f"finished part {part}")
+
+    def _sites(self, plans: list[SitePlan]) -> list[Site]:
+        """Return the sites of the stage; none where an earlier run has finished it."""
+        if self._followers.stage + 1 < self._finished:
+            return []
+        sites = plan_sites(self._chain.model, plans, self._session.options)
+        if self._snapshot and self._followers.stage == self._start:
+            self._snapshot.restore(sites)
+        return sites
+
+    def _discover(
+        self, module: nn.Module, wanted: Callable[[str], bool], forward: Callable[[], None]
+    ) -> list[SitePlan]:
+        """Find the inputs of the ``wanted`` parameters in a pass of the leader."""
+        discover(module, self._coverage.plan, forward, wanted)
+        return self._coverage.plan.sites(list(filter(wanted, self._coverage.read_parameters)))
+
+    def _resume(self) -> None:
+        self._snapshot = self._session.resume()
+        if self._snapshot is None:
+            self._hidden.adopt([])
+            return
+        position = self._snapshot.position
+        self._coverage.plan.recall(position["plan"])
+        self._followers.stage = self._start = position["stage"]
+        self._followers.done = position["done"]
+        self._chain.form = Form(**position["form"])
+        self._spans = [Span(*pair) for pair in position["spans"]]
+        self._feeder.limit = position["limit"]
+        self._hidden.adopt((name, passed) for name, passed in position["hidden"])
+
+    def _position(self) -> dict[str, Any]:
+        return {
+            "stage": self._followers.stage,
+            "done": self._followers.done,
+            "form": asdict(self._chain.form),
+            "spans": [[span.first, span.count] for span in self._followers.spans()],
+            "limit": self._feeder.limit,
+            "hidden": self._needed(),
+            "plan": self._coverage.plan.discovered(),
+        }
+
+    def persist(self) -> None:
+        """Put the hidden states on the disk that progress about to be saved refers to."""
+        self._hidden.persist(self._needed())
+
+    def settle(self) -> None:
+        """Remove those that only earlier progress referred to."""
+        self._hidden.settle(self._needed())
+
+    def _needed(self) -> list[Key]:
+        """Return the hidden states without which the walk cannot go on from here."""
+        behind = self._followers.stage == len(self._chain)
+        return [(_LEADER, self._followers.stage), *self._followers.needed(behind=behind)]
+
+    def _tokens(self) -> tuple[int, int]:
+        """Return tokens done and tokens in all; every layer counts."""
+        session, layers = self._session, len(self._chain)
+        everything = session.tokens(self._spans)
+        done = session.tokens(self._followers.spans()[: self._followers.done])
+        return min(
+            self._followers.stage * everything + done, layers * everything
+        ), layers * everything
+
+
+def estimate_by_layer(
+    chain: Chain,
+    coverage: Coverage,
+    sites: list[Site],
+    first: Cost,
+    reading: Cost,
+    layer: int,
+    states: int,
+    session: Session,
+) -> Preflight:
+    """Extrapolate from the first block's way through the first layer.
+
+    Args:
+        sites: of the first layer.
+        first: what the block took there.
+        reading: what reading the layer's weights took.
+        layer: their bytes.
+        states: bytes of the block's hidden states.
+    """
+    one = estimate(chain.model, coverage, sites, first, session)
+    states = states * one.tokens // session.tokens(session.spans()[:1])
+    output = directory_bytes(
+        sites,
+        coverage,
+        session.corpus,
+        session.options,
+        repeated=len(chain),
+        beyond=parameter_bytes(
+            chain.unlike_first(coverage.plan), coverage, chain.model, session.options
+        ),
+    )
+    return replace(
+        one,
+        seconds=len(chain) * (reading.seconds + one.seconds),
+        weights=layer + sum(chain.loaded.values()),
+        output=output,
+        # What was saved stays until the new is written; each process saves its own, and
+        # the first one also every layer's results.
+        disk=2 * (states + one.sums) * session.job.local_processes + output,
+        low_memory=True,
+    )

@@ -1,0 +1,195 @@
+"""Progress on disk: a run that was killed continues where it last saved.
+
+Beside ``OUT`` lies ``OUT.partial`` while a run is under way. In it every process keeps a file of
+its sums so far, exactly as they are in memory, and of how far they go. It is replaced in one
+step, so it is always whole. A walk layer by layer keeps finished layers and hidden states there
+too, in files of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_arm.calibration.sums.sites import Site
+from mergekit_arm.calibration.sums.totals import PARTS, MeasuredSite, pack, unpack
+from mergekit_arm.errors import InputError, first_line
+from mergekit_arm.files import flush
+
+_RECORD = "progress"
+_SUMS, _FINISHED = "sums", "finished"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What an earlier, unfinished run of the same command has left."""
+
+    position: Mapping[str, Any]
+    """Where it was, in the terms of the loop that saved it."""
+    plans: Mapping[str, list[str]]
+    """Site → the parameters that read there."""
+    states: Mapping[str, dict[str, Tensor]]
+
+    def restore(self, sites: Iterable[Site]) -> None:
+        """Load the sums into ``sites``."""
+        for site in sites:
+            site.load_state(self.states[site.name])
+
+
+class Progress:
+    """The progress of this process."""
+
+    def __init__(
+        self,
+        out: Path,
+        fingerprint: Mapping[str, str],
+        *,
+        every: float,
+        process: int = 0,
+        processes: int = 1,
+        suffix: str = "partial",
+    ) -> None:
+        """Prepare; touches nothing.
+
+        Args:
+            out: where the statistics will be written.
+            fingerprint: what decides the run's numbers, by its name; a run continues only
+                where all of it is the same.
+            every: seconds between two savings.
+            process: number of this process among ``processes``.
+            processes: how many there are.
+            suffix: of the directory, after the name of ``out``.
+        """
+        out = out.absolute()
+        self.folder = out.parent / f"{out.name}.{suffix}"
+        self._prefix = f"process-{process}."
+        self._fingerprint = {**fingerprint, "number of processes": str(processes)}
+        self._every = every
+        self._saved = time.monotonic()
+
+    def check(self, force: bool) -> None:
+        """Refuse the progress of another run; with ``force``, remove it.
+
+        Raises:
+            InputError: naming what differs.
+        """
+        difference = None
+        try:
+            for path in [*self.files(_SUMS), *self.files(_FINISHED)]:
+                difference = difference or _difference(
+                    self._read_record(path)["fingerprint"], self._fingerprint
+                )
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            difference = f"it cannot be read ({first_line(error)})"
+        if difference and not force:
+            raise InputError(
+                f"{self.folder} holds the progress of another run: {difference}; finish that "
+                "run with its own command, choose another OUT, or start over with --force"
+            )
+        if difference:
+            self.discard()
+
+    def position(self) -> dict[str, Any] | None:
+        """Return where the saved run was, None where nothing was saved."""
+        path = self.path(_SUMS)
+        return dict(self._read_record(path)["position"]) if path.is_file() else None
+
+    def load(self) -> Snapshot | None:
+        """Return what was saved, None where nothing was."""
+        path = self.path(_SUMS)
+        if not path.is_file():
+            return None
+        record = self._read_record(path)
+        states: dict[str, dict[str, Tensor]] = {name: {} for name in record["sites"]}
+        for key, value in _read_tensors(path).items():
+            site, _, entry = key.partition(PARTS)
+            states[site][entry] = value.clone()
+        return Snapshot(record["position"], record["sites"], states)
+
+    def due(self) -> bool:
+        """Say whether it is time to save."""
+        return time.monotonic() - self._saved >= self._every
+
+    def save(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
+        """Replace what was saved before; flushed, so that it outlives a power failure."""
+        names: dict[str, list[str]] = {}
+        tensors: dict[str, Tensor] = {}
+        for site in sites:
+            names[site.name] = [reading.parameter for reading in site.plan.readings]
+            for key, value in site.state().items():
+                tensors[f"{site.name}{PARTS}{key}"] = value
+        self._write(_SUMS, tensors, {"position": position, "sites": names})
+        self._saved = time.monotonic()
+
+    def finished(self) -> int:
+        """Return how many parts ``finish`` has written, one after the other."""
+        count = 0
+        while self.path(f"{_FINISHED}.{count}").is_file():
+            count += 1
+        return count
+
+    def finish(self, number: int, measured: Sequence[MeasuredSite]) -> None:
+        """Keep sites that nothing will be added to any more as part ``number``."""
+        tensors, sites = pack(measured)
+        self._write(f"{_FINISHED}.{number}", tensors, {"sites": sites})
+
+    def read_finished(self, number: int) -> list[MeasuredSite]:
+        """Return what ``finish`` kept; tensors are mapped, and read when they are used."""
+        path = self.path(f"{_FINISHED}.{number}")
+        return unpack(_read_tensors(path), self._read_record(path)["sites"])
+
+    def path(self, name: str) -> Path:
+        """Return the path of this process's file of that name."""
+        return self.folder / f"{self._prefix}{name}.safetensors"
+
+    def files(self, kind: str) -> list[Path]:
+        """Return this process's whole files whose names begin with ``kind``."""
+        return sorted(self.folder.glob(f"{self._prefix}{kind}.*safetensors"))
+
+    def discard(self) -> None:
+        """Remove what this process has saved, and the directory with the last of it."""
+        for path in self.folder.glob(f"{self._prefix}*"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: other processes' progress
+            self.folder.rmdir()
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.path(name)
+        temporary = path.with_suffix(".writing")
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+            temporary,
+            metadata={_RECORD: json.dumps({"fingerprint": self._fingerprint, **record})},
+        )
+        flush(temporary)
+        temporary.replace(path)
+        flush(self.folder)
+
+    @staticmethod
+    def _read_record(path: Path) -> dict[str, Any]:
+        with safe_open(path, framework="pt") as file:
+            record: dict[str, Any] = json.loads(file.metadata()[_RECORD])
+        return record
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def _difference(old: Mapping[str, str], new: Mapping[str, str]) -> str | None:
+    for key in [*new, *(key for key in old if key not in new)]:
+        before, after = old.get(key, "not set"), new.get(key, "not set")
+        if before != after:
+            return f"its {key} was {before} and is now {after}"
+    return None

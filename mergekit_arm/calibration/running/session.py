@@ -1,0 +1,199 @@
+"""What happens around the forward passes: reports, signals, saved progress, other processes."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, Protocol
+
+from mergekit_arm.calibration.options import CalibrationOptions
+from mergekit_arm.calibration.processes import Job, PeerLost
+from mergekit_arm.calibration.running.preflight import Preflight
+from mergekit_arm.calibration.running.progress import Progress, Snapshot
+from mergekit_arm.calibration.sums.batches import Span, plan_spans
+from mergekit_arm.calibration.sums.sites import Site
+from mergekit_arm.data.blocks import Corpus
+from mergekit_arm.data.sample import TokenSample
+from mergekit_arm.errors import Failure
+
+TOKENS_PER_BATCH = 4096
+
+ProgressReport = Callable[[int, int], None]
+"""Called after every batch with tokens done and tokens in all."""
+
+
+@dataclass(frozen=True)
+class Reports:
+    """Where reports go."""
+
+    say: Callable[[str], None]
+    """One-line notes for the user."""
+    progress: ProgressReport
+    preflight: Callable[[Preflight], None]
+
+
+class SavedBeside(Protocol):
+    """Files that saved progress refers to."""
+
+    def persist(self) -> None:
+        """Write what progress that is about to be saved will refer to."""
+
+    def settle(self) -> None:
+        """Remove what only earlier progress referred to."""
+
+
+class DryRun(Exception):
+    """The preflight is done and nothing more was asked for."""
+
+
+@dataclass
+class Session:
+    """One measurement on one process; both ways of walking through a model use it."""
+
+    options: CalibrationOptions
+    corpus: Corpus
+    job: Job
+    progress: Progress
+    reports: Reports
+    beside: SavedBeside | None = None
+    """What else the saved position refers to."""
+    seconds: float = 0.0
+    """Spent on forward passes, by earlier runs of the same command too."""
+    _stop: str | None = None
+    _since: float = field(default_factory=time.perf_counter)
+
+    @property
+    def sample(self) -> TokenSample:
+        """The tokens that subspaces are measured on."""
+        return TokenSample(
+            self.corpus.lengths,
+            self.options.subspace_tokens,
+            seed=self.options.seed,
+            skip_first=self.options.skip_first,
+        )
+
+    def spans(self) -> list[Span]:
+        """Return this process's batches, of ``--batch-size`` or ``TOKENS_PER_BATCH``."""
+        by_tokens = max(1, TOKENS_PER_BATCH // self.corpus.lengths[-1])
+        # Few blocks are shared out evenly rather than batched well.
+        fair = -(-len(self.corpus.blocks) // self.job.processes)
+        return plan_spans(
+            self.corpus.lengths,
+            # What has images or audio beside it comes one by one.
+            1 if self.corpus.extras else self.options.batch_size or min(by_tokens, fair),
+            process=self.job.process,
+            processes=self.job.processes,
+        )
+
+    def tokens(self, spans: Iterable[Span]) -> int:
+        """Return how many tokens ``spans`` hold."""
+        return sum(self.corpus.lengths[span.first] * span.count for span in spans)
+
+    def resume(self) -> Snapshot | None:
+        """Return what an earlier run of the same command has saved."""
+        snapshot = self.progress.load()
+        if snapshot:
+            self.seconds = snapshot.position["seconds"]
+        return snapshot
+
+    def preflight(self, estimate: Preflight) -> None:
+        """Show the estimate; end a dry run.
+
+        Raises:
+            DryRun: nothing more was asked for.
+        """
+        self.reports.preflight(estimate)
+        if self.options.dry_run:
+            raise DryRun
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let a request to stop wait for the end of the batch, when progress can be saved.
+
+        A second Ctrl-C stops at once.
+        """
+        self._since = time.perf_counter()
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python delivers signals to the main thread only
+            return
+        previous = {
+            number: signal.signal(number, self._request)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def after_batch(
+        self, tokens: int, total: int, position: Mapping[str, Any], sites: Iterable[Site]
+    ) -> None:
+        """Report, save when it is time, and stop when that was asked for.
+
+        Args:
+            tokens: done so far.
+            total: in all.
+            position: where the loop is, in JSON; it comes back with the snapshot.
+            sites: whose sums go with it.
+
+        Raises:
+            Failure: a signal asked to stop, or another process is gone; progress is saved.
+        """
+        self.reports.progress(tokens, total)
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
+        self._heed(position, sites)
+        if self.progress.due():
+            self._save(position, sites)
+            self._since = time.perf_counter()
+
+    def wait(self, stage: str, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
+        """Wait for all processes at ``stage``, ready to save should that be in vain.
+
+        Raises:
+            Failure: as ``after_batch`` does.
+        """
+        self.job.wait(stage, lambda: self._heed(position, sites))
+
+    def after_last(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
+        """Wait until all processes are through; save first, for one of them may never be.
+
+        Raises:
+            Failure: as ``after_batch`` does.
+        """
+        if self.job.processes > 1:
+            self._save(position, sites)
+            self.wait("measured", position, sites)
+
+    def _heed(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
+        """Save and stop if a signal asked for that, or another process is gone."""
+        try:
+            self.job.check()
+        except PeerLost as lost:
+            self._save(position, sites)
+            raise PeerLost(f"{lost.message}; {self._saved_note()}") from lost
+        if self._stop:
+            self._save(position, sites)
+            raise Failure(f"stopped by {self._stop}; {self._saved_note()}")
+
+    def _save(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
+        if self.beside:
+            self.beside.persist()
+        self.progress.save({**position, "seconds": self.seconds}, sites)
+        if self.beside:
+            self.beside.settle()
+
+    def _saved_note(self) -> str:
+        return f"progress is in {self.progress.folder}: the same command continues"
+
+    def _request(self, number: int, _frame: FrameType | None) -> None:
+        if self._stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._stop = signal.Signals(number).name

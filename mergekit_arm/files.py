@@ -1,0 +1,102 @@
+"""Small verbs on files: atomic writes, publishing a directory, sizes.
+
+Whatever is not finished has a name that begins with a dot; ``state.sweep`` removes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+
+def write_text(path: Path, text: str, *, staging: Path | None = None) -> None:
+    """Write ``text`` to ``path``: the old content or the new, at every moment.
+
+    The unfinished file lies in ``staging``, a directory on the same disk; beside ``path`` by
+    default.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=staging or path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+def publish(staging: Path, final: Path) -> None:
+    """Flush the finished directory ``staging`` and rename it to ``final``, which must be absent."""
+    mask = _umask()
+    staging.chmod(0o777 & ~mask)
+    for path in staging.rglob("*"):
+        # safetensors makes files that only their owner can read.
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        _flush(path)
+    _flush(staging)
+    staging.rename(final)
+    _flush(final.parent)
+
+
+def fresh_directory(path: Path) -> Path:
+    """Return ``path`` as an empty directory, removing what was there."""
+    remove(path)
+    path.mkdir(parents=True)
+    return path
+
+
+def remove(path: Path) -> None:
+    """Remove a file, link or directory, if it exists.
+
+    A directory gets another name first, so that no half-removed one is ever seen under its own.
+    """
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        doomed = Path(tempfile.mkdtemp(prefix=".removed.", dir=path.parent))
+        path.rename(doomed / path.name)
+        shutil.rmtree(doomed)
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of all files in a directory."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def flush(path: Path) -> None:
+    """Make the kernel write a file, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,105 @@
+"""Free memory and disk, what a piece of work cost, and what running out of memory looks like."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+import torch
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+_POLL = 0.002  # seconds
+
+
+class Cost:
+    """What a ``with`` block took: seconds, and bytes beyond what was taken at its start."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds = 0.0
+        self.extra = 0
+
+    def __enter__(self) -> Cost:
+        self._began = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        else:
+            self._over = threading.Event()
+            self._process = psutil.Process()
+            self._before = self._process.memory_info().rss
+            self._thread = threading.Thread(target=self._poll, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.seconds = time.perf_counter() - self._began
+        if self.device.type == "cuda":
+            self.extra = torch.cuda.max_memory_allocated(self.device) - self._before
+        else:
+            self._over.set()
+            self._thread.join()
+
+    def _poll(self) -> None:
+        while not self._over.wait(_POLL):
+            self.extra = max(self.extra, self._process.memory_info().rss - self._before)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that this process may still take on ``device``.
+
+    On the CPU, the smaller of what the machine has left and what its container may take.
+    """
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    available: int = psutil.virtual_memory().available
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        if limit != "max":
+            used = int((_CGROUP / "memory.current").read_text())
+            statistics = (_CGROUP / "memory.stat").read_text()
+            # Cached files count as used, and go as soon as memory is wanted.
+            cached = int(statistics.split("inactive_file ")[1].split()[0])
+            available = min(available, int(limit) - used + cached)
+    except (OSError, IndexError, ValueError):
+        pass  # no container, or none that says
+    return available
+
+
+def free_disk(path: Path) -> int:
+    """Return the bytes that are free where ``path`` is, or will be."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Say whether ``error`` is what torch or Python raises when memory has run out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # CPU and MPS allocators raise a RuntimeError and nothing more particular.
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "can't allocate memory" in text or "out of memory" in text
+    )
+
+
+def release_memory() -> None:
+    """Give back what the allocators of this process hold without need."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,168 @@
+"""What a model holds, without loading it: names, shapes, and a hash that recognises it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+from mergekit.common import ModelReference
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader
+from safetensors import SafetensorError, safe_open
+
+from mergekit_arm.errors import InputError, first_line
+from mergekit_arm.files import hash_file
+from mergekit_arm.statistics.probe import take_probe
+
+ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_CONFIGS = ("config.json", ADAPTER_CONFIG)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A model's or adapter's tensors."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """Empty for an adapter, and for pickled weights on the Hub."""
+    parameters: int
+    fingerprint: str
+    """The Hub's commit, or a hash over configuration and every tensor's name, shape and probe."""
+
+
+def describe(reference: str) -> Contents:
+    """Describe a reference in mergekit's grammar; with an adapter, both parts' fingerprints.
+
+    Reads headers and probes of local files, and metadata only from the Hub.
+
+    Raises:
+        InputError: unreadable, incomplete, or not reachable.
+    """
+    parsed = ModelReference.parse(reference)
+    try:
+        model = _describe_part(parsed.model.path, parsed.model.revision)
+        if parsed.lora is None:
+            return model
+        adapter = _describe_part(parsed.lora.path, parsed.lora.revision)
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"model {reference}: {first_line(error)}") from error
+    return Contents(model.shapes, model.parameters, f"{model.fingerprint}+{adapter.fingerprint}")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Say whether a directory holds an adapter and no whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def missing_part(folder: Path) -> str | None:
+    """Return what a model or adapter directory lacks, or None where it is complete.
+
+    Every shard must be as long as its header says: a file that is still being written, or
+    was cut off, is not.
+    """
+    if is_adapter(folder):
+        weights = [folder / name for name in _ADAPTER_WEIGHTS if (folder / name).is_file()][:1]
+        if not weights:
+            return "no adapter weights"
+    elif not (folder / "config.json").is_file():
+        return "no config.json"
+    else:
+        try:
+            weights = _shards(folder)
+        except (OSError, ValueError, KeyError) as error:
+            return f"a damaged index ({first_line(error)})"
+        if not weights:
+            return "no weights that mergekit reads (model.safetensors or pytorch_model.bin)"
+    for file in weights:
+        if not file.is_file():
+            return f"no {file.name}"
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+            elif not zipfile.is_zipfile(file):  # its directory is at the end
+                return f"a truncated {file.name}"
+        except (OSError, SafetensorError) as error:
+            return f"a truncated {file.name} ({first_line(error)})"
+    return None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold a local directory's weights."""
+    if is_adapter(folder):
+        return [folder / name for name in _ADAPTER_WEIGHTS if (folder / name).is_file()][:1]
+    return _shards(folder)
+
+
+def _shards(folder: Path) -> list[Path]:
+    # The order in which mergekit looks.
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [folder / shard for shard in sorted(set(names))]
+        if (folder / name).is_file():
+            return [folder / name]
+    return []
+
+
+def _describe_part(path: str, revision: str | None) -> Contents:
+    folder = Path(path)
+    if not folder.is_dir():
+        return _describe_remote(path, revision)
+    problem = missing_part(folder)
+    if problem:
+        raise InputError(f"model {path}: {problem}")
+    digest = hashlib.sha256()
+    for name in _CONFIGS:
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    shapes: dict[str, tuple[int, ...]] = {}
+    if is_adapter(folder):
+        for file in weight_files(folder):
+            digest.update(hash_file(file).encode())
+        return Contents({}, 0, digest.hexdigest())
+    loader = LazyTensorLoader.from_disk(str(folder))
+    for name in sorted(loader.index.tensor_paths):
+        tensor = loader.get_tensor(name)
+        shapes[name] = tuple(tensor.shape)
+        digest.update(f"{name} {shapes[name]} {tensor.dtype} ".encode())
+        if tensor.is_floating_point() and tensor.numel():
+            digest.update(take_probe(tensor).numpy().tobytes())
+    return Contents(shapes, sum(math.prod(shape) for shape in shapes.values()), digest.hexdigest())
+
+
+def _describe_remote(path: str, revision: str | None) -> Contents:
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise InputError(f"model {path}: no such directory")
+    try:
+        commit = huggingface_hub.HfApi().model_info(path, revision=revision).sha
+    except Exception as error:  # without a network the client raises from three libraries
+        return _describe_cached(path, revision, error)
+    try:
+        metadata = huggingface_hub.get_safetensors_metadata(path, revision=revision)
+    except huggingface_hub.errors.NotASafetensorsRepoError:
+        return Contents({}, 0, str(commit))  # an adapter, or pickled weights
+    shapes = {
+        name: tuple(tensor.shape)
+        for file in metadata.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
+    return Contents(shapes, sum(map(math.prod, shapes.values())), str(commit))
+
+
+def _describe_cached(path: str, revision: str | None, cause: Exception) -> Contents:
+    try:
+        folder = huggingface_hub.snapshot_download(path, revision=revision, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"model {path}: neither a directory here nor reachable on the Hub ({first_line(cause)})"
+        ) from error
+    cached = _describe_part(folder, None)
+    # The cache names its snapshots by commit.
+    return Contents(cached.shapes, cached.parameters, Path(folder).name)

@@ -1,0 +1,178 @@
+"""Held-out data as token sequences: text in full, of chats the answers only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mergekit_arm.data.blocks import build_corpus
+from mergekit_arm.data.rows import load_rows
+from mergekit_arm.errors import InputError
+from mergekit_arm.streaming.config import Evaluation, section
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+_CHAT_COLUMN = "messages"
+IGNORED = -100
+"""Label of a position whose token is not scored, as in ``torch.nn.functional.cross_entropy``."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence; token ``i`` is scored where ``scored[i]``, given all tokens before it."""
+
+    ids: Tensor
+    """int64, one dimension."""
+    scored: Tensor
+    """bool, of the same length; never true at 0."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What every model of a stream is judged by: the same tokens for all of them."""
+
+    sequences: list[Sequence]
+    answers_only: bool
+
+    @property
+    def scored_tokens(self) -> int:
+        return sum(int(sequence.scored.sum()) for sequence in self.sequences)
+
+    def batches(
+        self, *, elements: int, width: int, batch_size: int | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (ids, attention mask, labels), each (sequences, length), padded at the right.
+
+        A batch has ``batch_size`` sequences; by default as many as keep length · ``width`` (what
+        the model makes of one token) within ``elements``, and one at least. Longest first, so
+        that little is wasted and memory is at its peak at once.
+        """
+        waiting = sorted(self.sequences, key=lambda s: -len(s.ids))
+        while waiting:
+            length = len(waiting[0].ids)
+            rows = batch_size or max(1, elements // (width * length))
+            batch, waiting = waiting[:rows], waiting[rows:]
+            ids = torch.zeros(len(batch), length, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            labels = torch.full_like(ids, IGNORED)
+            for row, sequence in enumerate(batch):
+                size = len(sequence.ids)
+                ids[row, :size] = sequence.ids
+                mask[row, :size] = 1
+                labels[row, :size] = sequence.ids.where(sequence.scored, IGNORED)
+            yield ids, mask, labels
+
+
+def load_heldout(settings: Evaluation, tokenizers: list[PreTrainedTokenizerBase]) -> HeldOut:
+    """Read and tokenise the held-out data.
+
+    ``tokenizers``: the base's, then others that may be used where it has no chat template.
+
+    Raises:
+        InputError: no data, no usable column, no tokenizer, or a template that cannot be cut.
+    """
+    assert settings.dataset is not None
+    with section("evaluation"):
+        rows, split = load_rows(settings.dataset, settings.subset, settings.split)
+        if len(rows) == 0:
+            raise InputError(f"data set {settings.dataset!r} is empty")
+        column = settings.text_column or (
+            _CHAT_COLUMN
+            if _CHAT_COLUMN in rows.column_names and "input_ids" not in rows.column_names
+            else None
+        )
+        if column in rows.column_names and _holds_chats(rows[0][column]):
+            assert column is not None
+            held = HeldOut(_chat_sequences(rows, column, settings, tokenizers), True)
+        else:
+            corpus = build_corpus(
+                rows,
+                tokenizers[0] if tokenizers else None,
+                split=split,
+                column=column,
+                samples=settings.samples,
+                sequence_length=settings.sequence_length,
+                seed=settings.seed,
+            )
+            held = HeldOut([_text_sequence(block) for block in corpus.blocks], False)
+        if held.scored_tokens == 0:
+            remedy = "give longer rows"
+            if held.answers_only:
+                remedy = "no row has a message of the role assistant that answers another"
+            raise InputError(f"no token of the data can be scored: {remedy}")
+    return held
+
+
+def _holds_chats(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _text_sequence(ids: Tensor) -> Sequence:
+    scored = torch.ones(len(ids), dtype=torch.bool)
+    scored[0] = False
+    return Sequence(ids, scored)
+
+
+def _chat_sequences(
+    rows: Dataset, column: str, settings: Evaluation, tokenizers: list[PreTrainedTokenizerBase]
+) -> list[Sequence]:
+    tokenizer = next((one for one in tokenizers if one.chat_template), None)
+    if tokenizer is None:
+        raise InputError(
+            f"column {column!r} holds chats, and neither the base nor the checkpoint has a chat "
+            "template; give rows of text, or a base whose tokenizer has one"
+        )
+    found: list[Sequence] = []
+    for row in rows.shuffle(seed=settings.seed):
+        if len(found) >= settings.samples:
+            break
+        found.extend(_answers(row[column], tokenizer, settings.sequence_length))
+    return found[: settings.samples]
+
+
+def _answers(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, longest: int
+) -> Iterator[Sequence]:
+    """Yield a sequence for each answer of a chat: the conversation up to it, the answer scored.
+
+    One for each, since templates may render an answer differently once the talk has gone on
+    (reasoning is dropped). Sequences too long keep their end; an answer that alone is too long
+    keeps its beginning.
+    """
+    for index, message in enumerate(messages or []):
+        if index == 0 or message.get("role") != "assistant":
+            continue
+        prompt = _render(messages[:index], tokenizer, generate=True)
+        whole = _render(messages[: index + 1], tokenizer, generate=False)
+        # Where they part, the answer begins: also if a token spans the boundary.
+        start = next(
+            (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b),
+            min(len(prompt), len(whole)),
+        )
+        start = max(start, 1)
+        if start >= len(whole):
+            continue
+        end = min(len(whole), start + longest - 1)
+        first = max(0, end - longest)
+        ids = torch.tensor(whole[first:end], dtype=torch.int64)
+        yield Sequence(ids, torch.arange(first, end) >= start)
+
+
+def _render(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, generate: bool
+) -> list[int]:
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=generate
+        )
+    except Exception as error:  # a template is a program of its own and may raise anything
+        raise InputError(f"the chat template refuses a row: {error}") from error
+    # The template has written its own special tokens.
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids

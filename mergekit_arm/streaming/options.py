@@ -1,0 +1,51 @@
+"""Everything that a stream can be told beside its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mergekit.options import MergeOptions
+
+from mergekit_arm.streaming.layout import LORA_CACHE
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How a stream is run, as against what it computes."""
+
+    merge: MergeOptions = field(default_factory=MergeOptions)
+    """mergekit's own options, for every merge."""
+    keep: Keep = "last"
+    """Which steps' float32 weights stay in ``steps/`` after the run."""
+    watch: WatchOptions | None = None
+    """Follow a training run that is still going."""
+
+
+def complete_options(options: MergeOptions, out: Path) -> MergeOptions:
+    """Return ``options`` with what a stream needs of every merge."""
+    return options.model_copy(
+        update={
+            "lora_merge_cache": options.lora_merge_cache or str(out / LORA_CACHE),
+            "write_model_card": False,  # a step has its configuration beside it
+            "quiet": options.quiet or options.verbosity == 0,
+        }
+    )
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """How a run is followed."""
+
+    end_marker: str | None = None
+    """A file that appears when the run ends; default: ``stream.end`` in its directory."""
+    timeout: float = 3600.0
+    """Seconds without a new checkpoint after which the run counts as ended."""
+    poll: float = 2.0
+    """Seconds between looks at the directory."""
+    settle: float = 30.0
+    """Seconds for which a checkpoint without trainer_state.json must not have changed."""
+
+
+Keep = Literal["all", "best", "last"]

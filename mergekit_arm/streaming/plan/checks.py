@@ -1,0 +1,165 @@
+"""The single checks that make up a plan; each refuses with one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mergekit import merge_methods
+from mergekit._data import chat_templates
+from pydantic import ValidationError
+
+from mergekit_arm.errors import InputError, did_you_mean, first_line
+from mergekit_arm.models.contents import Contents
+from mergekit_arm.streaming.config import (
+    DEFAULT_LEARNING_RATE,
+    Calibration,
+    StreamConfig,
+    absolute_reference,
+    plain_path,
+)
+from mergekit_arm.streaming.plan.document import check_document, step_document
+from mergekit_arm.streaming.plan.method import StepMethod
+from mergekit_arm.streaming.plan.schedule import Rates, check_rates, rate_at
+from mergekit_arm.streaming.training.checkpoints import Checkpoint, trained_on
+
+T = TypeVar("T")
+
+
+class Checks:
+    """Runs checks and collects what they refuse, so that a dry run names everything at once."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def run(self, check: Callable[[], T]) -> T | None:
+        try:
+            return check()
+        except InputError as error:
+            self.problems.append(error.message)
+        return None
+
+
+def leaves(setting: Any) -> Iterator[Any]:
+    """Yield the scalar values of a mergekit parameter setting: gradients, filters, or one value."""
+    if isinstance(setting, list):
+        for item in setting:
+            yield from leaves(item)
+    elif isinstance(setting, dict):
+        yield from leaves(setting.get("value"))
+    else:
+        yield setting
+
+
+def check_watched(config: StreamConfig) -> None:
+    if isinstance(config.checkpoints, list):
+        raise InputError("checkpoints: --watch follows one Trainer output directory, not a list")
+    folder = Path(plain_path(config.checkpoints))
+    if folder.exists() and not folder.is_dir():
+        raise InputError(
+            f"checkpoints: {folder} is a file; --watch follows a Trainer's output directory"
+        )
+    if config.passes > 1:
+        raise InputError(
+            "passes: --watch goes through the checkpoints once, since the trainer may delete them"
+        )
+
+
+def check_chat_template(template: str | None) -> None:
+    """Refuse what mergekit would only log, leaving the tokenizer out of every model."""
+    if template is None or template == "auto" or "{" in template:
+        return
+    names = [Path(file.name) for file in files(chat_templates).iterdir()]
+    known = sorted(name.stem for name in names if name.suffix == ".jinja")
+    if template not in known:
+        raise InputError(
+            f"chat_template: mergekit has no {template!r}{did_you_mean(template, known)}; there "
+            f"are: auto, {', '.join(known)}, or give the template itself"
+        )
+
+
+def choose_rates(config: StreamConfig, method: StepMethod, steps: int | None) -> Rates | None:
+    if method.rate_parameter is None:
+        if config.learning_rate is not None:
+            raise InputError(
+                f"learning_rate: {method.name} has none: remove it, or use arm or task_arithmetic"
+            )
+        if config.evaluation is not None and config.evaluation.backtrack:
+            raise InputError(f"evaluation.backtrack: {method.name} has no learning rate to halve")
+        return None
+    rates = DEFAULT_LEARNING_RATE if config.learning_rate is None else config.learning_rate
+    check_rates(rates, steps)
+    return rates
+
+
+def choose_calibration(config: StreamConfig, method: StepMethod) -> Calibration:
+    """Return how the steps measure: subspaces hold the energy that the merge will ask for."""
+    calibration = config.calibration or Calibration.model_validate({})
+    specs = {spec.name: spec for spec in merge_methods.get(method.name).spec.parameters}
+    if "energy" not in specs:
+        return calibration
+    wanted = leaves(config.parameters.get("energy", specs["energy"].default))
+    needed = max(float(one) for one in wanted if isinstance(one, (int, float)))
+    measured = calibration.settings["energy"]
+    if measured >= needed:
+        return calibration
+    if "energy" in calibration.document():
+        raise InputError(
+            f"calibration.energy {measured:g} is less than the merge's energy {needed:g}: "
+            "raise it, or lower parameters.energy"
+        )
+    return calibration.model_copy(update={"settings": {**calibration.settings, "energy": needed}})
+
+
+def check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | None) -> None:
+    document = step_document(
+        config,
+        method,
+        current=config.base_model,
+        checkpoint="checkpoint",
+        learning_rate=None if rates is None else rate_at(rates, 0, 1),
+        statistics=None,
+        checkpoint_statistics=None,
+    )
+    try:
+        check_document(document)
+    except (ValidationError, RuntimeError) as error:
+        detail = (
+            f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
+            if isinstance(error, ValidationError)
+            else first_line(error)
+        )
+        raise InputError(f"mergekit does not accept the step's configuration: {detail}") from error
+    specs = {spec.name: spec for spec in merge_methods.get(method.name).spec.parameters}
+    for key, setting in config.parameters.items():
+        for value in leaves(setting):
+            try:
+                specs[key].validate(value)
+            except ValidationError as error:
+                raise InputError(
+                    f"parameters: {key}: {value!r}: {error.errors()[0]['msg']}"
+                ) from error
+
+
+def same_shapes(checkpoint: Checkpoint, contents: Contents, base: Contents) -> None:
+    common = [name for name in base.shapes if name in contents.shapes]
+    if base.shapes and contents.shapes and not common:
+        raise InputError(
+            f"{checkpoint.name}: no tensor has a name that base_model's have: another architecture"
+        )
+    for name in common:
+        if base.shapes[name] != contents.shapes[name]:
+            raise InputError(
+                f"{checkpoint.name}: {name} has shape {list(contents.shapes[name])}, base_model's "
+                f"has {list(base.shapes[name])}: another model, or added tokens "
+                "(then set tokenizer_source: base or union)"
+            )
+
+
+def adapter_note(checkpoint: Checkpoint, config: StreamConfig) -> list[str]:
+    base = trained_on(checkpoint.reference)
+    if base is None or absolute_reference(base) == config.base_model:
+        return []
+    return [f"{checkpoint.name} is an adapter trained on {base}, merged into {config.base_model}"]

@@ -1,0 +1,274 @@
+"""One step: measure, merge, compare, judge, and repeat with half the rate if it got worse."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mergekit.options import MergeOptions
+
+from mergekit_arm.files import fresh_directory, remove, size_of, write_text
+from mergekit_arm.streaming.config import Evaluation
+from mergekit_arm.streaming.evaluation.score import Score
+from mergekit_arm.streaming.layout import (
+    CHECKPOINT_STATISTICS,
+    CONFIG,
+    METRICS,
+    MODEL,
+    PROVENANCE,
+    SCRATCH,
+    STATISTICS,
+)
+from mergekit_arm.streaming.plan.document import by_hand, step_document, to_yaml
+from mergekit_arm.streaming.plan.plan import PlannedStep
+from mergekit_arm.streaming.state import Losses, StepRecord
+from mergekit_arm.streaming.step.measuring import Measurement, carry_over, measure, provenance
+from mergekit_arm.streaming.step.merge import forgetting, merge, merge_adapter
+from mergekit_arm.streaming.step.movement import Move, measure_move
+from mergekit_arm.streaming.step.workplace import Workplace
+
+HALVINGS = 4
+"""How often ``backtrack`` halves a step's learning rate before it gives the checkpoint up."""
+
+_DEFAULT_SEED = 42
+
+
+@dataclass
+class _Clock:
+    """Seconds of a step by what they went into."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - begun
+            self.seconds[part] = round(self.seconds.get(part, 0.0) + spent, 3)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One merge of a step with one learning rate, and its result."""
+
+    number: int
+    rate: float | None
+    move: Move
+    score: Score
+    accepted: bool
+
+
+def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
+    """Do one step and return its record; nothing of it is committed yet.
+
+    Whatever of it a killed run had finished (statistics, the merged model) is used again.
+    Leaves the step's weights in its directory where the step was accepted.
+    """
+    state, folder, clock = place.state, place.folder(planned.step), _Clock()
+    folder.mkdir(parents=True, exist_ok=True)
+    merge_options = _options_of(place, planned.step)
+    current, checkpoint = place.model_of(state.current), planned.checkpoint.reference
+    with clock.time("calibrate"):
+        own = _statistics(place, planned, current)
+        others = _checkpoint_statistics(place, planned)
+    with clock.time("evaluate"):
+        latest = score_checkpoint(place, checkpoint)
+    rate, written = planned.rate, 0
+    for number in range(1, HALVINGS + 2):
+        document = step_document(
+            place.plan.config,
+            place.plan.method,
+            current=current,
+            checkpoint=checkpoint,
+            learning_rate=rate,
+            statistics=own.path if own else None,
+            checkpoint_statistics=others,
+        )
+        merged = str(folder / MODEL)
+        with forgetting([current, checkpoint, merged], [own.path if own else None, others]):
+            with clock.time("merge"):
+                _merge_once(place, planned, document, merge_options)
+            with clock.time("measure"):
+                move = measure_move(document, merged, merge_options)
+        written += size_of(folder / MODEL)
+        with clock.time("evaluate"):
+            score = _score(place, merged)
+        worse = _is_worse(place, score)
+        attempt = _Attempt(number, rate, move, score, accepted=not worse)
+        if not worse or number > HALVINGS:
+            break
+        assert rate is not None  # the plan refuses to backtrack without one
+        place.say(f"step {planned.step}: worse at learning rate {rate:g}; again with {rate / 2:g}")
+        rate /= 2
+    if not attempt.accepted:
+        remove(folder / MODEL)
+    record = StepRecord(
+        step=planned.step,
+        passed=planned.passed,
+        checkpoint=planned.checkpoint.name,
+        reference=checkpoint,
+        learning_rate=attempt.rate,
+        planned_rate=planned.rate,
+        attempts=attempt.number,
+        accepted=attempt.accepted,
+        statistics_from=own.measured_at if own else None,
+        calibration_tokens=own.tokens if own and own.measured_at == planned.step else 0,
+        rotation_degrees=move.rotation(),
+        update_norm=move.update_norm,
+        task_norm=move.task_norm,
+        current=as_losses(score) if attempt.accepted else state.losses_of(state.current),
+        base=state.base or Losses(),
+        latest_checkpoint=latest,
+        best_step=_best(place, planned.step, attempt),
+        seconds=clock.seconds,
+        bytes=written,
+    )
+    details: dict[str, Any] = record.model_dump(mode="json")
+    details["tensors"] = {name: asdict(one) for name, one in move.tensors.items()}
+    write_text(folder / METRICS, json.dumps(details, indent=1) + "\n")
+    if own is not None:
+        write_text(folder / PROVENANCE, json.dumps(provenance(own), indent=1) + "\n")
+    return record
+
+
+def score_base(place: Workplace) -> None:
+    """Score the base and commit that."""
+    place.state.base = as_losses(_score(place, place.plan.config.base_model))
+    place.state.save(place.out)
+
+
+def score_checkpoint(place: Workplace, reference: str) -> Losses:
+    """Return a checkpoint's loss; scored once, however often the stream passes over it."""
+    merge_adapter(reference, place.merge)
+    if reference not in place.state.scores:
+        place.state.scores[reference] = as_losses(_score(place, reference, run_command=False))
+    return place.state.scores[reference]
+
+
+def as_losses(score: Score) -> Losses:
+    """Return a score as the state stores it."""
+    return Losses(loss=score.loss, perplexity=score.perplexity, metric=score.metric)
+
+
+def _options_of(place: Workplace, step: int) -> MergeOptions:
+    # Methods with random masks would drop the same weights at every step with one seed.
+    seed = place.merge.random_seed
+    return place.merge.model_copy(
+        update={
+            "random_seed": (_DEFAULT_SEED if seed is None else seed) + step,
+            # Calibration and evaluation need it, whatever the final model gets.
+            "copy_tokenizer": place.plan.has_tokenizer,
+            "safe_serialization": True,
+        }
+    )
+
+
+def _statistics(place: Workplace, planned: PlannedStep, current: str) -> Measurement | None:
+    calibration = place.plan.calibration
+    if calibration is None:
+        return None
+    out = place.folder(planned.step) / STATISTICS
+    if planned.measures:
+        merge_adapter(current, place.merge)
+        return measure(
+            current,
+            out,
+            planned.step,
+            calibration.settings,
+            place.plan.method.statistics,
+            place.merge,
+            say=place.say,
+            progress=place.progress,
+        )
+    last = place.state.steps[-1]
+    assert last.statistics_from is not None
+    earlier = place.folder(last.step) / STATISTICS
+    return carry_over(earlier, last.statistics_from, Path(current), out)
+
+
+def _checkpoint_statistics(place: Workplace, planned: PlannedStep) -> Path | None:
+    if not place.plan.aligns or place.plan.calibration is None:
+        return None
+    merge_adapter(planned.checkpoint.reference, place.merge)
+    out = place.folder(planned.step) / CHECKPOINT_STATISTICS
+    return measure(
+        planned.checkpoint.reference,
+        out,
+        planned.step,
+        place.plan.calibration.settings,
+        ("subspace",),
+        place.merge,
+        say=place.say,
+        progress=place.progress,
+    ).path
+
+
+def _merge_once(
+    place: Workplace, planned: PlannedStep, document: dict[str, Any], options: MergeOptions
+) -> None:
+    """Merge into the step's directory, unless a killed run had finished this very merge."""
+    folder = place.folder(planned.step)
+    text = to_yaml(document, _comment(place, planned, document, options))
+    config = folder / CONFIG
+    if (folder / MODEL).is_dir():
+        if config.is_file() and config.read_text(encoding="utf-8") == text:
+            return
+        remove(folder / MODEL)
+    write_text(config, text)
+    merge(document, text, folder / MODEL, options)
+
+
+def _comment(
+    place: Workplace, planned: PlannedStep, document: dict[str, Any], options: MergeOptions
+) -> list[str]:
+    lines = [
+        f"Step {planned.step} of a stream: {planned.checkpoint.name} into the model so far.",
+        f"By hand: {by_hand(place.folder(planned.step) / CONFIG, options, document)}",
+    ]
+    if place.keep != "all":
+        lines.append(
+            "Its inputs' weights and statistics are kept with --keep all; else make them again, "
+            "step by step."
+        )
+    return lines
+
+
+def _score(place: Workplace, reference: str, *, run_command: bool = True) -> Score:
+    if place.judge is None:
+        return Score()
+    model = merge_adapter(reference, place.merge)
+    scratch = fresh_directory(place.out / SCRATCH)
+    try:
+        return place.judge.score(model, scratch, run_command=run_command)
+    finally:
+        remove(scratch)
+
+
+def _evaluation(place: Workplace) -> Evaluation | None:
+    return place.plan.config.evaluation
+
+
+def _is_worse(place: Workplace, score: Score) -> bool:
+    evaluation = _evaluation(place)
+    if evaluation is None or not evaluation.backtrack:
+        return False
+    before = place.state.losses_of(place.state.current)
+    return Score(before.loss, before.metric).better_than(score, evaluation)
+
+
+def _best(place: Workplace, step: int, attempt: _Attempt) -> int:
+    evaluation = _evaluation(place)
+    if not attempt.accepted:
+        return place.state.best
+    if evaluation is None:
+        return step
+    best = place.state.losses_of(place.state.best)
+    better = attempt.score.better_than(Score(best.loss, best.metric), evaluation)
+    return step if better else place.state.best

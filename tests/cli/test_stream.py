@@ -1,0 +1,254 @@
+"""``mergekit-arm stream`` as a command: the plan, the progress, the errors, resuming."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from mergekit.options import MergeOptions
+
+from mergekit_arm.cli.stream import command
+from mergekit_arm.errors import InputError
+from mergekit_arm.streaming import StreamOptions, stream
+from mergekit_arm.streaming.config import load_config
+from mergekit_arm.streaming.data_checks import check_disk, disk_needed
+from mergekit_arm.streaming.forecast import estimate
+from mergekit_arm.streaming.plan.plan import make_plan
+from tests.support.models import perturbed
+from tests.support.streams import config, digest, write_run, write_tokens
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_run(folder)
+    write_tokens(folder / "heldout.jsonl", 8)
+    document = config(
+        folder,
+        merge_method="aim",
+        parameters={"omega": 0.3},
+        learning_rate={"schedule": "cosine", "peak": 0.6, "final": 0.1, "warmup": 1},
+        calibration={"dataset": str(folder / "tokens.jsonl"), "samples": 4, "sequence_length": 24},
+        evaluation={"dataset": str(folder / "heldout.jsonl")},
+        dtype="bfloat16",
+    )
+    (folder / "stream.yml").write_text(yaml.safe_dump(document))
+    return folder
+
+
+def call(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(run: Path, tmp_path: Path) -> None:
+    done = call(run / "stream.yml", tmp_path / "out", "--dry-run")
+    assert done.exit_code == 0, done.output
+    for piece in ("checkpoint-10", "0.3", "0.6", "0.1", "time ", "disk ", "memory "):
+        assert piece in done.output
+    assert "nothing is wrong" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_names_everything_that_is_wrong(run: Path, tmp_path: Path) -> None:
+    document = config(
+        run,
+        learning_rate=[0.5],
+        parameters={"denstiy": 1},
+        evaluation={"dataset": "nowhere.jsonl"},
+    )
+    file = tmp_path / "stream.yml"
+    file.write_text(yaml.safe_dump({**document, "base_model": "./nowhere"}))
+    done = call(file, tmp_path / "out", "--dry-run", "--keep", "best")
+    assert done.exit_code == 2
+    assert "'denstiy' (did you mean 'density'?)" in done.output
+    assert "./nowhere: no such directory" in done.output
+    file.write_text(yaml.safe_dump({**document, "parameters": {}}))
+    done = call(file, tmp_path / "out", "--dry-run")
+    assert "1 entries for 3 steps" in done.output
+    assert "nowhere.jsonl: no such file" in done.output
+
+
+def test_the_command_streams_and_tells_of_every_step(run: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mergekit_arm", "stream", run / "stream.yml", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for piece in ("step 1", "step 2", "step 3", "checkpoint-30", "The stream has ended"):
+        assert piece in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
+def test_an_error_is_one_line(run: Path) -> None:
+    done = call(run / "stream.yml", "/dev/null")
+    assert done.exit_code == 2
+    assert done.output.strip() == "Error: /dev/null is a file; name a directory for the stream"
+
+
+@pytest.mark.parametrize("rest", [(), ("--dry-run",)], ids=["run", "dry run"])
+@pytest.mark.parametrize("out", ["/proc/out", "stream.yml/out"])
+def test_an_out_that_cannot_be_made_is_one_line(run: Path, out: str, rest: Any) -> None:
+    done = call(run / "stream.yml", run / out, *rest)
+    assert done.exit_code == 2
+    assert "give another OUT" in done.output.splitlines()[-1]
+
+
+@pytest.mark.parametrize("option", ["--end-marker", "--watch-timeout", "--poll"])
+def test_what_belongs_to_watch_is_refused_without_it(run: Path, option: str) -> None:
+    done = call(run / "stream.yml", run / "out", option, "3")
+    assert done.exit_code == 2
+    assert done.output.strip() == f"Error: {option} belongs to --watch: add that"
+
+
+def test_brackets_in_names_are_printed_as_they_are(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run / "run" / "checkpoint-10", "a[/b]")
+    Path("stream.yml").write_text(yaml.safe_dump(config(run, checkpoints=["./a[/b]"])))
+    assert "│ ./a[/b] " in call("stream.yml", "out[/i]", "--dry-run").output
+    done = call("stream.yml", "out[/i]")
+    assert done.exit_code == 0, done.output  # markup that closes nothing would be an error
+    assert "step 1  ./a[/b]" in done.output
+
+
+def test_every_option_of_mergekit_yaml_is_there() -> None:
+    ours = {parameter.name for parameter in command.params}
+    assert set(MergeOptions.model_fields) <= ours
+    help_text = call("--help").output
+    for option in ("--cuda", "--multi-gpu", "--lazy-unpickle", "--dry-run", "--watch"):
+        assert option in help_text
+
+
+def test_a_finished_stream_is_not_done_again(run: Path, tmp_path: Path) -> None:
+    first = stream(run / "stream.yml", tmp_path / "out")
+    before = digest(tmp_path / "out")
+    told: list[Any] = []
+    second = stream(run / "stream.yml", tmp_path / "out", on_step=told.append)
+    assert not told
+    assert second == first
+    assert digest(tmp_path / "out") == before
+    done = call(run / "stream.yml", tmp_path / "out", "--dry-run")
+    assert "3 (done)" in done.output
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"learning_rate": 0.7}, 'learning_rate was {"final": 0.1'),
+        ({"evaluation": None}, "evaluation is gone"),
+        ({"chat_template": "chatml"}, "chat_template is new"),
+        ("a checkpoint's weights", "content of checkpoint-20 was"),
+        ("a checkpoint more", "checkpoints found was checkpoint-10, checkpoint-20, checkpoint-30"),
+        ("the base's weights", "base_model's content was"),
+        ("the held-out data", "content of the evaluation data was"),
+    ],
+)
+def test_a_changed_stream_is_refused_and_the_difference_named(
+    run: Path, tmp_path: Path, change: Any, said: str
+) -> None:
+    scene = tmp_path / "scene"
+    shutil.copytree(run, scene)
+    document = yaml.safe_load((run / "stream.yml").read_text().replace(str(run), str(scene)))
+    stream(document, tmp_path / "out")
+    models = write_run(tmp_path / "others")
+    if isinstance(change, dict):
+        document = {k: v for k, v in {**document, **change}.items() if v is not None}
+    elif change == "a checkpoint's weights":
+        perturbed(models[2], 77).save_pretrained(scene / "run" / "checkpoint-20")
+    elif change == "a checkpoint more":
+        models[1].save_pretrained(scene / "run" / "checkpoint-40")
+    elif change == "the base's weights":
+        models[1].save_pretrained(scene / "base")
+    else:
+        write_tokens(scene / "heldout.jsonl", 99)
+    before = digest(tmp_path / "out")
+    with pytest.raises(InputError) as caught:
+        stream(document, tmp_path / "out")
+    assert "holds another stream" in caught.value.message
+    assert said in caught.value.message
+    assert digest(tmp_path / "out") == before
+
+
+def test_two_processes_cannot_share_a_stream(run: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(InputError, match="another process"):
+        stream(run / "stream.yml", tmp_path / "out")
+
+
+def test_a_damaged_state_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    state = tmp_path / "out" / "stream_state.json"
+    for text, said in (("{", "damaged"), ('{"format_version": 99}', "format 99")):
+        state.write_text(text)
+        with pytest.raises(InputError, match=said):
+            stream(run / "stream.yml", tmp_path / "out")
+
+
+def test_the_disk_that_was_forecast_is_the_disk_that_is_used(run: Path, tmp_path: Path) -> None:
+    plan, problems = make_plan(load_config(run / "stream.yml"), MergeOptions(), None)
+    assert plan is not None
+    assert not problems
+    peak = 0
+
+    def weigh(_: Any) -> None:
+        nonlocal peak
+        files = (tmp_path / "out").rglob("model*.safetensors")
+        peak = max(peak, sum(f.stat().st_size for f in files if "statistics" not in str(f)))
+
+    stream(run / "stream.yml", tmp_path / "out", on_step=weigh)
+    assert peak <= disk_needed(plan, "last")
+    assert disk_needed(plan, "all") == plan.base.parameters * (3 * 4 + 2)
+    forecast = estimate(plan, tmp_path / "new", MergeOptions(), "last")
+    assert forecast.seconds is not None
+    assert forecast.seconds > 0
+    assert forecast.memory > plan.base.parameters * 4
+
+
+def test_too_small_a_disk_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mergekit_arm.streaming.estimate as module
+
+    plan, _ = make_plan(load_config(run / "stream.yml"), MergeOptions(), None)
+    assert plan is not None
+    needed = disk_needed(plan, "last")
+    monkeypatch.setattr(module, "_free", lambda path: needed - 1)
+    with pytest.raises(InputError, match="of disk"):
+        check_disk(plan, tmp_path / "out", "last")
+    monkeypatch.setattr(module, "_free", lambda path: needed)
+    check_disk(plan, tmp_path / "out", "last")
+
+
+def test_best_needs_an_evaluation(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="without evaluation no step is the best"):
+        stream(config(run), tmp_path / "out", StreamOptions(keep="best"))
+
+
+def test_keep_is_one_of_three(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did you mean 'last'"):
+        stream(config(run), tmp_path / "out", StreamOptions(keep="lst"))  # type: ignore[arg-type]
+
+
+def test_the_journal_is_one_line_a_step(run: Path, tmp_path: Path) -> None:
+    stream(run / "stream.yml", tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out/stream.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert {"learning_rate", "calibration_tokens", "rotation_degrees", "update_norm"} <= set(
+            line
+        )
+        assert {"current", "base", "latest_checkpoint", "seconds", "bytes"} <= set(line)
+        assert line["bytes"] > 4 * 20_000
+        assert sum(line["seconds"].values()) > 0

@@ -1,0 +1,65 @@
+"""Hub references, from a cache and without a network (no machine of ours has one)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from mergekit.scripts.run_yaml import main as mergekit_yaml
+
+from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def publish(folder: Path, name: str, cache: Path) -> None:
+    """Lay ``folder`` into a Hub cache as the client would after downloading ``name``."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("reference", ["someone/stats", f"someone/stats@{COMMIT}"])
+def test_merge_with_published_statistics(
+    reference: str, family: Path, cache: Path, tmp_path: Path
+) -> None:
+    publish(family / "stats", "someone/stats", cache)
+    config = {
+        "merge_method": "aim",
+        "base_model": str(family / "base"),
+        "models": [{"model": str(family / "a"), "parameters": {"weight": 1.0}}],
+        "parameters": {"activation_stats": reference},
+        "dtype": "float32",
+    }
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    arguments = [str(tmp_path / "config.yml"), str(tmp_path / "out"), "--quiet"]
+    done = CliRunner().invoke(mergekit_yaml, [*arguments, "--transformers-cache", str(cache)])
+    assert done.exit_code == 0, done.output
+
+
+def test_measure_a_published_model(
+    family: Path, cache: Path, token_file: Path, tmp_path: Path, measure: Callable[..., Path]
+) -> None:
+    publish(family / "base", "someone/base", cache)
+    result = calibrate(
+        CalibrationOptions(
+            model="someone/base@main", out=str(tmp_path / "stats"), dataset=str(token_file)
+        )
+    )
+    assert result.metadata.model.reference == "someone/base@main"
+    assert result.metadata.model.revision == COMMIT
+    again = (tmp_path / "stats" / "model.safetensors").read_bytes()
+    assert again == (family / "stats" / "model.safetensors").read_bytes()

@@ -1,0 +1,254 @@
+"""How steps are judged: losses to the digit, answers only, and the decisions they lead to."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mergekit.options import MergeOptions
+
+from mergekit_arm.errors import Failure, InputError
+from mergekit_arm.streaming import StreamOptions, stream
+from mergekit_arm.streaming.config import Evaluation
+from mergekit_arm.streaming.evaluation.heldout import HeldOut, Sequence, load_heldout
+from mergekit_arm.streaming.evaluation.score import Judge, mean_loss, run_metric
+from tests.support.models import VOCABULARY, perturbed, tiny_llama
+from tests.support.streams import add_tokenizer, config, weights, write_run, write_tokens
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_run(folder, (1, 2, 3, 4, 5, 6))
+    return folder
+
+
+def scripted(folder: Path, *numbers: float) -> dict[str, Any]:
+    """Return an evaluation whose command answers with ``numbers``, one at a call, base first."""
+    file = folder / "numbers.txt"
+    file.write_text("".join(f"{number}\n" for number in numbers))
+    return {
+        "metric_command": f"test -e {{model}}/config.json && head -n1 {file} && sed -i 1d {file}",
+        "metric_goal": "minimize",
+    }
+
+
+def test_the_loss_is_that_of_a_plain_loop() -> None:
+    model = tiny_llama(3).eval()
+    generator = torch.Generator().manual_seed(1)
+    sequences = []
+    for length in (3, 9, 9, 17, 5):
+        ids = torch.randint(VOCABULARY, (length,), generator=generator)
+        scored = torch.rand(length, generator=generator) < 0.6
+        scored[0], scored[1] = False, True
+        sequences.append(Sequence(ids, scored))
+    expected: list[float] = []
+    with torch.inference_mode():
+        for sequence in sequences:
+            for position in range(1, len(sequence.ids)):
+                if sequence.scored[position]:
+                    logits = model(input_ids=sequence.ids[None, :position]).logits[0, -1].double()
+                    expected.append(-float(logits.log_softmax(0)[sequence.ids[position]]))
+    held = HeldOut(sequences, answers_only=True)
+    assert held.scored_tokens == len(expected)
+    for batch_size in (None, 1, 2, 5):
+        loss = mean_loss(model, held, batch_size)
+        assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-6)
+
+
+def test_batches_stay_within_their_bound() -> None:
+    sequences = [Sequence(torch.ones(n).long(), torch.ones(n).bool()) for n in range(1, 30)]
+    batches = list(HeldOut(sequences, False).batches(elements=2000, width=20, batch_size=None))
+    assert all(ids.numel() * 20 <= 2000 for ids, _, _ in batches)
+    assert sum(int(mask.sum()) for _, mask, _ in batches) == sum(range(1, 30))
+
+
+def test_of_chats_only_the_answers_are_scored(tmp_path: Path) -> None:
+    tokenizer = add_tokenizer(tmp_path, template=TEMPLATE)
+    chat = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "one?"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three?"},
+        {"role": "assistant", "content": "four five"},
+    ]
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": chat}) + "\n")
+    held = load_heldout(Evaluation(dataset=str(file)), [tokenizer])
+    assert held.answers_only
+    answers = [tokenizer.decode(s.ids[s.scored]) for s in held.sequences]
+    assert answers == ["two\n", "four five\n"]
+    contexts = [tokenizer.decode(s.ids[~s.scored]) for s in held.sequences]
+    assert contexts[0] == "<system>be brief\n<user>one?\n<assistant>"
+    assert contexts[1] == contexts[0] + "two\n<user>three?\n<assistant>"
+
+
+@pytest.mark.parametrize("role", ["user", "gpt"])
+def test_chats_without_an_answer_are_refused(tmp_path: Path, role: str) -> None:
+    tokenizer = add_tokenizer(tmp_path, template=TEMPLATE)
+    chat = [{"role": "user", "content": "one?"}, {"role": role, "content": "two?"}]
+    file = tmp_path / "chats.jsonl"
+    file.write_text(json.dumps({"messages": chat}) + "\n")
+    with pytest.raises(InputError, match="no row has a message of the role assistant"):
+        load_heldout(Evaluation(dataset=str(file)), [tokenizer])
+
+
+def test_long_chats_keep_what_precedes_the_answer(tmp_path: Path) -> None:
+    tokenizer = add_tokenizer(tmp_path, template=TEMPLATE)
+    file = tmp_path / "chats.jsonl"
+    for question, answer in (("q" * 50, "short"), ("q", "a" * 50)):
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        file.write_text(json.dumps({"messages": chat}) + "\n")
+        settings = Evaluation(dataset=str(file), sequence_length=16)
+        (sequence,) = load_heldout(settings, [tokenizer]).sequences
+        assert len(sequence.ids) == 16
+        text = tokenizer.decode(sequence.ids[sequence.scored])
+        assert text == ("short\n" if answer == "short" else "a" * len(text))
+        assert not sequence.scored[0]
+
+
+def test_chats_need_a_template_from_somewhere(tmp_path: Path) -> None:
+    bare = add_tokenizer(tmp_path / "bare")
+    other = add_tokenizer(tmp_path / "other", template=TEMPLATE)
+    file = tmp_path / "chats.jsonl"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file.write_text(json.dumps({"messages": chat}) + "\n")
+    settings = Evaluation(dataset=str(file))
+    with pytest.raises(InputError, match="neither the base nor the checkpoint has a chat"):
+        load_heldout(settings, [bare])
+    assert load_heldout(settings, [bare, other]).scored_tokens == 2
+    judge = Judge(settings, [str(tmp_path / "bare"), str(tmp_path / "other")], MergeOptions())
+    assert judge.heldout.answers_only
+
+
+def test_the_journal_holds_the_losses_of_current_base_and_checkpoint(
+    run: Path, tmp_path: Path
+) -> None:
+    heldout = write_tokens(tmp_path / "heldout.jsonl", 12)
+    settings = {"dataset": str(heldout), "keep": "last"}
+    result = stream(config(run, evaluation=settings), tmp_path / "out", StreamOptions(keep="all"))
+    judge = Judge(Evaluation(**settings), [str(run / "base")], MergeOptions())
+    for record in result.steps:
+        expected = {
+            "current": judge.score(
+                str(tmp_path / "out" / "steps" / f"{record.step:03d}" / "model"),
+                tmp_path,
+                run_command=False,
+            ),
+            "base": judge.score(str(run / "base"), tmp_path, run_command=False),
+            "latest_checkpoint": judge.score(record.reference, tmp_path, run_command=False),
+        }
+        for which, score in expected.items():
+            assert score.loss is not None
+            found = getattr(record, which)
+            assert found.loss == pytest.approx(score.loss, rel=1e-7)
+            assert found.perplexity == pytest.approx(math.exp(score.loss), rel=1e-6)
+    assert result.chosen == 6  # keep: last
+
+
+def test_the_best_step_becomes_the_model(run: Path, tmp_path: Path) -> None:
+    evaluation = scripted(tmp_path, 9, 5, 3, 4, 3, 6, 7)
+    out = tmp_path / "out"
+    result = stream(config(run, evaluation=evaluation), out, StreamOptions(keep="all"))
+    assert [record.current.metric for record in result.steps] == [5, 3, 4, 3, 6, 7]
+    assert [record.best_step for record in result.steps] == [1, 2, 2, 2, 2, 2]
+    assert result.chosen == 2  # the first of equals
+    best, model = weights(out / "steps" / "002" / "model"), weights(result.model)
+    assert all(torch.equal(best[name], model[name]) for name in best)
+
+
+def test_a_goal_to_maximise_turns_everything_round(run: Path, tmp_path: Path) -> None:
+    evaluation = {**scripted(tmp_path, 0.1, 0.5, 0.8, 0.3, 0.2, 0.1, 0), "metric_goal": "maximize"}
+    result = stream(config(run, evaluation=evaluation), tmp_path / "out")
+    assert result.chosen == 2
+
+
+def test_patience_ends_the_stream(run: Path, tmp_path: Path) -> None:
+    evaluation = {**scripted(tmp_path, 9, 5, 6, 7, 4, 3, 2), "patience": 2}
+    result = stream(config(run, evaluation=evaluation), tmp_path / "out")
+    assert len(result.steps) == 3
+    assert result.chosen == 1
+    assert "no step was better for 2 steps" in result.stopped
+
+
+def test_no_step_better_than_the_base_leaves_the_base(run: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    evaluation = scripted(tmp_path, 1, 2, 3, 4, 5, 6, 7)
+    result = stream(config(run, evaluation=evaluation), tmp_path / "out", say=notes.append)
+    assert result.chosen == 0
+    assert any("no step was better than the base" in note for note in notes)
+    base, model = weights(run / "base"), weights(result.model)
+    assert all(torch.equal(base[name], model[name]) for name in base)
+
+
+def test_backtracking_halves_the_rate_until_it_helps(run: Path, tmp_path: Path) -> None:
+    # Step 1 is better at once, step 2 at the second halving, step 3 never: it is left out.
+    numbers = [9, 8, 8.5, 8.2, 7, *[7.5] * 5, 6, 5, 4]
+    evaluation = {**scripted(tmp_path, *numbers), "backtrack": True}
+    out = tmp_path / "out"
+    result = stream(config(run, evaluation=evaluation), out, StreamOptions(keep="all"))
+    assert [record.learning_rate for record in result.steps[:3]] == [0.5, 0.125, 0.03125]
+    assert [record.attempts for record in result.steps] == [1, 3, 5, 1, 1, 1]
+    assert [record.accepted for record in result.steps] == [True, True, False, True, True, True]
+    assert result.steps[2].current.metric == 7
+    current = weights(run / "base")
+    rates = {1: 0.5, 2: 0.125, 4: 0.5, 5: 0.5, 6: 0.5}
+    for number, rate in rates.items():
+        incoming = weights(run / "run" / f"checkpoint-{number}")
+        current = {n: w + rate * (incoming[n] - w) for n, w in current.items()}
+    final = weights(result.model)
+    assert all(torch.allclose(final[n], current[n], rtol=1e-5, atol=1e-7) for n in final)
+    assert not (out / "steps" / "003" / "model").exists()
+
+
+def test_a_metric_command_is_quoted_and_its_last_number_counts(tmp_path: Path) -> None:
+    path = tmp_path / "a model's name"
+    assert (
+        run_metric("echo loss; echo 3; echo -1.5e-3; echo {model}", str(path), tmp_path) == -1.5e-3
+    )
+    assert run_metric("test -d {scratch} && echo 1 # {model}", "x", tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("echo out of memory >&2; exit 3 # {model}", "ended with status 3: out of memory"),
+        ("exit 4 # {model}", "ended with status 4: it said nothing"),
+        ("echo nan {model}", "printed no line that is a number"),
+    ],
+)
+def test_a_failing_metric_command_stops_the_stream_and_resumes(
+    run: Path, tmp_path: Path, command: str, said: str
+) -> None:
+    evaluation = {"metric_command": command, "metric_goal": "maximize"}
+    with pytest.raises(Failure) as caught:
+        stream(config(run, evaluation=evaluation), tmp_path / "out")
+    assert said in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_a_broken_model_is_not_given_a_score(tmp_path: Path) -> None:
+    base = tiny_llama(0)
+    base.save_pretrained(tmp_path / "base")
+    broken = perturbed(base, 1)
+    broken.model.norm.weight.data[0] = math.inf
+    broken.save_pretrained(tmp_path / "run" / "checkpoint-1")
+    heldout = write_tokens(tmp_path / "heldout.jsonl", 12)
+    with pytest.raises(Failure, match=r"the loss of .* is nan"):
+        stream(config(tmp_path, evaluation={"dataset": str(heldout)}), tmp_path / "out")
+
+
+def test_foreign_tokens_are_refused_by_name(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "heldout.jsonl"
+    file.write_text(json.dumps({"input_ids": [1, 2, VOCABULARY]}) + "\n")
+    with pytest.raises(InputError, match=f"holds token {VOCABULARY}"):
+        stream(config(run, evaluation={"dataset": str(file)}), tmp_path / "out")

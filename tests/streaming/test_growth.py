@@ -1,0 +1,128 @@
+"""A long stream needs no more memory, files or disk at its end than near its beginning."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mergekit_arm.streaming import stream
+from tests.support.streams import config, write_run, write_tokens
+
+REFERENCE = 5
+"""The step from which on nothing may grow."""
+
+
+def weights_on_disk(out: Path) -> int:
+    """Return the bytes of all tensors in ``out``, whatever they are."""
+    return sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+
+
+def follow(document: dict[str, Any], out: Path) -> list[dict[str, int]]:
+    """Run a stream; return what it holds after every step."""
+    process = psutil.Process()
+    held: list[dict[str, int]] = []
+
+    def look(_: Any) -> None:
+        held.append(
+            {
+                "memory": process.memory_full_info().uss,
+                "files": process.num_fds(),
+                "maps": len(process.memory_maps()),
+                "disk": weights_on_disk(out),
+                "entries": sum(len(names) for _, _, names in os.walk(out)),
+            }
+        )
+
+    stream(document, out, on_step=look)
+    return held
+
+
+def assert_no_growth(held: list[dict[str, int]], model: int) -> None:
+    first, rest = held[REFERENCE - 1], held[REFERENCE:]
+    assert max(one["files"] for one in rest) <= first["files"]
+    # Statistics of a later model may need a few directions more.
+    assert max(one["disk"] for one in rest) <= 1.01 * first["disk"]
+    # The journal's own records, not models: one model kept at each step would be far over this.
+    steps = len(rest)
+    assert held[-1]["memory"] - first["memory"] < max(model * steps // 4, 24 << 20)
+    assert held[-1]["maps"] - first["maps"] < steps // 2
+    assert held[-1]["entries"] - first["entries"] <= 3 * steps
+
+
+def test_thirty_steps_grow_nothing(tmp_path: Path) -> None:
+    write_run(tmp_path, (1, 2))
+    document = config(
+        tmp_path,
+        merge_method="arm",
+        passes=15,
+        calibration={"dataset": str(tmp_path / "tokens.jsonl"), "refresh": 10},
+        evaluation={"dataset": str(write_tokens(tmp_path / "heldout.jsonl", 3, rows=2))},
+    )
+    held = follow(document, tmp_path / "out")
+    assert len(held) == 30
+    assert_no_growth(held, model=(tmp_path / "base" / "model.safetensors").stat().st_size)
+
+
+def as_large_as_smollm2(folder: Path) -> None:
+    """Save a base and two checkpoints with SmolLM2-135M's shapes and random weights."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+        )
+    ).to(torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    for number in (1, 2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.002)
+        model.save_pretrained(folder / "run" / f"checkpoint-{number}")
+    write_tokens(folder / "tokens.jsonl", 1, rows=8, length=128)
+    write_tokens(folder / "heldout.jsonl", 2, rows=4, length=128)
+
+
+@pytest.mark.long
+def test_fifty_steps_with_135_million_parameters_grow_nothing(tmp_path: Path) -> None:
+    as_large_as_smollm2(tmp_path)
+    document = config(
+        tmp_path,
+        merge_method="arm",
+        passes=25,
+        calibration={"dataset": str(tmp_path / "tokens.jsonl"), "refresh": 10},
+        evaluation={"dataset": str(tmp_path / "heldout.jsonl"), "keep": "last"},
+        dtype="bfloat16",
+    )
+    # In a process of its own: what other tests left behind would hide growth, or look like it.
+    script = (
+        "import json, sys; from pathlib import Path; "
+        "from tests.streaming.test_growth import follow;"
+        "print(json.dumps(follow(json.loads(sys.argv[1]), Path(sys.argv[2]))))"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(document), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    held = json.loads(done.stdout.splitlines()[-1])
+    assert len(held) == 50
+    model = 4 * 134_515_008
+    first = held[REFERENCE - 1]
+    assert max(one["memory"] for one in held[REFERENCE:]) - first["memory"] < model // 8
+    assert_no_growth(held, model=0)
