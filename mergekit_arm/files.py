@@ -9,6 +9,8 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -18,31 +20,53 @@ def write_text(path: Path, text: str, *, staging: Path | None = None) -> None:
     The unfinished file lies in ``staging``, a directory on the same disk; beside ``path`` by
     default.
     """
+    with replacement(path, staging=staging) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacement(path: Path, *, staging: Path | None = None) -> Iterator[Path]:
+    """Give a file to write in the place of ``path``, which is replaced when the block is through.
+
+    At every moment ``path`` is what it was or what it becomes, after a power failure too. The
+    unfinished file lies in ``staging``, a directory on the same disk; beside ``path`` by
+    default. It is removed should the block fail.
+    """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=staging or path.parent)
+    os.close(descriptor)
+    unfinished = Path(name)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        yield unfinished
+        unfinished.chmod(0o666 & ~_umask())
+        flush(unfinished)
+        unfinished.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
-    _flush(path.parent)
+    flush(path.parent)
 
 
-def publish(staging: Path, final: Path) -> None:
-    """Flush the finished directory ``staging`` and rename it to ``final``, which must be absent."""
+def publish(staging: Path, final: Path, *, replace: bool = False) -> None:
+    """Flush the finished directory ``staging`` and rename it to ``final``.
+
+    ``final`` must be absent, or an empty directory; with ``replace``, it may be any directory,
+    which is removed once the new one is in its place.
+    """
     mask = _umask()
     staging.chmod(0o777 & ~mask)
     for path in staging.rglob("*"):
         # safetensors makes files that only their owner can read.
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        _flush(path)
-    _flush(staging)
-    staging.rename(final)
-    _flush(final.parent)
+        flush(path)
+    flush(staging)
+    if replace and final.exists():
+        previous = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        final.rename(previous / final.name)
+        staging.rename(final)
+        shutil.rmtree(previous)
+    else:
+        staging.rename(final)
+    flush(final.parent)
 
 
 def fresh_directory(path: Path) -> Path:
@@ -79,7 +103,13 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
+def is_path(reference: str) -> bool:
+    """Say whether ``reference`` can only mean a path here: a Hub id has one slash at most."""
+    return reference.startswith((".", "/", "~")) or reference.count("/") > 1
+
+
+def flush(path: Path) -> None:
+    """Make the kernel write a file, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -91,12 +121,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def flush(path: Path) -> None:
-    """Make the kernel write a file, or a directory's entries, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,10 +9,7 @@ from pathlib import Path
 import huggingface_hub.errors
 import pydantic
 from mergekit.common import ModelReference
-from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
-from safetensors import safe_open
-from torch import Tensor
 
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.statistics.format import FORMAT_VERSION, METADATA_FILE, Metadata
@@ -82,37 +79,6 @@ def read_metadata(reference: str, path: Path) -> Metadata:
             f"activation_stats {reference}: {METADATA_FILE} is damaged ({detail}); "
             "copy or measure it again"
         ) from error
-
-
-class TensorFiles:
-    """The safetensors files of a directory, mapped; a tensor is read when it is asked for.
-
-    As mergekit's lazy loader finds them, which looks through all names of a file for every
-    tensor: statistics have thousands.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Open every file, which checks that it is as long as its header says.
-
-        Raises:
-            OSError, RuntimeError, ValueError, SafetensorError: a file is absent, cannot be
-                read, or is shorter than its header says.
-        """
-        index = ShardedTensorIndex.from_disk(str(path))
-        files = {shard.filename: safe_open(path / shard.filename, "pt") for shard in index.shards}
-        self._file_of = {name: files[file] for name, file in index.tensor_paths.items()}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def get(self, name: str) -> Tensor:
-        """Return a tensor, on the CPU.
-
-        Raises:
-            KeyError: there is none of that name.
-        """
-        tensor: Tensor = self._file_of[name].get_tensor(name)  # type: ignore[no-untyped-call]
-        return tensor
 
 
 def _hub_path(reference: str) -> str:

@@ -15,9 +15,10 @@ from torch import Tensor
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.statistics.format import WeightRecord
 from mergekit_arm.statistics.kinds.subspace import columns_for_energy, orthonormal
-from mergekit_arm.statistics.locate import TensorFiles, locate, read_metadata, version
+from mergekit_arm.statistics.locate import locate, read_metadata, version
 from mergekit_arm.statistics.matching import Matcher
 from mergekit_arm.statistics.write import PROBES
+from mergekit_arm.tensors import TensorFiles
 
 LOG = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Statistics:
         self.reference = reference
         self.metadata = read_metadata(reference, path)
         try:
-            self._files = TensorFiles(path)
+            self._files = TensorFiles(path, keep_open=True)
             self._probes = self._files.get(PROBES)
         except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
             raise InputError(

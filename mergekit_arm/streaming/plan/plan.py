@@ -12,7 +12,8 @@ from mergekit.options import MergeOptions
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.files import hash_file
 from mergekit_arm.models.contents import Contents, describe
-from mergekit_arm.models.loading import choose_device, load_own_tokenizer
+from mergekit_arm.models.loading import choose_device
+from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.streaming.config import DTYPES, Calibration, StreamConfig, absolute_reference
 from mergekit_arm.streaming.options import WatchOptions
 from mergekit_arm.streaming.plan.checks import (

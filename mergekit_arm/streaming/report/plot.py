@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mergekit_arm.files import replacement
 from mergekit_arm.streaming.state import Losses, State, StepRecord
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
@@ -35,9 +35,8 @@ def draw_stream(state: State, path: Path) -> None:
         axes.set_ylim(0, 1.1 * max(value for _, value in points) or 1)
     panels[-1, 0].set_xlabel("step")
     panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=120, metadata={"Software": None})
-    os.replace(partial, path)
+    with replacement(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=120, metadata={"Software": None})
 
 
 def _has(state: State, which: str) -> bool:

@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -217,15 +219,19 @@ def test_a_half_written_save_does_not_count(
 ) -> None:
     """Killed while saving: the save before is still there."""
     count = itertools.count(1)
-    plain = progress_module.flush
+    plain = progress_module.replacement
 
-    def flush(path: Path) -> None:
-        plain(path)
-        if path.suffix == ".writing" and next(count) == 4:
-            path.write_bytes(path.read_bytes()[:100])
-            raise Killed
+    @contextmanager
+    def replacement(path: Path) -> Iterator[Path]:
+        with plain(path) as unfinished:
+            yield unfinished
+            if next(count) == 4:
+                unfinished.write_bytes(unfinished.read_bytes()[:100])
+                # As a dead process would leave it.
+                os.link(unfinished, unfinished.with_name(f"{unfinished.name}-dead"))
+                raise Killed
 
-    monkeypatch.setattr(progress_module, "flush", flush)
+    monkeypatch.setattr(progress_module, "replacement", replacement)
     with pytest.raises(Killed):
         calibrate(options(family, tmp_path / "s", token_file))
     monkeypatch.undo()

@@ -1,0 +1,90 @@
+"""The tensors of a model or of a statistics directory, read one at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+import torch
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
+from safetensors import safe_open
+from torch import Tensor
+
+
+class TensorFiles:
+    """Reads tensors from the files that mergekit would read.
+
+    A file is open only while one of its tensors is read, and mapped only while one is in use:
+    pages of a mapped file count as memory of the process, so that a reader that keeps the files
+    of a large model open ends up with all of it. Opening a file reads all names in it; where
+    they are many and their tensors small, ``keep_open`` saves that.
+
+    mergekit's own ``LazyTensorLoader`` keeps the last file open, and looks through its names
+    for every tensor.
+    """
+
+    def __init__(self, folder: Path, *, keep_open: bool = False) -> None:
+        """Find the files in ``folder``; with ``keep_open``, which must be safetensors, open them.
+
+        Opening checks that a file is as long as its header says.
+
+        Raises:
+            OSError, RuntimeError, ValueError, SafetensorError: there are none, or one cannot be
+                read.
+        """
+        self._folder = folder
+        self._index = ShardedTensorIndex.from_disk(str(folder))
+        self._files: dict[str, Any] = {}
+        if keep_open:
+            shards = self._index.shards
+            self._files = {one.filename: safe_open(folder / one.filename, "pt") for one in shards}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._index.tensor_paths)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._index.tensor_paths
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor on the CPU, mapped where its file allows it.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        file_name = self._index.tensor_paths[name]
+        stored: Tensor
+        if file_name in self._files:
+            stored = self._files[file_name].get_tensor(name)
+        elif self._index.is_safetensors:
+            with safe_open(self._folder / file_name, framework="pt") as file:
+                stored = file.get_tensor(name)
+        else:
+            path = self._folder / file_name
+            # Files of torch before 1.6 are no archives, and cannot be mapped.
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+            stored = saved.get("state_dict", saved)[name]
+        return stored
+
+    def size(self, dtype: torch.dtype) -> int:
+        """Return the bytes that all tensors take in ``dtype``; reads headers only."""
+        if not self._index.is_safetensors:
+            stored = self.get(next(iter(self._index.tensor_paths))).itemsize
+            return self.bytes_on_disk() * dtype.itemsize // stored
+        count = 0
+        for shard in self._index.shards:
+            with safe_open(self._folder / shard.filename, framework="pt") as file:
+                for name in shard.contained_keys:
+                    count += torch.Size(file.get_slice(name).get_shape()).numel()
+        return count * dtype.itemsize
+
+    def bytes_on_disk(self) -> int:
+        """Return the size of the files."""
+        return sum((self._folder / shard.filename).stat().st_size for shard in self._index.shards)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
