@@ -12,8 +12,6 @@ import psutil
 import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
-
-
 _POLL = 0.002  # seconds
 
 

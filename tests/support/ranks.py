@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import re
@@ -143,6 +144,7 @@ def _of_job(job: int, outputs: Mapping[tuple[int, int], str | None]) -> list[str
 def _take_part(tasks: Sequence[_Task], death: Death | None) -> None:
     # Nobody wants to wait a minute for a test.
     torch.set_num_threads(1)  # several processes share the cores
+    faulthandler.dump_traceback_later(LIMIT - 5, file=2)  # where one that hangs does
     heartbeat.BEAT, heartbeat.DEAD_AFTER, processes._POLL = 0.5, 5.0, 0.02
     plain, count = Session.after_batch, 0
 

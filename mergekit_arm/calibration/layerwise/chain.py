@@ -1,4 +1,9 @@
-"""A model's forward with its layers taken out: what is called around them, and how they are."""
+"""A model's own forward, with something else in the place of every layer.
+
+The model runs as always: embeddings, masks, what follows the layers. Only where it would call a
+layer, a function of ours is called instead, which decides what that layer returns. Weights
+outside the layers are read when the forward comes to them.
+"""
 
 from __future__ import annotations
 

@@ -91,6 +91,8 @@ class _Walk:
         if session.options.dry_run:
             del self._spans[1:]
         self._followers = Followers(chain, self._hidden, self._feeder, device)
+        self._called_before: set[nn.Module] = set()
+        """Modules outside the layers that the leader has called on its way to the first."""
         self._before: set[str] = set()
         """Parameters that are read before the layers."""
         self._start = 0
@@ -115,6 +117,8 @@ class _Walk:
     ) -> Any:
         """Take the leader, and after it everybody, through layer ``index``."""
         chain = self._chain
+        if index == 0:
+            self._called_before = chain.called()
         if index < self._start:  # an earlier run has been here
             if index == self._start - 1:
                 hidden = self._arriving = self._hidden.get((_LEADER, self._start)).to(self._device)
@@ -192,7 +196,7 @@ class _Walk:
 
     def _begin(self) -> None:
         """Record how the leader and every batch come to the layers."""
-        called = self._chain.called()
+        called = self._called_before
         plan = self._coverage.plan
         self._before = set()
         for name, parameter in plan.parameters.items():
