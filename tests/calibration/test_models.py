@@ -79,7 +79,7 @@ def test_token_ids_need_no_tokenizer(model: Path, token_file: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("place", ["{0}/absent", "{0}/model+{0}/absent", "./absent/model"])
 def test_a_path_that_is_not_there(place: str, model: Path, text: Path) -> None:
-    with pytest.raises(InputError, match="absent.* is no such directory") as error:
+    with pytest.raises(InputError, match=r"absent.* is no such directory") as error:
         calibrate(options(place.format(model.parent), text))
     assert "Repo id" not in error.value.message
 

@@ -224,8 +224,7 @@ class _Walk:
         if not chain.name:
             raise NotWalkable("its forward reaches no list of layers")
         chain.follows(len(chain), self._followers.stage)
-        arriving = self._arriving
-        assert arriving is not None
+        assert (arriving := self._arriving) is not None
         self._hidden.put((_LEADER, self._followers.stage), arriving)
         if not self._followers.begun:
             self._begin()

@@ -345,7 +345,7 @@ def test_a_device_map(family: Path, tmp_path: Path, measure: Callable[..., Path]
 def test_a_device_map_that_needs_the_disk(
     family: Path, tmp_path: Path, measure: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mergekit_arm.calibration import calibrate as run
+    from mergekit_arm.calibration import prepare as run
 
     size = (family / "base" / "model.safetensors").stat().st_size
     plain = run.spread
