@@ -70,12 +70,7 @@ class _Walk:
     """The leader's way through the model, and what is measured on it."""
 
     def __init__(
-        self,
-        chain: Chain,
-        coverage: Coverage,
-        device: torch.device,
-        session: Session,
-        budget: int,
+        self, chain: Chain, coverage: Coverage, device: torch.device, session: Session, budget: int
     ) -> None:
         self._chain = chain
         self._coverage = coverage
@@ -196,14 +191,13 @@ class _Walk:
 
     def _begin(self) -> None:
         """Record how the leader and every batch come to the layers."""
-        called = self._called_before
         plan = self._coverage.plan
         self._before = set()
         for name, parameter in plan.parameters.items():
             # A tied embedding is read where the head is.
             known = plan.readings.get(name)
             layers = known.layers if known else [holder for holder, _ in parameter.holders]
-            if not self._chain.holds(name) and not called.isdisjoint(layers):
+            if not self._chain.holds(name) and not self._called_before.isdisjoint(layers):
                 self._before.add(name)
         plans = self._discover(
             self._chain.model,
@@ -224,7 +218,8 @@ class _Walk:
         if not chain.name:
             raise NotWalkable("its forward reaches no list of layers")
         chain.follows(len(chain), self._followers.stage)
-        assert (arriving := self._arriving) is not None
+        arriving = self._arriving
+        assert arriving is not None
         self._hidden.put((_LEADER, self._followers.stage), arriving)
         if not self._followers.begun:
             self._begin()
