@@ -1,10 +1,10 @@
-"""The schema of ``activation_stats.json``, format 1."""
+"""The schema of ``activation_stats.json``, format 1; ``FORMAT.md`` beside it says it in words."""
 
 from __future__ import annotations
 
 import re
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 FORMAT_VERSION = 1
 METADATA_FILE = "activation_stats.json"
@@ -73,14 +73,22 @@ class SettingsRecord(_Strict):
     """Settings of the run that change its numbers."""
 
     statistics: list[str]
+    """Names of the kinds that were measured."""
     dtype: str
+    """Of the forward passes."""
     device: str
     min_expert_tokens: int = 0
     """Experts that saw fewer tokens are left as merged."""
     rank: int | None = None
+    """Columns of a subspace's sketch that were asked for; none: the default of each width."""
     energy: float | None = None
+    """Share of the second moment that subspaces were asked to hold, where they were measured."""
     subspace_tokens: int | None = None
+    """Tokens in the sample that subspaces saw, at most."""
     skip_first: int = 0
+    """First tokens of every sequence that are not in the sample."""
+    kinds: dict[str, dict[str, JsonValue]] | None = None
+    """Settings of every other kind, by its name."""
 
 
 class SiteRecord(_Strict):
@@ -92,13 +100,15 @@ class SiteRecord(_Strict):
     subspace: int | None = None
     """Stored dimensions of the dominant subspace, where it was measured."""
     energy: float | None = None
-    """Share of the second moment that they hold; below the setting where the rank was too small."""
+    """Share of the second moment that they hold; less than the setting where no more are stored."""
     no_subspace: str | None = None
     """Why a subspace was not measured here although the run measured subspaces."""
+    kinds: dict[str, dict[str, JsonValue]] | None = None
+    """What every other kind records of the site, by its name."""
 
 
 class WeightRecord(_Strict):
-    """One floating-point tensor of the checkpoint: measured at a site, or listed with a reason."""
+    """One tensor of the checkpoint: measured at a site, or listed with the reason why not."""
 
     shape: list[int]
     dtype: str
@@ -122,7 +132,7 @@ class Metadata(_Strict):
     versions: dict[str, str]
     sites: dict[str, SiteRecord] = Field(min_length=1)
     weights: dict[str, WeightRecord] = Field(min_length=1)
-    """Every floating-point tensor of the checkpoint."""
+    """Every tensor of the checkpoint that has elements, those of integers too."""
     converted: dict[str, WeightRecord] = {}
     """Tensors that transformers and mergekit make from several of ``weights``: fused experts."""
     aliases: dict[str, str] = {}

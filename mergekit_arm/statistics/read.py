@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from mergekit_arm.errors import InputError, first_line
-from mergekit_arm.statistics.format import WeightRecord
-from mergekit_arm.statistics.kinds.subspace import columns_for_energy, orthonormal
+from mergekit_arm.statistics.kinds import kinds
+from mergekit_arm.statistics.kinds.base import LEFT_OUT, Kind
 from mergekit_arm.statistics.locate import TensorFiles, locate, read_metadata, version
 from mergekit_arm.statistics.matching import Matcher
 from mergekit_arm.statistics.write import PROBES
-
-LOG = logging.getLogger(__name__)
 
 _KEPT = 4
 """Sites whose finished values stay in memory."""
@@ -48,97 +44,33 @@ class Statistics:
                 f"activation_stats {reference}: cannot read its tensors ({first_line(error)}); "
                 "copy or measure it again"
             ) from error
-        # Where subspaces alone were measured, the inputs of norms have nothing to store.
-        only_subspaces = "importance" not in self.metadata.settings.statistics
+        self._check_complete()
+        self.matcher = Matcher(reference, self.metadata, self._probes)
+        self._lock = threading.Lock()
+        self._seen: set[Hashable] = set()
+        self._recent: dict[Hashable, Tensor] = {}
+
+    def kinds(self) -> list[Kind]:
+        """Return the kinds that were measured; one that is not registered is left out."""
+        return [kind for kind in kinds() if kind.name in self.metadata.settings.statistics]
+
+    def _check_complete(self) -> None:
+        """Refuse a directory that lacks a tensor of a kind that was measured."""
         absent = [
             name
+            for kind in self.kinds()
             for name, site in self.metadata.sites.items()
-            if not any(f"{name}.{key}" in self._files for key in ("abs_sum", "basis", "sketch"))
-            and not (only_subspaces and site.no_subspace is not None)
+            if LEFT_OUT not in kind.from_record(site)
+            and not all(self.holds(name, key) for key in kind.stored(site.width))
         ]
         if absent:
             raise InputError(
-                f"activation_stats {reference}: {len(absent)} sites have no tensors, "
+                f"activation_stats {self.reference}: {len(absent)} sites lack tensors, "
                 f"first {absent[0]}; copy or measure it again"
             )
-        self.matcher = Matcher(reference, self.metadata, self._probes)
-        self._lock = threading.Lock()
-        self._warned: set[str] = set()
-        self._recent: dict[tuple[str, str | float], Tensor] = {}
 
-    def importance(self, record: WeightRecord, kind: str) -> Tensor:
-        """Return the importance of the weight's input channels, float32, ≥ 0, unnormalised.
-
-        Args:
-            record: a measured weight (``record.site`` is set).
-            kind: ``mean_abs`` (mean |x|, the AIM paper's) or ``rms`` (√ mean x²).
-
-        Returns:
-            ``(in,)``, or ``(experts, in)`` for a fused weight with one row for each expert.
-            Rows of experts that saw fewer than the recorded minimum of tokens are zero.
-        """
-        assert record.site is not None
-        site = record.site
-        values = self._once((site, kind), lambda: self._read_importance(site, kind))
-        return values if record.row is None else values[record.row]
-
-    def _read_importance(self, name: str, kind: str) -> Tensor:
-        site = self.metadata.sites[name]
-        # With --multi-gpu, mergekit makes a GPU the default device.
-        tokens = torch.tensor(site.tokens, dtype=torch.float64, device="cpu")
-        starved = tokens < max(self.metadata.settings.min_expert_tokens, 1)
-        values = self.tensor(name, "abs_sum" if kind == "mean_abs" else "square_sum")
-        values = values.double() / tokens.clamp(min=1)[..., None]
-        if kind == "rms":
-            values = values.sqrt()
-        if tokens.ndim:
-            values = values.masked_fill(starved[..., None], 0)
-            self._warn_starved(name, starved)
-        if not torch.isfinite(values).all():
-            raise InputError(
-                f"activation_stats {self.reference}: values of {name} are not finite; "
-                "measure it again"
-            )
-        return values.float()
-
-    def _warn_starved(self, site: str, starved: Tensor) -> None:
-        experts = starved.nonzero().flatten().tolist()
-        with self._lock:
-            if not experts or site in self._warned:
-                return
-            self._warned.add(site)
-        listed = ", ".join(map(str, experts[:8])) + (", …" if len(experts) > 8 else "")
-        LOG.warning(
-            "%s: %d of %d experts (%s) saw fewer than %d tokens: they are left as merged",
-            site,
-            len(experts),
-            len(starved),
-            listed,
-            max(self.metadata.settings.min_expert_tokens, 1),
-        )
-
-    def subspace(self, record: WeightRecord, energy: float) -> Tensor | None:
-        """Return the basis of a weight's dominant input subspace.
-
-        Args:
-            record: a measured weight (``record.site`` is set).
-            energy: p in (0, 1], the share of the second moment's trace to hold.
-
-        Returns:
-            (in, k) float32, orthonormal columns by falling eigenvalue; None where the run left
-            subspaces out on purpose (the output head, norms).
-
-        Raises:
-            InputError: subspaces were not measured, or hold less energy than asked for.
-        """
-        assert record.site is not None
-        site = record.site
-        if self.metadata.sites[site].no_subspace is not None:
-            return None
-        return self._once((site, energy), lambda: self._read_basis(site, energy))
-
-    def _once(self, key: tuple[str, str | float], read: Callable[[], Tensor]) -> Tensor:
-        """Return what ``read`` made, from memory if it is among the last few.
+    def once(self, key: Hashable, read: Callable[[], Tensor]) -> Tensor:
+        """Return what ``read`` made for ``key``, from memory if it is among the last few.
 
         Weights of one site follow each other, if not at once: q, k, v; gate, up.
         """
@@ -152,23 +84,12 @@ class Statistics:
                 del self._recent[next(iter(self._recent))]
         return value
 
-    def _read_basis(self, name: str, energy: float) -> Tensor:
-        site = self.metadata.sites[name]
-        where = f"activation_stats {self.reference}: {name}"
-        stored = self.tensor(name, "basis")
-        if stored.shape[0] != site.width:
-            raise InputError(
-                f"{where}: its basis has {stored.shape[0]} rows for {site.width} inputs; "
-                "copy or measure it again"
-            )
-        count = columns_for_energy(
-            self.tensor(name, "eigenvalues"),
-            float(self.tensor(name, "trace")),
-            energy,
-            measured=self.metadata.settings.energy or 1.0,
-            where=where,
-        )
-        return orthonormal(stored[:, :count], where)
+    def first(self, key: Hashable) -> bool:
+        """Say whether this is the first call with ``key``: for warnings that are said once."""
+        with self._lock:
+            seen = key in self._seen
+            self._seen.add(key)
+        return not seen
 
     def tensor(self, site: str, key: str) -> Tensor:
         """Read ``<site>.<key>``.
@@ -196,10 +117,6 @@ class Statistics:
             KeyError: there is none of that name.
         """
         return self._files.get(name)
-
-    def probe(self, record: WeightRecord) -> Tensor:
-        """Return the stored probe of a weight, float32."""
-        return self._probes[record.probe]
 
 
 _OPEN: dict[tuple[str, str], tuple[Path, tuple[int, int], Statistics]] = {}
