@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mergekit_arm.errors import InputError, first_line
+from mergekit_arm.statistics.checks import check_values, problems
 from mergekit_arm.statistics.kinds import kinds
-from mergekit_arm.statistics.kinds.base import LEFT_OUT, Kind
+from mergekit_arm.statistics.kinds.base import Kind
 from mergekit_arm.statistics.locate import TensorFiles, locate, read_metadata, version
 from mergekit_arm.statistics.matching import Matcher
 from mergekit_arm.statistics.write import PROBES
@@ -38,13 +39,21 @@ class Statistics:
         self.metadata = read_metadata(reference, path)
         try:
             self._files = TensorFiles(path)
-            self._probes = self._files.get(PROBES)
-        except (OSError, RuntimeError, KeyError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError(
                 f"activation_stats {reference}: cannot read its tensors ({first_line(error)}); "
                 "copy or measure it again"
             ) from error
-        self._check_complete()
+        for trouble in problems(self.metadata, self.kinds(), PROBES, self._files.header):
+            raise InputError(
+                f"activation_stats {reference} are damaged: {trouble}; copy or measure them again"
+            )
+        self._specs = {
+            key: spec
+            for kind in self.kinds()
+            for key, spec in {**kind.state(1), **kind.stored(1)}.items()
+        }
+        self._probes = self._files.get(PROBES)
         self.matcher = Matcher(reference, self.metadata, self._probes)
         self._lock = threading.Lock()
         self._seen: set[Hashable] = set()
@@ -52,22 +61,12 @@ class Statistics:
 
     def kinds(self) -> list[Kind]:
         """Return the kinds that were measured; one that is not registered is left out."""
-        return [kind for kind in kinds() if kind.name in self.metadata.settings.statistics]
-
-    def _check_complete(self) -> None:
-        """Refuse a directory that lacks a tensor of a kind that was measured."""
-        absent = [
-            name
-            for kind in self.kinds()
-            for name, site in self.metadata.sites.items()
-            if LEFT_OUT not in kind.from_record(site)
-            and not all(self.holds(name, key) for key in kind.stored(site.width))
+        settings = self.metadata.settings
+        return [
+            kind.configured(kind.from_record(settings))
+            for kind in kinds()
+            if kind.name in settings.statistics
         ]
-        if absent:
-            raise InputError(
-                f"activation_stats {self.reference}: {len(absent)} sites lack tensors, "
-                f"first {absent[0]}; copy or measure it again"
-            )
 
     def once(self, key: Hashable, read: Callable[[], Tensor]) -> Tensor:
         """Return what ``read`` made for ``key``, from memory if it is among the last few.
@@ -95,7 +94,8 @@ class Statistics:
         """Read ``<site>.<key>``.
 
         Raises:
-            InputError: the directory does not hold this statistic.
+            InputError: the directory does not hold this statistic, or its values are not finite
+                or out of their range.
         """
         full = f"{site}.{key}"
         if full not in self._files:
@@ -104,7 +104,14 @@ class Statistics:
                 f"activation_stats {self.reference}: {key} of {site} was not measured "
                 f"(it holds: {measured}); calibrate again with --statistics all"
             )
-        return self._files.get(full)
+        value = self._files.get(full)
+        trouble = check_values(self._specs[key], value) if key in self._specs else None
+        if trouble:
+            raise InputError(
+                f"activation_stats {self.reference}: values of {full} {trouble}; "
+                "copy or measure it again"
+            )
+        return value
 
     def holds(self, site: str, key: str) -> bool:
         """Say whether there is a ``<site>.<key>``."""

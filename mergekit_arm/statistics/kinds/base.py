@@ -207,6 +207,10 @@ class Kind:
         """Return the facts that ``to_record`` put into ``record``."""
         return dict((record.kinds or {}).get(self.name, {}))
 
+    def inconsistent(self, site: SiteRecord, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        """Say what does not agree in a site's record and its stored tensors' ``shapes``, by key."""
+        return None
+
     def notes(self, sites: Iterable[SiteRecord]) -> list[str]:
         """Return what a user must know of the finished measurement, a sentence each."""
         return []
@@ -245,7 +249,13 @@ class Kind:
         total = {key: parts[0].tensor(site, key) for key in state}
         for part in parts[1:]:
             for key, spec in state.items():
-                total[key] = spec.adds.join(total[key], part.tensor(site, key))
+                value = part.tensor(site, key)
+                if value.shape != total[key].shape:
+                    raise InputError(
+                        f"{parts[0].reference} and {part.reference} do not add up: {site}.{key} "
+                        f"has shape {list(total[key].shape)} and {list(value.shape)}"
+                    )
+                total[key] = spec.adds.join(total[key], value)
         if not isinstance(record.tokens, list):
             return self._finished(parts, record.width, total)
         experts = [

@@ -121,6 +121,12 @@ class Subspace(Kind):
         found = {names[name]: getattr(record, name) for name in names}
         return {name: fact for name, fact in found.items() if fact is not None}
 
+    def inconsistent(self, site: SiteRecord, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        columns, values = shapes["basis"][-1], shapes["eigenvalues"][-1]
+        if columns == values == site.subspace:
+            return None
+        return f"{columns} directions, {values} eigenvalues, {site.subspace} recorded"
+
     def notes(self, sites: Iterable[SiteRecord]) -> list[str]:
         found = [site for site in sites if site.energy is not None]
         short = [site for site in found if missed(site.energy or 0.0, self.energy)]
@@ -166,14 +172,8 @@ class Subspace(Kind):
         )
 
     def _read_basis(self, directory: Directory, name: str, energy: float) -> Tensor:
-        site = directory.metadata.sites[name]
         where = f"activation_stats {directory.reference}: {name}"
         stored = directory.tensor(name, "basis")
-        if stored.shape[0] != site.width:
-            raise InputError(
-                f"{where}: its basis has {stored.shape[0]} rows for {site.width} inputs; "
-                "copy or measure it again"
-            )
         count = columns_for_energy(
             directory.tensor(name, "eigenvalues"),
             float(directory.tensor(name, "trace")),
