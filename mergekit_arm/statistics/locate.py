@@ -42,20 +42,31 @@ def locate(reference: str) -> Path:
         ) from error
 
 
-def version(reference: str, path: Path) -> tuple[int, int]:
-    """Return what changes when the directory ``path`` is replaced.
+Version = tuple[tuple[str, int, int, int], ...]
+"""Name, time of change, inode and size of every file that is read of a directory."""
+
+
+def version(reference: str, path: Path) -> Version:
+    """Return what changes when the directory ``path``, or a file in it, is replaced.
 
     Raises:
         InputError: it is no statistics directory.
     """
     try:
-        status = os.stat(f"{path}{os.sep}{METADATA_FILE}")
-    except OSError as error:
+        with os.scandir(path) as entries:
+            found = sorted(
+                (entry.name, status.st_mtime_ns, status.st_ino, status.st_size)
+                for entry in entries
+                if entry.name.endswith((".json", ".safetensors")) and (status := entry.stat())
+            )
+    except OSError:
+        found = []
+    if METADATA_FILE not in (name for name, *_ in found):
         raise InputError(
             f"activation_stats {reference}: no {METADATA_FILE} in it, so it is no statistics "
             "directory; `mergekit-arm calibrate` writes one"
-        ) from error
-    return status.st_mtime_ns, status.st_ino
+        )
+    return tuple(found)
 
 
 def read_metadata(reference: str, path: Path) -> Metadata:

@@ -36,6 +36,8 @@ class Statistics:
                 that is unreadable, truncated or incomplete.
         """
         self.reference = reference
+        self._path = path
+        self._version = version(reference, path)
         self.metadata = read_metadata(reference, path)
         try:
             self._files = TensorFiles(path)
@@ -94,8 +96,8 @@ class Statistics:
         """Read ``<site>.<key>``.
 
         Raises:
-            InputError: the directory does not hold this statistic, or its values are not finite
-                or out of their range.
+            InputError: the directory does not hold this statistic, its values are not finite
+                or out of their range, or it has changed since it was opened.
         """
         full = f"{site}.{key}"
         if full not in self._files:
@@ -104,6 +106,7 @@ class Statistics:
                 f"activation_stats {self.reference}: {key} of {site} was not measured "
                 f"(it holds: {measured}); calibrate again with --statistics all"
             )
+        self._check_unchanged()
         value = self._files.get(full)
         trouble = check_values(self._specs[key], value) if key in self._specs else None
         if trouble:
@@ -112,6 +115,19 @@ class Statistics:
                 "copy or measure it again"
             )
         return value
+
+    @property
+    def current(self) -> bool:
+        """Whether the directory is still the one that was opened, its files unchanged."""
+        moved = os.path.isdir(self.reference) and Path(self.reference).resolve() != self._path
+        return not moved and version(self.reference, self._path) == self._version
+
+    def _check_unchanged(self) -> None:
+        if version(self.reference, self._path) != self._version:
+            raise InputError(
+                f"activation_stats {self.reference}: files in {self._path} have changed since "
+                "they were opened; a merge would mix two measurements: run it again"
+            )
 
     def holds(self, site: str, key: str) -> bool:
         """Say whether there is a ``<site>.<key>``."""
@@ -126,7 +142,7 @@ class Statistics:
         return self._files.get(name)
 
 
-_OPEN: dict[tuple[str, str], tuple[Path, tuple[int, int], Statistics]] = {}
+_OPEN: dict[tuple[str, str], tuple[Path, Statistics]] = {}
 _OPEN_LOCK = threading.Lock()
 
 
@@ -134,7 +150,7 @@ def open_statistics(reference: str) -> Statistics:
     """Open ``reference`` (a directory, or ``org/name[@revision]`` on the Hub), once.
 
     Opened statistics are shared; a directory that has been replaced since is opened again. A
-    merge asks for every tensor, so that what is open costs no more than a look at one file.
+    merge asks for every tensor, so that what is open costs no more than a look at its files.
 
     Raises:
         InputError: it is neither, or it cannot be read.
@@ -142,18 +158,18 @@ def open_statistics(reference: str) -> Statistics:
     key = (reference, os.getcwd())
     with _OPEN_LOCK:
         if key in _OPEN:
-            path, opened, statistics = _OPEN[key]
-            if version(reference, path) == opened:
+            _, statistics = _OPEN[key]
+            if statistics.current:
                 return statistics
         path = locate(reference)
         statistics = Statistics(reference, path)
-        _OPEN[key] = path, version(reference, path), statistics
+        _OPEN[key] = path, statistics
         return statistics
 
 
 def forget(path: Path) -> None:
     """Let go of the directory ``path``: a long run would keep every one that it ever read."""
     with _OPEN_LOCK:
-        for key, (opened, _, _) in list(_OPEN.items()):
+        for key, (opened, _) in list(_OPEN.items()):
             if opened == path.resolve():
                 del _OPEN[key]
