@@ -32,6 +32,7 @@ from mergekit_arm.calibration.running.preflight import Preflight
 from mergekit_arm.calibration.running.progress import Progress
 from mergekit_arm.calibration.running.session import DryRun, ProgressReport, Reports, Session
 from mergekit_arm.calibration.sums.hooks import NotFinite
+from mergekit_arm.calibration.sums.sites import chosen_kinds
 from mergekit_arm.calibration.sums.totals import MeasuredSite, add_up
 from mergekit_arm.models.checkpoint import BriefLoader, fetch_checkpoint
 from mergekit_arm.models.loading import (
@@ -48,7 +49,6 @@ from mergekit_arm.models.loading import (
 from mergekit_arm.models.placement import offload, spread
 from mergekit_arm.statistics.card import statistics_card
 from mergekit_arm.statistics.format import Metadata, ModelRecord
-from mergekit_arm.statistics.kinds.subspace import sketch_matrices
 from mergekit_arm.statistics.write import check_destination, write_statistics
 from mergekit_arm.units import parse_duration, parse_size
 
@@ -175,7 +175,11 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
             raise
         result = None
         if job.main:
-            results = collect_results(coverage, measured, corpus.rows)
+            kinds = chosen_kinds(options)
+            results = collect_results(coverage, measured, corpus.rows, kinds)
+            for kind in kinds:
+                for note in kind.notes(results.sites.values()):
+                    reports.say(note)
             metadata = Metadata(
                 model=ModelRecord(
                     reference=options.model,
@@ -192,8 +196,7 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
                 aliases=results.aliases,
             )
             card = statistics_card(metadata, out.name)
-            tensors = results.tensors | sketch_matrices(results.tensors, options.seed)
-            write_statistics(out, metadata, tensors, card, force=options.force)
+            write_statistics(out, metadata, results.tensors, card, force=options.force)
             result = CalibrationResult(out, metadata, corpus.requested, session.seconds)
         job.wait("written")
         saved.discard()
@@ -242,5 +245,4 @@ def _measure(
         add_asked_names(coverage, model, checkpoint, source.config)
     sites = measure(model, coverage, device, session)
     with torch.inference_mode():
-        subspaces = "subspace" in options.statistics
-        return coverage, add_up(sites, job, device, subspaces=subspaces)
+        return coverage, add_up(sites, job, device)

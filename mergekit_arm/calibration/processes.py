@@ -26,6 +26,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 from mergekit_arm.errors import Failure, InputError, first_line
+from mergekit_arm.statistics.kinds.base import Operation
 
 _BEAT = 2.0  # seconds
 _DEAD_AFTER = 60.0  # seconds without a heartbeat; loading a library can hold one up for some
@@ -199,8 +200,8 @@ class Job:
         torch.cuda.set_device(own)
         return own
 
-    def total(self, tensor: Tensor) -> Tensor:
-        """Return the sum of every process's ``tensor``, which keeps its dtype and device.
+    def total(self, tensor: Tensor, operation: Operation = Operation.SUM) -> Tensor:
+        """Return every process's ``tensor``, joined into one of the same dtype and device.
 
         Every process must call this in the same order, after a common ``wait``.
 
@@ -213,7 +214,7 @@ class Job:
         where = tensor.device if tensor.is_cuda else torch.device("cpu")
         summed = tensor.to(where, copy=True).contiguous()
         with self._connected():
-            dist.all_reduce(summed)
+            dist.all_reduce(summed, getattr(dist.ReduceOp, operation.name))
         return summed.to(tensor.device)
 
     def collect(self, data: bytes) -> list[bytes]:

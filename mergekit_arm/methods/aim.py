@@ -36,6 +36,7 @@ from mergekit_arm.methods.parameters import (
     statistics_reference,
 )
 from mergekit_arm.statistics.format import LEFT_AS_MERGED, NO_TOKEN
+from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.read import open_statistics
 
 LOG = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ class ActivationInformedMerge(GroupMergeMethod):  # type: ignore[misc]  # mergek
                 f"omega: [{{filter: {name}, value: 1.0}}, {{value: {omega}}}]"
             )
         assert record.input_axis is not None
-        values = statistics.importance(record, importance)
+        values = IMPORTANCE.values(statistics, record, importance)
         return relax(base, merged, values, omega, record.input_axis)
 
     def _inner_parameters(self) -> tuple[ParameterSpec, ...]:

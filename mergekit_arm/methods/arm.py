@@ -32,6 +32,7 @@ from mergekit_arm.methods.base import Plan, Remembered, check_planned
 from mergekit_arm.methods.parameters import number, parameter_type, statistics_reference
 from mergekit_arm.methods.rotation import Incoming, arm_step
 from mergekit_arm.statistics.format import EXPERTS, LEFT_AS_MERGED
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 from mergekit_arm.statistics.read import Statistics, open_statistics
 
 LOG = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ class ArmMerge(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
                 f"({record.reason}); to step along it without a rotation, set "
                 f"rotation: [{{filter: {name}, value: 0}}, {{value: {parameters['rotation']}}}]"
             )
-        basis = statistics.subspace(record, parameters["energy"])
+        basis = SUBSPACE.basis(statistics, record, parameters["energy"])
         if statistics.metadata.sites[record.site].no_subspace == EXPERTS:
             self._warn_unturned(statistics)
         assert record.input_axis is not None

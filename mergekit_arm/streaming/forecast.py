@@ -15,6 +15,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.models.loading import DTYPES, choose_device, choose_dtype
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.data_checks import (
     _BYTES,
@@ -164,7 +165,7 @@ def _seconds_per_step(plan: Plan, out: Path, merge: MergeOptions) -> float:
         device = evaluation.device
     forward = 2.0 * parameters * tokens / (_EFFICIENCY * _flops(choose_device(device)))
     rotating = 0.0
-    if "subspace" in plan.method.statistics:
+    if SUBSPACE.name in plan.method.statistics:
         rotating = 8.0 * parameters * _SUBSPACE / _flops(choose_device(merge.device or "cpu"))
     # Read: current and checkpoint, these and the result again to compare them. Written: one.
     traffic = 6 * parameters * _BYTES["float32"] / _disk_speed(out)

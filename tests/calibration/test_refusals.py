@@ -185,7 +185,7 @@ def test_on_the_hub_without_a_network(
     family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert_refused(merge(config(family, "someone/stats"), tmp_path), "someone/stats", "Hub")
+    assert_refused(merge(config(family, "nobody/stats"), tmp_path), "nobody/stats", "Hub")
 
 
 def test_statistics_left_out(family: Path, tmp_path: Path) -> None:

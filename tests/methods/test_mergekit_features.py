@@ -17,6 +17,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from torch import Tensor
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
+from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.read import Statistics
 from tests.support.merges import OMEGA, assert_relaxed, config, refused, relaxed, run, weights
 from tests.support.models import perturbed, tiny_llama
@@ -183,7 +184,9 @@ def test_gradients_and_filters_on_every_parameter(family: Path, tmp_path: Path) 
         omega = 0.5 * last if "self_attn" in name else 0.9
         merged = (one[name] + weight * (two[name] - one[name])).double()
         if record.site:
-            values = statistics.importance(record, "rms" if "o_proj" in name else "mean_abs")
+            values = IMPORTANCE.values(
+                statistics, record, "rms" if "o_proj" in name else "mean_abs"
+            )
             gain = 1 - (1 - omega) * values.double() / values.max()
             merged = one[name].double() + (merged - one[name].double()) * gain
         torch.testing.assert_close(tensor.double(), merged, rtol=1e-5, atol=1e-6, msg=name)

@@ -17,13 +17,13 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from mergekit_arm.demo.text import standard_library
 from mergekit_arm.demo.train import mean_loss, pack, train
 from mergekit_arm.methods.rotation import Incoming, arm_step
-from mergekit_arm.statistics.kinds.subspace import (
+from mergekit_arm.statistics.kinds.second_moment import (
     Dominant,
-    Subspace,
     columns_for_energy,
     dominant_subspace,
     orthonormal,
 )
+from mergekit_arm.statistics.kinds.subspace import Subspace, SubspaceSketch
 from tests.real.smollm2 import smollm2
 
 ENERGIES = (0.5, 0.8, 0.9, 0.97)
@@ -36,14 +36,14 @@ READERS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 """Layers that read another one's input."""
 
 
-def observe(model: LlamaForCausalLM, blocks: Tensor) -> dict[str, Subspace]:
+def observe(model: LlamaForCausalLM, blocks: Tensor) -> dict[str, SubspaceSketch]:
     """Return the whole second moment of every layer's input."""
-    observers: dict[str, Subspace] = {}
+    observers: dict[str, SubspaceSketch] = {}
     handles = []
     for name, module in model.named_modules():
         if name.endswith(SITES):
             width = module.in_features
-            observers[name] = Subspace(width, torch.device("cpu"), rank=width)
+            observers[name] = Subspace(rank=width).observer(width, torch.device("cpu"))
             handles.append(
                 module.register_forward_pre_hook(
                     lambda _, inputs, name=name: observers[name].update(inputs[0].flatten(0, -2))
@@ -57,15 +57,15 @@ def observe(model: LlamaForCausalLM, blocks: Tensor) -> dict[str, Subspace]:
     return observers
 
 
-def spectrum(observer: Subspace) -> Dominant:
+def spectrum(observer: SubspaceSketch) -> Dominant:
     """Return the leading eigenvectors that hold the largest of ``ENERGIES``."""
     return dominant_subspace(
-        observer.sketch,
+        observer.sums["sketch"],
         None,
-        float(observer.square_norm),
-        int(observer.tokens),
+        float(observer.sums["square_norm"]),
+        int(observer.sums["subspace_tokens"]),
         energy=max(ENERGIES),
-        most=observer.sketch.shape[0],
+        most=observer.sums["sketch"].shape[0],
     )
 
 

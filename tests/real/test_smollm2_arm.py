@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mergekit_arm.demo.text import Corpus
 from mergekit_arm.demo.train import mean_loss, pack
-from mergekit_arm.statistics.kinds.subspace import Subspace, default_rank, stored_directions
+from mergekit_arm.statistics.kinds.second_moment import default_rank, stored_directions
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE, Subspace, SubspaceSketch
 from mergekit_arm.statistics.read import Statistics
 from tests.real.commands import call, merge, weights
 from tests.real.conftest import EVERY, LENGTH
@@ -83,7 +84,7 @@ def test_subspaces_hold_what_the_best_ones_would(
     for name, moment in second_moments.items():
         kind = next(kind for kind in KINDS if name.endswith(kind))
         record = opened.metadata.weights[f"{name}.weight"]
-        basis = opened.subspace(record, 0.9)
+        basis = SUBSPACE.basis(opened, record, 0.9)
         assert basis is not None
         basis, moment = basis.double(), moment.double()
         k = basis.shape[1]
@@ -114,11 +115,11 @@ def test_sketches_hold_what_the_best_subspaces_would(
 ) -> None:
     """At the default rank SmolLM2's second moments are whole; wider models' are sketched."""
     width, rank = 1536, 512
-    observers: dict[str, Subspace] = {}
+    observers: dict[str, SubspaceSketch] = {}
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     for name, module in model.named_modules():
         if name.endswith("mlp.down_proj") and layer_of(name) in LAYERS:
-            observers[name] = Subspace(width, torch.device("cpu"), rank=rank, energy=1.0)
+            observers[name] = Subspace(rank=rank, energy=1.0).observer(width, torch.device("cpu"))
             module.register_forward_pre_hook(
                 lambda _, inputs, name=name: observers[name].update(inputs[0].flatten(0, -2))
             )

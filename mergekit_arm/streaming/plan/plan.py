@@ -13,6 +13,7 @@ from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.files import hash_file
 from mergekit_arm.models.contents import Contents, describe
 from mergekit_arm.models.loading import choose_device, load_own_tokenizer
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 from mergekit_arm.streaming.config import DTYPES, Calibration, StreamConfig, absolute_reference
 from mergekit_arm.streaming.options import WatchOptions
 from mergekit_arm.streaming.plan.checks import (
@@ -150,7 +151,7 @@ def make_plan(
         method=method,
         rates=rates,
         calibration=calibration,
-        aligns=aligns and "subspace" in method.statistics,
+        aligns=aligns and SUBSPACE.name in method.statistics,
         checkpoints=checkpoints,
         fingerprint=_fingerprint(config, merge, base, described, check),
         base=base,

@@ -13,6 +13,7 @@ from typing import Any
 from mergekit.options import MergeOptions
 
 from mergekit_arm.files import fresh_directory, remove, size_of, write_text
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 from mergekit_arm.streaming.config import Evaluation
 from mergekit_arm.streaming.evaluation.score import Score
 from mergekit_arm.streaming.layout import (
@@ -203,7 +204,7 @@ def _checkpoint_statistics(place: Workplace, planned: PlannedStep) -> Path | Non
         out,
         planned.step,
         place.plan.calibration.settings,
-        ("subspace",),
+        (SUBSPACE.name,),
         place.merge,
         say=place.say,
         progress=place.progress,

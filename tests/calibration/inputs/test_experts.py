@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from mergekit_arm.cli.calibrate import command
+from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.read import Statistics
 from tests.support.equality import assert_same_statistics
 from tests.support.models import VOCABULARY, perturbed
@@ -110,11 +111,11 @@ def test_every_expert_has_its_own_tokens(moe: Path, token_file: Path, stats: Pat
                 continue
             record = opened.metadata.weights[f"{prefix}.{expert}.gate_proj.weight"]
             expected = x.abs().mean(0)
-            torch.testing.assert_close(opened.importance(record, "mean_abs"), expected)
+            torch.testing.assert_close(IMPORTANCE.values(opened, record, "mean_abs"), expected)
             gate, up = model.get_parameter(f"{prefix}.gate_up_proj")[expert].detach().split(24)
             middle = functional.silu(x @ gate.T) * (x @ up.T)
             record = opened.metadata.weights[f"{prefix}.{expert}.down_proj.weight"]
-            found = opened.importance(record, "rms")
+            found = IMPORTANCE.values(opened, record, "rms")
             torch.testing.assert_close(found, middle.square().mean(0).sqrt(), rtol=1e-4, atol=1e-6)
 
 

@@ -10,6 +10,8 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.statistics.kinds.importance import IMPORTANCE
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 from mergekit_arm.statistics.read import open_statistics
 from mergekit_arm.streaming.config import Calibration
 from mergekit_arm.streaming.step.measuring import carry_over, measure, read_metadata
@@ -51,12 +53,13 @@ def test_carried_over_statistics_belong_to_the_later_model(scene: Path, tmp_path
             old = open_statistics(str(scene / "statistics"))
             original = old.metadata.weights[name]
             importance = [
-                one.importance(entry, "rms")
+                IMPORTANCE.values(one, entry, "rms")
                 for one, entry in ((statistics, record), (old, original))
             ]
             assert torch.equal(*importance)
             bases = [
-                one.subspace(entry, 0.9) for one, entry in ((statistics, record), (old, original))
+                SUBSPACE.basis(one, entry, 0.9)
+                for one, entry in ((statistics, record), (old, original))
             ]
             # The head's input is measured, but not its subspace.
             assert (bases[0] is None) == (bases[1] is None) == (name == "lm_head.weight")
@@ -92,6 +95,6 @@ def test_subspaces_alone_can_be_read(scene: Path, tmp_path: Path) -> None:
     )
     statistics = open_statistics(str(tmp_path / "alone"))
     record = statistics.metadata.weights["model.layers.1.mlp.down_proj.weight"]
-    basis = statistics.subspace(record, 0.9)
+    basis = SUBSPACE.basis(statistics, record, 0.9)
     assert basis is not None
     assert basis.shape[0] == 48
