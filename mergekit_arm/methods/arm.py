@@ -30,7 +30,7 @@ from torch import Tensor
 from mergekit_arm.errors import InputError
 from mergekit_arm.methods.base import Plan, Remembered, check_planned
 from mergekit_arm.methods.parameters import number, parameter_type, statistics_reference
-from mergekit_arm.methods.rotation import Incoming, arm_step
+from mergekit_arm.methods.step import Incoming, arm_step
 from mergekit_arm.statistics.format import EXPERTS, LEFT_AS_MERGED
 from mergekit_arm.statistics.read import Statistics, open_statistics
 
