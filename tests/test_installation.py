@@ -113,6 +113,7 @@ def test_uninstall_leaves_nothing(kind: str, tmp_path: Path) -> None:
     python = make_environment(environment)
     before = files()
     install(python, kind, tmp_path / "wheels")
-    assert any(path.name == "mergekit_arm.pth" for path in files() - before)
+    installed = {path.name for path in files() - before if path.parent.name == "site-packages"}
+    assert {"mergekit_arm.pth", "mergekit_arm.start"} <= installed
     succeed(*PIP, "--python", python, "uninstall", "--quiet", "--yes", "mergekit-arm")
     assert files() == before

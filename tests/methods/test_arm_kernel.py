@@ -13,7 +13,8 @@ from hypothesis import assume, given, settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mergekit_arm.methods.rotation import Incoming, align, arm_step, principal_planes
+from mergekit_arm.methods.alignment import align, principal_planes
+from mergekit_arm.methods.step import Incoming, arm_step
 from tests.support.arm_reference import (
     REPEATABLE,
     kernel,

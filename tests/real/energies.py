@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mergekit_arm.demo.text import standard_library
 from mergekit_arm.demo.train import mean_loss, pack, train
-from mergekit_arm.methods.rotation import Incoming, arm_step
+from mergekit_arm.methods.step import Incoming, arm_step
 from mergekit_arm.statistics.kinds.second_moment import (
     Dominant,
     columns_for_energy,

@@ -163,25 +163,32 @@ class Subspace(Kind):
         Raises:
             InputError: subspaces were not measured, or hold less energy than asked for.
         """
+        site, count = record.site, self.columns(directory, record, energy)
+        if site is None or count is None:
+            return None
+        where = f"activation_stats {directory.reference}: {site}"
+        return directory.once(
+            (self.name, site, energy),
+            lambda: orthonormal(directory.tensor(site, "basis")[:, :count], where),
+        )
+
+    def columns(self, directory: Directory, record: WeightRecord, energy: float) -> int | None:
+        """Return how many columns ``basis`` has, without reading them; None where it is None.
+
+        Raises:
+            InputError: as ``basis`` does.
+        """
         assert record.site is not None
         site = record.site
         if directory.metadata.sites[site].no_subspace is not None:
             return None
-        return directory.once(
-            (self.name, site, energy), lambda: self._read_basis(directory, site, energy)
-        )
-
-    def _read_basis(self, directory: Directory, name: str, energy: float) -> Tensor:
-        where = f"activation_stats {directory.reference}: {name}"
-        stored = directory.tensor(name, "basis")
-        count = columns_for_energy(
-            directory.tensor(name, "eigenvalues"),
-            float(directory.tensor(name, "trace")),
+        return columns_for_energy(
+            directory.tensor(site, "eigenvalues"),
+            float(directory.tensor(site, "trace")),
             energy,
             measured=directory.metadata.settings.energy or 1.0,
-            where=where,
+            where=f"activation_stats {directory.reference}: {site}",
         )
-        return orthonormal(stored[:, :count], where)
 
     def adder(self, parts: Sequence[Directory], width: int) -> SubspaceSketch:
         # Ω as stored: another torch may draw other numbers from the same seed.
