@@ -9,9 +9,10 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming.config import load_config, plain_path
+from mergekit_arm.streaming.config import load_config
 from mergekit_arm.streaming.layout import END_MARKER
 from mergekit_arm.streaming.options import StreamOptions, WatchOptions
+from mergekit_arm.streaming.references import plain_path
 from mergekit_arm.streaming.stream import stream
 
 _EPILOG = """\b

@@ -72,7 +72,7 @@ def test_neither_training_nor_stream_outlives_the_others_failure(
     children: list[subprocess.Popen[bytes]] = []
     at_exit: list[Callable[[], None]] = []
 
-    def popen(command: list[str]) -> subprocess.Popen[bytes]:
+    def popen(command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
         children.append(Popen(sleeping))
         return children[-1]
 
