@@ -36,7 +36,7 @@ def command(out: Path, seed: int, force: bool) -> None:
     with console.status("Loading libraries"):
         import transformers
 
-        from mergekit_arm.demo.run import DemoOptions, run_demo
+        from mergekit_arm.demo.demo import DemoOptions, run_demo
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
