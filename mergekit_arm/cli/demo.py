@@ -24,7 +24,7 @@ Examples:
 @click.option("--seed", type=click.IntRange(0), default=42, show_default=True)
 @click.option("--force", is_flag=True, help="Replace an earlier demo at --out.")
 def command(out: Path, seed: int, force: bool) -> None:
-    """Train, calibrate and merge a very small model, in a minute and without a network.
+    """Train, calibrate and merge a very small model, in two minutes and without a network.
 
     Trains a base and two specialists of a very small Llama on the text of Python's standard
     library, measures the base's activations, merges with and without AIM through mergekit, and

@@ -126,7 +126,7 @@ def test_every_process_of_a_training_learns_how_the_stream_ended(tmp_path: Path)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     # With torchrun's variables the stream's calibration would wait for ever for other processes.
     done = subprocess.run(
-        [*launcher, "--master-port", "0", tmp_path / "training.py", tmp_path],
+        [*launcher, "--standalone", tmp_path / "training.py", tmp_path],
         capture_output=True,
         text=True,
         check=False,
