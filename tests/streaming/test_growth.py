@@ -90,7 +90,10 @@ def test_twenty_steps_grow_nothing(tmp_path: Path) -> None:
         merge_method="arm",
         passes=10,
         calibration={"dataset": str(tmp_path / "tokens.jsonl"), "refresh": 10},
-        evaluation={"dataset": str(write_tokens(tmp_path / "heldout.jsonl", 3, rows=2))},
+        evaluation={
+            "dataset": str(write_tokens(tmp_path / "heldout.jsonl", 3, rows=2)),
+            "keep": "last",  # the best step's weights would come to the last one's, once
+        },
     )
     held = follow(document, tmp_path / "out")
     assert len(held) == 20
