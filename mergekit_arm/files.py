@@ -1,6 +1,6 @@
 """Small verbs on files: atomic writes, publishing a directory, sizes.
 
-Whatever is not finished has a name that begins with a dot; ``state.sweep`` removes it.
+Whatever is not finished has a name that begins with a dot; a stream removes it when it goes on.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str, *, staging: Path | None = None) -> None:
-    """Write ``text`` to ``path``: the old content or the new, at every moment.
+    """Write ``text`` in UTF-8 as :func:`write_bytes` writes."""
+    write_bytes(path, text.encode(), staging=staging)
+
+
+def write_bytes(path: Path, content: bytes, *, staging: Path | None = None) -> None:
+    """Write ``content`` to ``path``: the old content or the new, at every moment.
 
     The unfinished file lies in ``staging``, a directory on the same disk; beside ``path`` by
     default.
     """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=staging or path.parent)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())

@@ -6,6 +6,8 @@ tensor at hand, so that statistics of another model, revision or layer are refus
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -45,6 +47,19 @@ def take_probe(tensor: Tensor) -> Tensor:
         index = torch.unravel_index(positions.to(tensor.device), tensor.shape)
         values = tensor[index]
     return values.detach().to(device="cpu", dtype=torch.float32)
+
+
+def content_hash(tensors: Iterable[tuple[str, Sequence[int], str, Tensor]]) -> str:
+    """Return a SHA-256 over names, shapes, dtypes and probes; independent of sharding.
+
+    ``tensors``: one entry for every tensor with a value in it, integers too, sorted by name; dtypes
+    as ``float32``.
+    """
+    digest = hashlib.sha256()
+    for name, shape, dtype, probe in tensors:
+        digest.update(f"{name} {list(shape)} {dtype} ".encode())
+        digest.update(probe.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def probe_variants(probes: Tensor, dtype: torch.dtype) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mergekit_arm.demo.text import standard_library
-from mergekit_arm.demo.train import mean_loss, pack, train
+from mergekit_arm.demo.train import token_blocks, train
 from mergekit_arm.methods.step import Incoming, arm_step
 from mergekit_arm.statistics.kinds.second_moment import (
     Dominant,
@@ -24,6 +24,8 @@ from mergekit_arm.statistics.kinds.second_moment import (
     orthonormal,
 )
 from mergekit_arm.statistics.kinds.subspace import Subspace, SubspaceSketch
+from mergekit_arm.streaming.evaluation.heldout import whole_text
+from mergekit_arm.streaming.evaluation.score import mean_loss
 from tests.real.smollm2 import smollm2
 
 ENERGIES = (0.5, 0.8, 0.9, 0.97)
@@ -104,15 +106,17 @@ def rows() -> Iterator[tuple[str, LlamaForCausalLM, dict[str, Tensor]]]:
     corpora = standard_library(characters=200_000)
     folder = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    held = {d: pack(tokenizer, corpora[d].heldout, LENGTH)[:24] for d in ("prose", "general")}
+    held = {
+        d: token_blocks(tokenizer, corpora[d].heldout, LENGTH)[:24] for d in ("prose", "general")
+    }
     base = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     yield "base", base, held
     model = copy.deepcopy(base)
-    blocks = pack(tokenizer, corpora["prose"].train, LENGTH)
-    train(model, blocks, steps=STEPS, learning_rate=2e-4, batch_size=1)
+    blocks = token_blocks(tokenizer, corpora["prose"].train, LENGTH)
+    train(model, tokenizer, blocks, steps=STEPS, learning_rate=2e-4, batch_size=1)
     yield "fine-tune", model, held
     tuned = dict(model.state_dict())
-    observers = observe(base, pack(tokenizer, corpora["general"].train, LENGTH)[:16])
+    observers = observe(base, token_blocks(tokenizer, corpora["general"].train, LENGTH)[:16])
     for rate in RATES:
         yield f"task arithmetic, η {rate}", step(base, tuned, {}, rate, 0.0), held
     spectra = {name: spectrum(observer) for name, observer in observers.items()}
@@ -127,6 +131,8 @@ def rows() -> Iterator[tuple[str, LlamaForCausalLM, dict[str, Tensor]]]:
 
 if __name__ == "__main__":
     for label, model, held in rows():
-        losses = "  ".join(f"{name} {mean_loss(model, ids, 4):.4f}" for name, ids in held.items())
+        losses = "  ".join(
+            f"{name} {mean_loss(model, whole_text(ids), 4):.4f}" for name, ids in held.items()
+        )
         sys.stdout.write(f"{label:50} {losses}\n")
         sys.stdout.flush()

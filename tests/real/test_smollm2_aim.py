@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from mergekit_arm.demo.text import Corpus
-from mergekit_arm.demo.train import mean_loss, pack
+from mergekit_arm.demo.text import DomainText
+from mergekit_arm.demo.train import token_blocks
+from mergekit_arm.streaming.evaluation.heldout import whole_text
+from mergekit_arm.streaming.evaluation.score import mean_loss
 from tests.real.commands import call, merge, weights
 from tests.real.conftest import LENGTH
 
@@ -25,7 +27,7 @@ PARAMETERS = {"ties": {"weight": 1.0, "density": 0.5}, "task_arithmetic": {"weig
 
 
 @pytest.fixture(scope="module")
-def text(corpora: dict[str, Corpus]) -> str:
+def text(corpora: dict[str, DomainText]) -> str:
     """One long text, so that no shuffling of rows decides how it is cut."""
     return "\n\n".join(corpora["general"].train)[:20_000].strip()
 
@@ -112,11 +114,13 @@ def test_merges_load_speak_and_know_both_texts(
     base: Path,
     variants: dict[str, Path],
     merges: dict[str, Path],
-    corpora: dict[str, Corpus],
+    corpora: dict[str, DomainText],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
-    heldout = {name: pack(tokenizer, corpora[name].heldout, LENGTH)[:4] for name in variants}
+    heldout = {
+        name: token_blocks(tokenizer, corpora[name].heldout, LENGTH)[:4] for name in variants
+    }
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,
@@ -127,7 +131,9 @@ def test_merges_load_speak_and_know_both_texts(
     replies: dict[str, str] = {}
     for name, folder in {"base": base, **variants, **merges}.items():
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        losses[name] = {domain: mean_loss(model, blocks, 2) for domain, blocks in heldout.items()}
+        losses[name] = {
+            domain: mean_loss(model, whole_text(blocks), 2) for domain, blocks in heldout.items()
+        }
         if name.startswith("aim_"):
             reply = model.generate(**prompt, max_new_tokens=12, do_sample=False)
             answer = reply[0, prompt["input_ids"].shape[1] :]

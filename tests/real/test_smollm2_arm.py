@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from mergekit_arm.demo.text import Corpus
-from mergekit_arm.demo.train import mean_loss, pack
+from mergekit_arm.demo.text import DomainText
+from mergekit_arm.demo.train import token_blocks
 from mergekit_arm.statistics.kinds.second_moment import default_rank, stored_directions
 from mergekit_arm.statistics.kinds.subspace import SUBSPACE, Subspace, SubspaceSketch
 from mergekit_arm.statistics.read import Statistics
+from mergekit_arm.streaming.evaluation.heldout import whole_text
+from mergekit_arm.streaming.evaluation.score import mean_loss
 from tests.real.commands import call, merge, weights
 from tests.real.conftest import EVERY, LENGTH
 
@@ -32,10 +34,10 @@ Report = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def blocks(base: Path, corpora: dict[str, Corpus]) -> Tensor:
+def blocks(base: Path, corpora: dict[str, DomainText]) -> Tensor:
     """Calibration tokens: real text, (blocks, length)."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return pack(tokenizer, corpora["general"].train, LENGTH)[:BLOCKS]
+    return token_blocks(tokenizer, corpora["general"].train, LENGTH)[:BLOCKS]
 
 
 @pytest.fixture(scope="module")
@@ -204,11 +206,11 @@ def test_a_step_turns_every_matrix_and_keeps_its_length(
 
 
 def test_the_step_loads_speaks_and_is_compared(
-    base: Path, merges: dict[str, Path], corpora: dict[str, Corpus], capsys: Report
+    base: Path, merges: dict[str, Path], corpora: dict[str, DomainText], capsys: Report
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     heldout = {
-        domain: pack(tokenizer, corpora[domain].heldout, LENGTH)[:8]
+        domain: token_blocks(tokenizer, corpora[domain].heldout, LENGTH)[:8]
         for domain in ("prose", "general")
     }
     prompt = tokenizer.apply_chat_template(
@@ -220,7 +222,9 @@ def test_the_step_loads_speaks_and_is_compared(
     losses: dict[str, dict[str, float]] = {}
     for name, folder in {"base": base, **merges}.items():
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        losses[name] = {domain: mean_loss(model, ids, 2) for domain, ids in heldout.items()}
+        losses[name] = {
+            domain: mean_loss(model, whole_text(ids), 2) for domain, ids in heldout.items()
+        }
     reply = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     answer = tokenizer.decode(reply[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     with capsys.disabled():

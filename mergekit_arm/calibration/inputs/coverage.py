@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -16,7 +15,7 @@ from mergekit_arm.calibration.inputs.readings import Reading, ReadingPlan
 from mergekit_arm.errors import InputError
 from mergekit_arm.models.conversion import Part, trace_parts
 from mergekit_arm.statistics.format import BIAS, BUFFER, NOT_FLOATING, NOT_LOADED
-from mergekit_arm.statistics.probe import take_probe
+from mergekit_arm.statistics.probe import content_hash, take_probe
 
 
 class Checkpoint(Protocol):
@@ -75,11 +74,10 @@ class Coverage:
 
     def content_hash(self) -> str:
         """Return a hash over names, shapes, dtypes and probes; independent of sharding."""
-        digest = hashlib.sha256()
-        for weight, probe in zip(self.weights, self.taken, strict=False):
-            digest.update(f"{weight.name} {list(weight.shape)} {weight.dtype} ".encode())
-            digest.update(probe.numpy().tobytes())
-        return digest.hexdigest()
+        return content_hash(
+            (weight.name, weight.shape, weight.dtype, probe)
+            for weight, probe in zip(self.weights, self.taken, strict=False)
+        )
 
     def settle(self) -> None:
         """Give every tensor its input axis or its reason, now that the plan is complete.

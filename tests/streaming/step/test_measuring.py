@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from mergekit_arm.errors import InputError
 from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.kinds.subspace import SUBSPACE
+from mergekit_arm.statistics.locate import read_metadata
 from mergekit_arm.statistics.read import open_statistics
 from mergekit_arm.streaming.config import Calibration
-from mergekit_arm.streaming.step.measuring import carry_over, measure, read_metadata
+from mergekit_arm.streaming.step.measuring import carry_over, measure_model
 from tests.support.models import perturbed, tiny_llama
 from tests.support.streams import write_tokens
 
@@ -27,7 +28,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base.save_pretrained(folder / "base")
     perturbed(base, 1).save_pretrained(folder / "next")
     settings = Calibration.model_validate({"dataset": str(write_tokens(folder / "t.jsonl", 3))})
-    measure(
+    measure_model(
         str(folder / "base"),
         folder / "statistics",
         1,
@@ -75,8 +76,8 @@ def test_a_model_with_other_weights_cannot_take_them_over(scene: Path, tmp_path:
 
 
 def test_what_was_measured_is_not_measured_again(scene: Path) -> None:
-    before = read_metadata(scene / "statistics")
-    again = measure(
+    before = read_metadata("scene", scene / "statistics")
+    again = measure_model(
         "no such model", scene / "statistics", 1, {}, ("importance",), MergeOptions(), say=print
     )
     assert again.tokens == before.data.tokens
@@ -84,7 +85,7 @@ def test_what_was_measured_is_not_measured_again(scene: Path) -> None:
 
 def test_subspaces_alone_can_be_read(scene: Path, tmp_path: Path) -> None:
     settings = Calibration.model_validate({"dataset": str(scene / "t.jsonl")})
-    measure(
+    measure_model(
         str(scene / "base"),
         tmp_path / "alone",
         1,
