@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from mergekit_arm.demo.text import Corpus
 from mergekit_arm.demo.train import mean_loss, pack
 from tests.real.commands import call, merge
-from tests.real.smollm2 import LENGTH
+from tests.real.smollm2 import LENGTH, capital_of_france
 from tests.support.merges import weights
 
 pytestmark = pytest.mark.real
@@ -114,19 +114,12 @@ def test_merges_load_speak_and_know_both_texts(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     heldout = {name: pack(tokenizer, corpora[name].heldout, LENGTH)[:4] for name in variants}
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
     losses: dict[str, dict[str, float]] = {}
     for name, folder in {"base": base, **variants, **merges}.items():
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         losses[name] = {domain: mean_loss(model, blocks, 2) for domain, blocks in heldout.items()}
     # The last of them is aim_ties.
-    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-    reply = tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    reply = capital_of_france(model, tokenizer)
     with capsys.disabled():
         sys.stdout.write("\nheld-out loss, nats per token\n")
         for name, row in losses.items():

@@ -18,7 +18,7 @@ from mergekit_arm.demo.train import mean_loss, pack
 from mergekit_arm.statistics.kinds.subspace import Subspace, default_rank, stored_directions
 from mergekit_arm.statistics.read import Statistics
 from tests.real.commands import call, merge
-from tests.real.smollm2 import EVERY, LENGTH
+from tests.real.smollm2 import EVERY, LENGTH, capital_of_france
 from tests.support.merges import weights
 
 pytestmark = pytest.mark.real
@@ -213,22 +213,14 @@ def test_the_step_loads_speaks_and_is_compared(
         domain: pack(tokenizer, corpora[domain].heldout, LENGTH)[:8]
         for domain in ("prose", "general")
     }
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
     losses: dict[str, dict[str, float]] = {}
     for name, folder in {"base": base, **merges}.items():
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         losses[name] = {domain: mean_loss(model, ids, 2) for domain, ids in heldout.items()}
-    reply = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-    answer = tokenizer.decode(reply[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     with capsys.disabled():
         sys.stdout.write(f"\nheld-out loss after one step (η = {RATE}), nats per token\n")
         for name, row in losses.items():
             values = "  ".join(f"{domain} {loss:.4f}" for domain, loss in row.items())
             sys.stdout.write(f"  {name:16} {values}\n")
-    assert "Paris" in answer
+    assert "Paris" in capital_of_france(model, tokenizer)
     assert losses["arm"]["prose"] < losses["base"]["prose"]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mergekit_arm.statistics.format import METADATA_FILE
-from tests.support.models import perturbed, tiny_experts, tiny_llama
+from tests.support.models import perturbed, tiny_experts, tiny_llama, vary_norms
 from tests.support.streams import write_tokens
 
 RUN = """
@@ -122,7 +122,8 @@ def run(checkout: Path, folder: Path, models: list[str]) -> None:
         [sys.executable, "-c", RUN, str(checkout)],
         input=json.dumps(commands),
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(checkout)},
+        # mergekit lists models in the order of their hashes.
+        env={**os.environ, "PYTHONPATH": str(checkout), "PYTHONHASHSEED": "0"},
         capture_output=True,
         text=True,
     )
@@ -152,6 +153,7 @@ def difference(old: Path, new: Path) -> str | None:
 def make_models(folder: Path, real: Path | None) -> list[str]:
     """Save every model and a variant ``NAME-a`` of it; return the names."""
     models = {"llama": tiny_llama(0), "tied": tiny_llama(1, tied=True), "experts": tiny_experts(2)}
+    vary_norms(models["experts"])  # slices tell layers by their values
     if real is not None:
         models["real"] = AutoModelForCausalLM.from_pretrained(real)
     for name, model in models.items():

@@ -41,10 +41,10 @@ def vary_norms(model: PreTrainedModel) -> None:
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
 
-def tiny_experts(seed: int) -> Qwen3MoeForCausalLM:
-    """Return a random mixture of four experts a layer, of which every token sees two."""
+def tiny_experts(seed: int, *, experts: int = 4, per_token: int = 2) -> Qwen3MoeForCausalLM:
+    """Return a random mixture of experts with two layers."""
     torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM(
+    return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
             vocab_size=VOCABULARY,
             hidden_size=32,
@@ -54,14 +54,12 @@ def tiny_experts(seed: int) -> Qwen3MoeForCausalLM:
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=8,
-            num_experts=4,
-            num_experts_per_tok=2,
+            num_experts=experts,
+            num_experts_per_tok=per_token,
             decoder_sparse_step=1,
             max_position_embeddings=64,
         )
     )
-    vary_norms(model)
-    return model
 
 
 def perturbed(model: PreTrainedModel, seed: int, scale: float = 0.02) -> PreTrainedModel:
