@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import statistics
 import subprocess
 import sys
 import time
@@ -25,30 +23,18 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, check=False)
 
 
-def test_help_is_instant() -> None:
-    """Half a second; the median of five, by processor time, since machines are shared."""
-    spent = []
-    for _ in range(5):
-        before = os.times()
-        assert run("--help").returncode == 0
-        after = os.times()
-        spent.append(
-            after.children_user - before.children_user
-            + after.children_system - before.children_system
-        )  # fmt: skip
-    assert statistics.median(spent) < 0.5
-
-
 # `stream` offers mergekit's own merge options, whose module imports torch.
-@pytest.mark.parametrize("name", sorted(set(cli_module.COMMANDS) - {"stream"}))
-def test_help_of_a_subcommand_loads_no_torch(name: str) -> None:
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in cli_module.COMMANDS if name != "stream")]
+)
+def test_help_loads_no_torch(command: list[str]) -> None:
     program = (
-        "import sys; from mergekit_arm.cli.main import main; sys.argv = ['x', %r, '--help']\n"
+        "import sys; from mergekit_arm.cli.main import main; sys.argv = ['x', *%r, '--help']\n"
         "try: main()\nexcept SystemExit: pass\n"
         "assert 'torch' not in sys.modules, 'torch was imported'"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program % name], capture_output=True, text=True, check=False
+        [sys.executable, "-c", program % (command,)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "Usage:" in done.stdout
