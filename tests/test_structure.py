@@ -153,3 +153,9 @@ def test_the_wheel_holds_the_package_and_what_starts_it() -> None:
     at_the_root = {Path(path.name) for path in starters}
     assert files - at_the_root == expected
     assert set(map(Path, builder.config.get_force_include().values())) == at_the_root
+
+
+def test_no_file_is_longer_than_300_lines() -> None:
+    lines = {str(path.relative_to(ROOT)): text.count("\n") for path, text in FILES.items()}
+    long = {name: count for name, count in lines.items() if count > 300}
+    assert not long, f"split these by what they do: {long}"
