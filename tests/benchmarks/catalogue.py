@@ -321,8 +321,8 @@ BENCHMARKS: dict[str, Callable[[Workshop], list[Row]]] = {
     "processes": processes,
     "growth-tokens": growth_tokens,
     "growth-parameters": growth_parameters,
-    "kernel": kernel,
     "start-up": start_up,
+    "kernel": kernel,
     "merge-every-aim": merge_every_aim,
 }
 ON_REQUEST = ("merge-every-aim",)
