@@ -18,7 +18,7 @@ from tests.support.paths import PACKAGE, ROOT
 
 FLOORS = (
     {"__init__", "errors", "units", "autoload"},
-    {"files", "machine"},
+    {"files", "machine", "tensors"},
     {"data", "models", "statistics"},
     {"methods", "calibration"},
     {"streaming"},
@@ -28,7 +28,7 @@ FLOORS = (
 )
 """Rooms from the ground up. A room imports from its own and lower floors."""
 
-NEIGHBOURS = {"models": {"data", "statistics"}}
+NEIGHBOURS = {"models": {"data", "statistics"}, "data": {"statistics"}}
 """Rooms that may import from others of their floor, where it has rooms and not just files."""
 
 UPWARDS = {("autoload", "methods")}
@@ -92,7 +92,8 @@ OURS = [one for one in IMPORTS if one.target in MODULES]
 
 
 def test_every_room_has_a_floor() -> None:
-    assert {room(module) for module in MODULES} == set().union(*FLOORS)
+    homeless = {room(module) for module in MODULES}.difference(*FLOORS)
+    assert not homeless, f"give these rooms a floor: {homeless}"
 
 
 def test_no_import_runs_upwards() -> None:
@@ -100,6 +101,8 @@ def test_no_import_runs_upwards() -> None:
     wrong = []
     for one in OURS:
         source, target = room(module_name(one.file)), room(one.target)
+        if not {source, target} <= floor.keys():
+            continue  # the test before this one names it
         beside = floor[source] == floor[target] and source != target
         rooms = (PACKAGE / source).is_dir() and (PACKAGE / target).is_dir()
         forbidden = beside and rooms and target not in NEIGHBOURS.get(source, ())
