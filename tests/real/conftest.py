@@ -14,10 +14,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from mergekit_arm.demo.text import DomainText, standard_library
 from mergekit_arm.demo.train import token_blocks, train
 from tests.real import smollm2
+from tests.real.smollm2 import EVERY, LENGTH
 
-STEPS = 16
-EVERY = 8
-LENGTH = 128
+STEPS = {"prose": 16, "code": 8}
+"""Of each fine-tune."""
 
 
 @pytest.fixture(scope="session")
@@ -50,11 +50,11 @@ def run(
             model,
             tokenizer,
             token_blocks(tokenizer, corpora[domain].train, LENGTH),
-            steps=STEPS,
+            steps=STEPS[domain],
             learning_rate=5e-5,
             batch_size=1,
             folder=folder / domain,
-            save_at=range(EVERY, STEPS + 1, EVERY),
+            save_at=range(EVERY, STEPS[domain] + 1, EVERY),
         )
         return folder / domain
 
@@ -66,4 +66,4 @@ def run(
 @pytest.fixture(scope="session")
 def variants(run: Callable[[str], Path]) -> dict[str, Path]:
     """The last checkpoint of a fine-tune on prose, and of one on code."""
-    return {domain: run(domain) / f"checkpoint-{STEPS}" for domain in ("prose", "code")}
+    return {domain: run(domain) / f"checkpoint-{steps}" for domain, steps in STEPS.items()}
