@@ -1,14 +1,18 @@
 """Gives mergekit our methods, with no flag and no import by the user.
 
-mergekit has no plugin discovery. ``mergekit_arm.pth``, which lies in site-packages once this
-package is installed, calls :func:`install` whenever Python starts. That puts a finder on
-``sys.meta_path`` which waits for ``mergekit.merge_methods``; as soon as that package has executed,
+mergekit has no plugin discovery. Two files lie in site-packages once this package is installed,
+and either has :func:`install` called whenever Python starts: ``mergekit_arm.start``, which Python
+3.15 and later read, and ``mergekit_arm.pth`` for those before. Where both are read, the second call
+changes nothing. The function puts a finder on ``sys.meta_path`` which waits for
+``mergekit.merge_methods``; as soon as that package has executed,
 ``mergekit_arm.methods.register_all()`` runs. ``MERGEKIT_ARM_AUTOLOAD=0`` in the environment
-switches it off: the ``.pth`` then does not even import this file.
+switches it off; the ``.pth`` then does not even import this file.
 
-Every Python program of the environment pays for this file, so it imports ``sys`` and nothing else.
+Every Python program of the environment pays for this file, so it imports nothing that Python has
+not loaded by then.
 """
 
+import os
 import sys
 
 TYPE_CHECKING = False  # known to type checkers by name; importing typing would take milliseconds
@@ -29,7 +33,12 @@ _under_way: set[str] = set()
 
 
 def install() -> None:
-    """Watch for mergekit from now on, or register at once if it is imported. Safe to call again."""
+    """Watch for mergekit from now on, or register at once if it is imported. Safe to call again.
+
+    Does nothing where ``MERGEKIT_ARM_AUTOLOAD`` is 0.
+    """
+    if os.environ.get("MERGEKIT_ARM_AUTOLOAD") == "0":
+        return
     if not any(getattr(finder, "watches", None) == HOST for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     _register()

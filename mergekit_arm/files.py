@@ -1,6 +1,6 @@
 """Small verbs on files: atomic writes, publishing a directory, sizes.
 
-Whatever is not finished has a name that begins with a dot; ``state.sweep`` removes it.
+Whatever is not finished has a name that begins with a dot; a stream removes it when it goes on.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str, *, staging: Path | None = None) -> None:
-    """Write ``text`` to ``path``: the old content or the new, at every moment.
+    """Write ``text`` in UTF-8 as :func:`write_bytes` writes."""
+    write_bytes(path, text.encode(), staging=staging)
+
+
+def write_bytes(path: Path, content: bytes, *, staging: Path | None = None) -> None:
+    """Write ``content`` to ``path``: the old content or the new, at every moment.
 
     The unfinished file lies in ``staging``, a directory on the same disk; beside ``path`` by
     default.
     """
     with replacement(path, staging=staging) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_bytes(content)
 
 
 @contextmanager
@@ -46,12 +51,8 @@ def replacement(path: Path, *, staging: Path | None = None) -> Iterator[Path]:
     flush(path.parent)
 
 
-def publish(staging: Path, final: Path, *, replace: bool = False) -> None:
-    """Flush the finished directory ``staging`` and rename it to ``final``.
-
-    ``final`` must be absent, or an empty directory; with ``replace``, it may be any directory,
-    which is removed once the new one is in its place.
-    """
+def publish(staging: Path, final: Path) -> None:
+    """Flush the finished directory ``staging`` and rename it to ``final``, which must be absent."""
     mask = _umask()
     staging.chmod(0o777 & ~mask)
     for path in staging.rglob("*"):
@@ -59,13 +60,7 @@ def publish(staging: Path, final: Path, *, replace: bool = False) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         flush(path)
     flush(staging)
-    if replace and final.exists():
-        previous = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        final.rename(previous / final.name)
-        staging.rename(final)
-        shutil.rmtree(previous)
-    else:
-        staging.rename(final)
+    staging.rename(final)
     flush(final.parent)
 
 
@@ -103,9 +98,10 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def is_path(reference: str) -> bool:
-    """Say whether ``reference`` can only mean a path here: a Hub id has one slash at most."""
-    return reference.startswith((".", "/", "~")) or reference.count("/") > 1
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def flush(path: Path) -> None:
@@ -117,7 +113,6 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def is_path(reference: str) -> bool:
+    """Say whether ``reference`` can only mean a path here: a Hub id has one slash at most."""
+    return reference.startswith((".", "/", "~")) or reference.count("/") > 1

@@ -20,6 +20,14 @@ _THREADS = max(1, (os.cpu_count() or 1) // _WORKERS)
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let what is long count as slow: ``-m "not slow"`` takes the place of ``-m "not long"``."""
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve rows of 32 random token ids."""

@@ -40,8 +40,20 @@ def site_dir(tmp_path: Path) -> Path:
     (methods / "aim.py").write_text(AIM)
     for name in ("__init__.py", "autoload.py"):
         shutil.copy(PACKAGE / name, methods.parent)
-    shutil.copy(PACKAGE / "mergekit_arm.pth", tmp_path)
+    for name in ("mergekit_arm.pth", "mergekit_arm.start"):
+        shutil.copy(PACKAGE / name, tmp_path)
     return tmp_path
+
+
+START = """if True:
+    import pkgutil
+    from pathlib import Path
+    def start(folder):
+        '''What Python 3.15 does with a .start file: import and call what each line names.'''
+        for line in (Path(folder) / "mergekit_arm.start").read_text().splitlines():
+            if line.strip() and not line.startswith("#"):
+                pkgutil.resolve_name(line.strip())()
+"""
 
 
 def run(site_dir: Path, code: str, *, switch: str = "1") -> tuple[list[str], str]:
@@ -83,10 +95,44 @@ def test_mergekit_imported_before_the_hook_registers_at_once(site_dir: Path) -> 
     code = """if True:
         import mergekit.merge_methods as host
         print(len(host.known))
+        import os
         from mergekit_arm import autoload
+        os.environ["MERGEKIT_ARM_AUTOLOAD"] = "1"
         autoload.install()
         print(*host.known)"""
     assert run(site_dir, code, switch="0") == (["0", "aim"], "")
+
+
+@pytest.mark.parametrize(
+    "order", ["start(folder)", "start(folder); again()", "again(); start(folder)"]
+)
+def test_start_and_pth_install_once(site_dir: Path, order: str) -> None:
+    """By the .start alone, or with the .pth before or after it, as where both are read."""
+    (site_dir / "mergekit_arm.pth").rename(site_dir / "mergekit_arm.kept")
+    code = f"""{START}
+    folder = {str(site_dir)!r}
+    before = len(sys.meta_path)
+    def again():
+        lines = (Path(folder) / "mergekit_arm.kept").read_text()
+        for line in lines.splitlines():
+            exec(line)
+    {order}
+    import mergekit.merge_methods as host
+    print(len(sys.meta_path) - before, *host.known)"""
+    if sys.version_info >= (3, 15):  # has read the file already
+        code = f"import mergekit.merge_methods as host; print(1, *host.known)\n{code}"
+        assert run(site_dir, code) == (["1", "aim", "0", "aim"], "")
+    else:
+        assert run(site_dir, code) == (["1", "aim"], "")
+
+
+def test_start_is_switched_off_as_the_pth_is(site_dir: Path) -> None:
+    code = f"""{START}
+    before = len(sys.meta_path)
+    start({str(site_dir)!r})
+    import mergekit.merge_methods as host
+    print(len(sys.meta_path) - before, *host.known, "mergekit_arm.methods" in sys.modules)"""
+    assert run(site_dir, code, switch="0") == (["0", "False"], "")
 
 
 @pytest.mark.parametrize("first", ["mergekit_arm.methods", "mergekit_arm.methods.aim"])

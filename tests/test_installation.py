@@ -1,8 +1,6 @@
 """The package as pip installs it, wheel and editable, beside the real mergekit."""
 
 import os
-import resource
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -84,19 +82,6 @@ def test_bare_python_imports_neither_torch_nor_mergekit(python: Path) -> None:
     assert ours == {"mergekit_arm", "mergekit_arm.autoload"}
 
 
-def test_bare_python_starts_less_than_3_ms_later(python: Path) -> None:
-    def cpu_seconds(switch: str) -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert succeed(python, "-c", "pass", switch=switch) == ""
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    # Processor time, because starting up never waits, and on a busy machine the clock on the wall
-    # tells of the others; pairs and their median for what remains of them.
-    extra = statistics.median(cpu_seconds("1") - cpu_seconds("0") for _ in range(41))
-    assert extra < 0.003
-
-
 def test_switched_off_mergekit_does_not_know_them(python: Path) -> None:
     code = "from mergekit.merge_methods import get; get('ties'); get('aim')"
     done = run(python, "-c", code, switch="0")
@@ -113,6 +98,7 @@ def test_uninstall_leaves_nothing(kind: str, tmp_path: Path) -> None:
     python = make_environment(environment)
     before = files()
     install(python, kind, tmp_path / "wheels")
-    assert any(path.name == "mergekit_arm.pth" for path in files() - before)
+    installed = {path.name for path in files() - before if path.parent.name == "site-packages"}
+    assert {"mergekit_arm.pth", "mergekit_arm.start"} <= installed
     succeed(*PIP, "--python", python, "uninstall", "--quiet", "--yes", "mergekit-arm")
     assert files() == before

@@ -29,10 +29,10 @@ from mergekit_arm.calibration.running.session import (
     interruptible,
 )
 from mergekit_arm.calibration.sums.hooks import NotFinite
+from mergekit_arm.calibration.sums.sites import chosen_kinds
 from mergekit_arm.calibration.sums.totals import MeasuredSite, add_up
 from mergekit_arm.statistics.card import statistics_card
 from mergekit_arm.statistics.format import Metadata, ModelRecord
-from mergekit_arm.statistics.kinds.subspace import sketch_matrices
 from mergekit_arm.statistics.write import write_statistics
 
 __all__ = ["CalibrationOptions", "CalibrationResult", "calibrate"]
@@ -133,7 +133,11 @@ def write(prepared: Prepared, sums: Sums) -> CalibrationResult | None:
     options, coverage = session.options, sums.coverage
     if session.job.main:
         out = Path(options.out)
-        results = collect_results(coverage, sums.sites, session.corpus.rows)
+        kinds = chosen_kinds(options)
+        results = collect_results(coverage, sums.sites, session.corpus.rows, kinds)
+        for kind in kinds:
+            for note in kind.notes(results.sites.values()):
+                session.reports.say(note)
         metadata = Metadata(
             model=ModelRecord(
                 reference=options.model,
@@ -150,8 +154,7 @@ def write(prepared: Prepared, sums: Sums) -> CalibrationResult | None:
             aliases=results.aliases,
         )
         card = statistics_card(metadata, out.name)
-        tensors = results.tensors | sketch_matrices(results.tensors, options.seed)
-        write_statistics(out, metadata, tensors, card, force=options.force)
+        write_statistics(out, metadata, results.tensors, card, force=options.force)
         result = CalibrationResult(out, metadata, session.corpus.requested, session.seconds)
     session.job.wait("written")
     session.progress.discard()
@@ -163,8 +166,7 @@ def _measure_whole(prepared: Prepared) -> Sums:
     session, device = prepared.session, prepared.device
     sites = measure_in_memory(prepared.model, prepared.coverage, device, session)
     with torch.inference_mode():
-        subspaces = "subspace" in session.options.statistics
-        return Sums(prepared.coverage, add_up(sites, session.job, device, subspaces=subspaces))
+        return Sums(prepared.coverage, add_up(sites, session.job, device))
 
 
 def _measure_by_layer(prepared: Prepared) -> Sums:

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from mergekit_arm.data.rows import DEFAULT_DATASET
 from mergekit_arm.errors import InputError
 
-STATISTICS = ("importance", "subspace")
-"""What can be measured: for AIM and for ARM."""
-
 
 @dataclass(frozen=True)
 class CalibrationOptions:
@@ -30,7 +27,8 @@ class CalibrationOptions:
     device: str = "auto"
     device_map: str | None = None
     dtype: str = "auto"
-    statistics: tuple[str, ...] = STATISTICS
+    statistics: tuple[str, ...] = ("all",)
+    """Names of kinds (``statistics/kinds``); ``all`` stands for every kind there is."""
     rank: int | None = None
     energy: float = 0.9
     subspace_tokens: int = 16384

@@ -32,10 +32,10 @@ from mergekit_arm.models.loading import (
     load_model,
 )
 from mergekit_arm.models.placement import offload, spread
+from mergekit_arm.models.tensors import CheckpointTensors
 from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.statistics.format import DataRecord, SettingsRecord
 from mergekit_arm.statistics.write import check_destination
-from mergekit_arm.tensors import TensorFiles
 from mergekit_arm.units import parse_duration, parse_size
 
 _SMALLEST_BUDGET = 256_000_000  # bytes of hidden states
@@ -48,7 +48,7 @@ class Prepared:
     session: Session
     """Options, corpus, the job's processes, saved progress and reports."""
     source: Source
-    checkpoint: TensorFiles
+    checkpoint: CheckpointTensors
     model: PreTrainedModel
     """With ``low_memory``, without its weights."""
     coverage: Coverage
@@ -232,7 +232,7 @@ def _check_corpus(corpus: Corpus, source: Source, say: Callable[[str], None]) ->
 
 
 def _check_room(
-    name: str, job: Job, checkpoint: TensorFiles, device: torch.device, dtype: torch.dtype
+    name: str, job: Job, checkpoint: CheckpointTensors, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Refuse to load weights into memory that does not hold them, for all processes of the host.
 
@@ -248,7 +248,7 @@ def _check_room(
             check_weights_fit(size, device, dtype, name, copies)
 
 
-def _cover(model: PreTrainedModel, checkpoint: TensorFiles, source: Source) -> Coverage:
+def _cover(model: PreTrainedModel, checkpoint: CheckpointTensors, source: Source) -> Coverage:
     """Return what is to be measured, or why not, of every tensor that a merge may ask for."""
     coverage = cover_checkpoint(model, checkpoint, plan_readings(model))
     add_asked_names(coverage, model, checkpoint, source.config)

@@ -29,6 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 from mergekit_arm.calibration import heartbeat
 from mergekit_arm.calibration.heartbeat import FAILED, Heartbeat
 from mergekit_arm.errors import Failure, InputError, first_line
+from mergekit_arm.statistics.kinds.base import Operation
 
 _POLL = 0.1  # seconds
 _TIMEOUT = timedelta(minutes=10)  # of one collective, all processes being there
@@ -192,8 +193,8 @@ class Job:
         torch.cuda.set_device(own)
         return own
 
-    def total(self, tensor: Tensor) -> Tensor:
-        """Return the sum of every process's ``tensor``, which keeps its dtype and device.
+    def total(self, tensor: Tensor, operation: Operation = Operation.SUM) -> Tensor:
+        """Return every process's ``tensor``, joined into one of the same dtype and device.
 
         Every process must call this in the same order, after a common ``wait``.
 
@@ -206,7 +207,7 @@ class Job:
         where = tensor.device if tensor.is_cuda else torch.device("cpu")
         summed = tensor.to(where, copy=True).contiguous()
         with self._connected():
-            dist.all_reduce(summed)
+            dist.all_reduce(summed, getattr(dist.ReduceOp, operation.name))
         return summed.to(tensor.device)
 
     def collect(self, data: bytes) -> list[bytes]:

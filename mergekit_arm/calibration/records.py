@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mergekit_arm.calibration.inputs.coverage import Coverage, CoveredWeight
 from mergekit_arm.calibration.options import CalibrationOptions
+from mergekit_arm.calibration.sums.sites import chosen_kinds
 from mergekit_arm.calibration.sums.totals import MeasuredSite
 from mergekit_arm.data.blocks import Corpus
 from mergekit_arm.errors import InputError
@@ -24,6 +25,8 @@ from mergekit_arm.statistics.format import (
     SiteRecord,
     WeightRecord,
 )
+from mergekit_arm.statistics.kinds.base import Kind
+from mergekit_arm.statistics.kinds.site import measured_widths, merge_fields
 from mergekit_arm.statistics.write import PROBES, ROWS
 
 
@@ -38,7 +41,9 @@ class Results:
     tensors: dict[str, Tensor]
 
 
-def collect_results(coverage: Coverage, measured: Iterable[MeasuredSite], rows: Tensor) -> Results:
+def collect_results(
+    coverage: Coverage, measured: Iterable[MeasuredSite], rows: Tensor, kinds: Iterable[Kind]
+) -> Results:
     """Return the records of all weights and sites, and the tensors to store.
 
     Raises:
@@ -71,11 +76,15 @@ def collect_results(coverage: Coverage, measured: Iterable[MeasuredSite], rows: 
     tensors: dict[str, Tensor] = {PROBES: coverage.probes, ROWS: rows}
     for one in measured:
         tensors |= {f"{one.name}.{key}": value for key, value in one.tensors.items()}
+    sites = {one.name: one.record for one in measured}
+    for kind in kinds:
+        for width in sorted(measured_widths(kind, sites.values())):
+            tensors |= kind.make_shared(width)
     return Results(
         weights={weight.name: records[weight.name] for weight in coverage.weights},
         converted={weight.name: records[weight.name] for weight in coverage.converted},
         aliases=dict(sorted(coverage.aliases.items())),
-        sites={one.name: one.record for one in measured},
+        sites=sites,
         tensors=tensors,
     )
 
@@ -112,16 +121,14 @@ def settings_record(
     options: CalibrationOptions, device: torch.device, dtype: torch.dtype
 ) -> SettingsRecord:
     """Return the settings that change a run's numbers."""
-    subspace = "subspace" in options.statistics
+    kinds = chosen_kinds(options)
     return SettingsRecord(
-        statistics=list(options.statistics),
+        statistics=[kind.name for kind in kinds],
         dtype=str(dtype).removeprefix("torch."),
         device=device.type,
         min_expert_tokens=options.min_expert_tokens,
-        rank=options.rank if subspace else None,
-        energy=options.energy if subspace else None,
-        subspace_tokens=options.subspace_tokens if subspace else None,
         skip_first=options.skip_first,
+        **merge_fields(kind.to_record(kind.settings()) for kind in kinds),
     )
 
 
@@ -133,8 +140,10 @@ def fingerprint(data: DataRecord, settings: SettingsRecord, content: str) -> dic
     facts = {"model": f"content {content[:16]}"}
     facts["data"] = f"{data.sequences} sequences, {data.tokens} tokens ({data.content_hash[:16]})"
     facts["seed"] = str(data.seed)
-    for name, value in settings.model_dump().items():
+    for name, value in settings.model_dump(exclude={"kinds"}).items():
         facts[name.replace("_", " ")] = ", ".join(value) if isinstance(value, list) else str(value)
+    for kind, own in (settings.kinds or {}).items():
+        facts |= {f"{kind} {name.replace('_', ' ')}": str(value) for name, value in own.items()}
     return facts
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mergekit_arm.calibration.options import STATISTICS, CalibrationOptions, parse_part
+from mergekit_arm.calibration.options import CalibrationOptions, parse_part
 from mergekit_arm.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
@@ -71,10 +72,10 @@ def _checked(parse: Callable[[str], object]) -> Callable[..., str]:
 @_option("seed", type=click.IntRange(0), help="Decides which rows and tokens are used.")
 @_option(
     "statistics",
-    type=click.Choice([*STATISTICS, "all"]),
+    metavar="KIND[,KIND]",
     default="all",
-    callback=lambda _context, _option, name: STATISTICS if name == "all" else (name,),
-    help="importance is what aim needs, subspace what arm needs.",
+    callback=lambda _context, _option, names: tuple(re.split(r"\s*,\s*", names.strip())),
+    help="What to measure: importance, which aim needs; subspace, which arm needs.",
 )
 @_option("rank", type=click.IntRange(1), help="Columns of a subspace sketch. [default: by width]")
 @_option(

@@ -27,6 +27,7 @@ def command(directories: tuple[str, ...], out: Path, force: bool) -> None:
     DIRECTORY may also be org/name[@revision] on the Hub. Subspaces add up only if they were
     measured with --keep-sketch.
     """
+    # Imported when there is work, so that --help is instant.
     from rich.console import Console
 
     console = Console(stderr=True)

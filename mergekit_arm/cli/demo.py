@@ -30,13 +30,14 @@ def command(out: Path, seed: int, force: bool) -> None:
     library, measures the base's activations, merges with and without AIM through mergekit, and
     prints a table of held-out losses.
     """
+    # Imported when there is work, so that --help is instant.
     from rich.console import Console
 
     console = Console()
     with console.status("Loading libraries"):
         import transformers
 
-        from mergekit_arm.demo.run import DemoOptions, run_demo
+        from mergekit_arm.demo.demo import DemoOptions, run_demo
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -1,17 +1,27 @@
-"""``mergekit-arm stream CONFIG OUT``."""
+"""``mergekit-arm stream CONFIG OUT``.
+
+Nothing is imported late here: mergekit's own options, which this command offers, bring torch along.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
+import transformers
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mergekit_arm.cli.tables.stream import plan_report, step_line, stream_summary
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming.config import load_config, plain_path
+from mergekit_arm.streaming.config import load_config
+from mergekit_arm.streaming.forecast import forecast
 from mergekit_arm.streaming.layout import END_MARKER
 from mergekit_arm.streaming.options import StreamOptions, WatchOptions
+from mergekit_arm.streaming.references import plain_path
 from mergekit_arm.streaming.stream import stream
 
 _EPILOG = """\b
@@ -72,9 +82,6 @@ def command(
     CONFIG is a mergekit configuration with checkpoints, learning_rate, calibration and
     evaluation. OUT/model is the result. The same command resumes an interrupted stream.
     """
-    import transformers
-    from rich.console import Console
-
     transformers.utils.logging.disable_progress_bar()
     merge_options.apply_global_options()
     if not watch:
@@ -86,13 +93,12 @@ def command(
         if not _print_plan(console, config, out, options):
             raise click.exceptions.Exit(2)
         return
-    from mergekit_arm.cli.tables.stream import step_line, stream_summary
 
     def line(text: str, style: str | None = None) -> None:
         # Paths may hold brackets, which are not markup.
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    with _progress(console) as progress:
+    with _Bar(console) as progress:
         result = stream(
             config,
             out,
@@ -111,24 +117,17 @@ def _refuse_without_watch() -> None:
             raise InputError(f"--{name.replace('_', '-')} belongs to --watch: add that")
 
 
-def _print_plan(console: Any, config: str, out: str, options: StreamOptions) -> bool:
-    from pathlib import Path
-
-    from mergekit_arm.cli.tables.stream import plan_report
-    from mergekit_arm.streaming.forecast import forecast
-
+def _print_plan(console: Console, config: str, out: str, options: StreamOptions) -> bool:
     report = forecast(load_config(config), Path(plain_path(out)), options)
     for part in plan_report(report):
         console.print(part, highlight=False, soft_wrap=True)
     return not report.problems
 
 
-class _progress:
+class _Bar:
     """A bar that shows while a calibration runs, and only then."""
 
-    def __init__(self, console: Any) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
+    def __init__(self, console: Console) -> None:
         self._bar = Progress(
             TextColumn("Calibrating"),
             BarColumn(),

@@ -8,10 +8,7 @@ from typing import Any
 
 import yaml
 from mergekit.options import MergeOptions
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as AnyTokenizer
 
-from mergekit_arm.demo.train import save
 from mergekit_arm.streaming import StreamOptions, StreamResult, stream
 from mergekit_arm.streaming.state import StepRecord
 
@@ -19,7 +16,7 @@ DOMAIN = "prose"
 """The specialist whose training is streamed."""
 
 RUN = Path("runs") / DOMAIN
-CONFIG = Path("configs") / "stream.yml"
+STREAM_CONFIG = Path("configs") / "stream.yml"
 OUT = Path("streamed")
 EARLY = (0.1, 0.2, 0.3, 0.4)
 """Parts of the training after which a checkpoint is kept."""
@@ -44,18 +41,9 @@ def stream_config() -> dict[str, Any]:
     }
 
 
-def early_checkpoints(
-    model: PreTrainedModel, tokenizer: AnyTokenizer, folder: Path, steps: int
-) -> Callable[[int], None]:
-    """Return a function to call after each of ``steps`` training steps, which saves the early
-    ones as ``folder/runs/…/checkpoint-N``, as Trainer does."""
-    wanted = {max(1, round(part * steps)) for part in EARLY}
-
-    def on_step(step: int) -> None:
-        if step in wanted:
-            save(model, tokenizer, folder / RUN / f"checkpoint-{step}")
-
-    return on_step
+def early_steps(steps: int) -> set[int]:
+    """Return after which of ``steps`` training steps a checkpoint is kept."""
+    return {max(1, round(part * steps)) for part in EARLY}
 
 
 def run_stream(on_step: Callable[[StepRecord], None] | None = None) -> StreamResult:
@@ -63,6 +51,6 @@ def run_stream(on_step: Callable[[StepRecord], None] | None = None) -> StreamRes
 
     Writes ``configs/stream.yml`` and ``streamed``: the model, ``stream.jsonl``, ``stream.png``.
     """
-    CONFIG.parent.mkdir(exist_ok=True)
-    CONFIG.write_text(yaml.safe_dump(stream_config(), sort_keys=False), encoding="utf-8")
-    return stream(CONFIG, OUT, StreamOptions(MergeOptions(quiet=True)), on_step=on_step)
+    STREAM_CONFIG.parent.mkdir(exist_ok=True)
+    STREAM_CONFIG.write_text(yaml.safe_dump(stream_config(), sort_keys=False), encoding="utf-8")
+    return stream(STREAM_CONFIG, OUT, StreamOptions(MergeOptions(quiet=True)), on_step=on_step)

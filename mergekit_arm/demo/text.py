@@ -41,7 +41,7 @@ MAX_FILE_BYTES = 50_000
 
 
 @dataclass(frozen=True)
-class Corpus:
+class DomainText:
     """Documents of one domain; no paragraph of ``heldout`` occurs in any domain's ``train``."""
 
     train: list[str]
@@ -56,7 +56,7 @@ def paragraphs(document: str) -> list[str]:
 
 def standard_library(
     *, seed: int = 42, characters: int = 1_000_000, heldout: float = 0.1
-) -> dict[str, Corpus]:
+) -> dict[str, DomainText]:
     """Read the three domains of this Python's standard library.
 
     ``characters`` bounds each domain; ``heldout`` is the share of it kept from training. The same
@@ -79,7 +79,9 @@ def standard_library(
     # apart are not yet text that is apart.
     seen = {p for train, _ in splits.values() for document in train for p in paragraphs(document)}
     return {
-        domain: Corpus(train, [fresh for document in kept if (fresh := _without(document, seen))])
+        domain: DomainText(
+            train, [fresh for document in kept if (fresh := _without(document, seen))]
+        )
         for domain, (train, kept) in splits.items()
     }
 

@@ -1,15 +1,29 @@
-"""A very small Llama, its tokenizer, and the loop that trains it and measures its loss."""
+"""A very small Llama, its tokenizer, and how it is trained."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from transformers import PreTrainedTokenizerBase as AnyTokenizer
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 
 END = "<|endoftext|>"
 
@@ -47,7 +61,9 @@ def new_model(vocabulary: int = 1024, *, seed: int = 42) -> LlamaForCausalLM:
         return LlamaForCausalLM(config)
 
 
-def pack(tokenizer: AnyTokenizer, texts: Iterable[str], length: int = 128) -> torch.Tensor:
+def token_blocks(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], length: int = 128
+) -> Tensor:
     """Join ``texts``, an end token after each, and cut them into (blocks, ``length``) token ids.
 
     The remainder that fills no block is left out.
@@ -61,78 +77,68 @@ def pack(tokenizer: AnyTokenizer, texts: Iterable[str], length: int = 128) -> to
 
 def train(
     model: PreTrainedModel,
-    blocks: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Tensor,
     *,
     steps: int,
     learning_rate: float,
     batch_size: int = 8,
     seed: int = 42,
-    on_step: Callable[[int, float], None] | None = None,
+    folder: Path | None = None,
+    save_at: Collection[int] = (),
+    on_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Train ``model`` in place on (blocks, length) token ids with AdamW.
+    """Train ``model`` in place on (blocks, length) token ids with transformers' ``Trainer``.
 
-    The learning rate rises over the first tenth of the steps and falls along a cosine to a tenth
-    of its peak. ``on_step(step, loss)`` is called after every update, ``step`` counting from 1.
+    AdamW in float32 on the CPU. The learning rate rises over the first twentieth of the steps and
+    falls along a cosine to a tenth of its peak. ``folder`` gets a ``checkpoint-N`` after each of
+    the steps ``save_at``; ``on_step`` is called after every update. Steps count from 1.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, steps))
-    batches = _batches(len(blocks), batch_size, seed)
-    model.train()
-    for step in range(1, steps + 1):
-        batch = blocks[next(batches)]
-        loss = model(input_ids=batch, labels=batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if on_step is not None:
-            on_step(step, loss.item())
+    with TemporaryDirectory() as nowhere:
+        arguments = TrainingArguments(
+            output_dir=str(folder or nowhere),
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=0.01,
+            warmup_steps=steps // 20,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.1},
+            seed=seed,
+            use_cpu=True,
+            save_strategy="no",  # the callback says when
+            save_only_model=True,
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=[{"input_ids": block, "labels": block} for block in blocks],
+            processing_class=tokenizer,
+            data_collator=default_data_collator,  # the blocks are of one length
+            callbacks=[_Steps(save_at, on_step)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     model.eval()
 
 
-@torch.inference_mode()
-def mean_loss(model: PreTrainedModel, blocks: torch.Tensor, batch_size: int = 16) -> float:
-    """Return the mean cross-entropy in nats per predicted token over (blocks, length) token ids."""
-    model.eval()
-    total = 0.0
-    for batch in torch.split(blocks, batch_size):
-        total += model(input_ids=batch, labels=batch).loss.item() * len(batch)
-    return total / len(blocks)
-
-
-def save(model: PreTrainedModel, tokenizer: AnyTokenizer, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write an ordinary Hugging Face checkpoint: configuration, safetensors, tokenizer."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def checkpoints(
-    model: PreTrainedModel, tokenizer: AnyTokenizer, folder: Path, every: int
-) -> Callable[[int, float], None]:
-    """Return an ``on_step`` that saves ``folder/checkpoint-N`` as Trainer does, every few steps."""
+class _Steps(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    def __init__(self, save_at: Collection[int], on_step: Callable[[int], None] | None) -> None:
+        self._save_at = save_at
+        self._on_step = on_step
 
-    def on_step(step: int, _loss: float) -> None:
-        if step % every == 0:
-            save(model, tokenizer, folder / f"checkpoint-{step}")
-
-    return on_step
-
-
-def _rate(step: int, steps: int) -> float:
-    warmup = max(1, steps // 10)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
-
-
-def _batches(blocks: int, batch_size: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yield index batches for ever, every block once before any is seen again."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.long)
-    while True:
-        while len(order) < batch_size:
-            order = torch.cat([order, torch.randperm(blocks, generator=generator)])
-        yield order[:batch_size]
-        order = order[batch_size:]
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        control.should_save = state.global_step in self._save_at
+        if self._on_step is not None:
+            self._on_step(state.global_step)

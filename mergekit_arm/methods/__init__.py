@@ -1,12 +1,25 @@
-"""The merge methods and their registration with mergekit."""
+"""The merge methods, and their registration with mergekit.
+
+To read in this order: ``base`` (what every method has: the statistics of the weight at hand, the
+checks while mergekit plans), with ``parameters`` (how one is declared) and ``planning`` (what
+mergekit knows of a planned tensor); ``arm``, with its kernel in ``step``, ``rotation`` and
+``alignment``; ``aim``, which wraps any method, with ``anchor`` (the base of methods that take
+none); ``registration``. ``ARM.md`` and ``AIM.md`` have the equations and what was tried.
+
+A new method is one file, and one line in ``METHODS``.
+"""
 
 from __future__ import annotations
+
+from mergekit_arm.methods.arm import ArmMerge
+from mergekit_arm.methods.base import StatisticsMethod
+from mergekit_arm.methods.registration import register, register_aim
+
+METHODS: tuple[type[StatisticsMethod], ...] = (ArmMerge,)
 
 
 def register_all() -> None:
     """Register every method with mergekit's registry; calling it again changes nothing."""
-    from mergekit_arm.methods import aim, arm
-
-    # aim last: it wraps what is registered, ours included.
-    for module in (arm, aim):
-        module.register()
+    for method in METHODS:
+        register(method)
+    register_aim()  # last: it wraps what is registered, ours included

@@ -10,39 +10,22 @@ model's activations say matter:
 from __future__ import annotations
 
 import dataclasses
-import logging
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from mergekit import merge_methods
-from mergekit.merge_methods import (
-    BasePolicy,
-    GroupMergeMethod,
-    InputContract,
-    MergeMethod,
-    MergeMethodSpec,
-    ParameterScope,
-    TensorGroup,
-)
+from mergekit.merge_methods import BasePolicy, InputContract, MergeMethod, TensorGroup
 from mergekit.merge_methods.base import ParameterSpec
 from torch import Tensor
 
-from mergekit_arm.errors import InputError, did_you_mean
-from mergekit_arm.methods.base import Plan, Remembered, check_planned
-from mergekit_arm.methods.parameters import (
-    choice,
-    number,
-    parameter_type,
-    statistics_reference,
-)
-from mergekit_arm.statistics.format import LEFT_AS_MERGED, NO_TOKEN
-from mergekit_arm.statistics.read import open_statistics
+from mergekit_arm.errors import InputError
+from mergekit_arm.methods import anchor
+from mergekit_arm.methods.base import Found, OptOut, StatisticsMethod
+from mergekit_arm.methods.parameters import choice, number
+from mergekit_arm.methods.planning import PlannedTensor
+from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 
-LOG = logging.getLogger(__name__)
-
-URL = "https://arxiv.org/abs/2502.02421"
-PREFIX = "aim"
-DEFAULT_OVER = "task_arithmetic"
 IMPORTANCES = ("mean_abs", "rms")
 
 # float32 working copies of a narrower weight stay in the cache, and small enough for the
@@ -91,42 +74,113 @@ def relax(
     return result
 
 
-class ActivationInformedMerge(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
+class ActivationInformedMerge(StatisticsMethod):
     """Any mergekit method, followed by AIM's relaxation towards the base model.
 
     Holds one tensor's inputs, as the wrapped method does, and the relaxed result. For methods
-    that take no base the base is AIM's anchor only and does not enter the wrapped merge.
+    that take no base, ``anchor.py`` says when the base enters the wrapped merge.
     """
 
-    def __init__(self, inner: MergeMethod, name: str | None = None) -> None:
+    name = "aim"
+    title = "AIM"
+    url = "https://arxiv.org/abs/2502.02421"
+    opt_out = OptOut("omega", 1, "left as merged")
+    parameters = (
+        number(
+            "omega",
+            0.4,
+            *(0, 1),
+            "ω: 1 leaves the merge as it is, 0 freezes the most active channel",
+            hint="1 leaves the merge as it is",
+        ),
+        choice("importance", "mean_abs", IMPORTANCES, "mean_abs (the paper's) or rms"),
+    )
+
+    def __init__(self, inner: MergeMethod, name: str) -> None:
+        """Wrap ``inner``, to be registered as ``name``.
+
+        Raises:
+            InputError: it cannot be wrapped; the message says why.
+        """
+        own = {parameter.name for parameter in self.parameters}
+        if not isinstance(inner, StatisticsMethod):
+            own.add("activation_stats")
+        clash = own & {parameter.name for parameter in inner.spec.parameters}
+        if isinstance(inner, ActivationInformedMerge):
+            raise InputError(f"{name}: {inner.spec.name} relaxes its merge already; use that")
+        if clash:
+            raise InputError(
+                f"{name}: AIM cannot wrap {inner.spec.name}, which has a parameter "
+                f"{min(clash)} of its own; merge with {inner.spec.name} first, then relax the "
+                "result with aim"
+            )
         self.inner = inner
         self._takes_base = inner.spec.contract.base in (BasePolicy.REQUIRED, BasePolicy.OPTIONAL)
-        self._remembered = Remembered()
-        self._plan = Plan()
-        title = inner.spec.pretty_name or inner.spec.name
-        self.spec = MergeMethodSpec(
-            name=name or f"{PREFIX}_{inner.spec.name}",
-            pretty_name=f"AIM over {title}",
-            reference_url=URL,
-            parameters=(*self._inner_parameters(), *self._own_parameters()),
+        super().__init__(name)
+        self.spec = dataclasses.replace(
+            self.spec,
+            pretty_name=f"AIM over {inner.spec.pretty_name or inner.spec.name}",
             contract=self._contract(),
+            parameters=self._parameters(),
             optional_tensor_policy=inner.spec.optional_tensor_policy,
             uses_accelerator=inner.spec.uses_accelerator,
         )
 
-    def validate_inputs(
-        self, input_ids: Any, base_id: Any = None, *, group_name: str | None = None
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy a wrapped method that is registered by its name."""
+        inner = self.inner.spec.name
+        if any(method is self.inner for method in merge_methods.registered_methods()):
+            return over_registered, (inner, self.spec.name)
+        return type(self), (self.inner, self.spec.name)
+
+    def __call__(
+        self, groups: Sequence[TensorGroup], /, *, parameters: Any = None, **options: Any
+    ) -> tuple[Tensor, ...]:
+        """Merge in memory; the base enters a baseless merge where it is given values."""
+        groups = tuple(groups)
+        supplied = dict(parameters or {})
+        if not self._takes_base and groups and groups[0].base is not None:
+            ids = [entry.id for entry in groups[0].entries]
+            supplied = anchor.fill_absent(self.inner.spec, ids, groups[0].base.id, supplied)
+        merged: tuple[Tensor, ...] = super().__call__(groups, parameters=supplied, **options)
+        return merged
+
+    def needs(self, parameters: Mapping[str, Any], *, is_base: bool) -> bool:
+        """ω = 1 leaves the merge as it is."""
+        return is_base and parameters["omega"] != 1
+
+    def read(self, found: Found, parameters: Mapping[str, Any]) -> Tensor:
+        """Return the importance of the weight's input channels."""
+        return IMPORTANCE.values(found.statistics, found.record, parameters["importance"])
+
+    def check_inputs(
+        self, input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: str | None
     ) -> None:
-        """Check the inputs' number and base, and at planning time the base's statistics."""
-        super().validate_inputs(input_ids, base_id, group_name=group_name)
-        if self._takes_base:
-            # A wrapped method of ours looks at its own statistics while mergekit plans.
+        """Check the inputs' number and base, for the wrapped method too."""
+        super().check_inputs(input_ids, base_id, group_name)
+        if not self._takes_base:
+            return
+        if isinstance(self.inner, StatisticsMethod):
+            self.inner.check_inputs(input_ids, base_id, group_name)
+        else:
             self.inner.validate_inputs(input_ids, base_id, group_name=group_name)
-        self._plan.note(group_name)
-        planned = self._remembered.take()
-        if planned.get("omega", [1.0])[-1] != 1.0 and "activation_stats" in planned:
-            statistics = open_statistics(planned["activation_stats"][-1])
-            check_planned(statistics, base_id, group_name, input_ids)
+
+    def check_planned(self, planned: PlannedTensor) -> None:
+        """Check the statistics that AIM and the wrapped method read, and who takes part."""
+        super().check_planned(planned)
+        if isinstance(self.inner, StatisticsMethod):
+            self.inner.check_planned(planned)
+        if self._takes_base:
+            return
+        anchor.check_anchor(self.inner.spec, planned)
+        ids = anchor.entering(
+            self.inner.spec, list(planned.names), planned.base, planned.parameters
+        )
+        try:
+            anchor.values_of(self.inner.spec, ids, planned.parameters)
+            self.inner.validate_inputs(ids)
+        except ValueError as error:
+            raise InputError(f"{self.spec.name}: {error}") from error
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one output tensor and relax it.
@@ -136,139 +190,51 @@ class ActivationInformedMerge(GroupMergeMethod):  # type: ignore[misc]  # mergek
         """
         base = group.base
         assert base is not None  # the contract requires it
-        own = {name: parameters.pop(name) for name in ("omega", "importance")}
-        stats = parameters["activation_stats"]
-        if not any(p.name == "activation_stats" for p in self.inner.spec.parameters):
-            del parameters["activation_stats"]
-        inner_group = group
-        if not self._takes_base:
-            inner_group = dataclasses.replace(group, entries=group.non_base)
-        merged: Tensor
-        (merged,) = self.inner((inner_group,), parameters=parameters)
-        if own["omega"] == 1:
+        merged = self._merge_inner(group, base.id, parameters)
+        reading = self.find(group, base, parameters)
+        if reading is None:
             return merged
-        # Where the wrapped method has statistics for each input, the base's are AIM's.
-        reference = stats if isinstance(stats, str) else stats[base.id]
-        return self._relax(group, base.tensor, merged, reference, **own)
+        return relax(base.tensor, merged, reading.values, parameters["omega"], reading.input_axis)
 
-    def _relax(
-        self,
-        group: TensorGroup,
-        base: Tensor,
-        merged: Tensor,
-        reference: str,
-        *,
-        omega: float,
-        importance: str,
+    def _merge_inner(
+        self, group: TensorGroup, base: Hashable, parameters: Mapping[str, Any]
     ) -> Tensor:
-        statistics = open_statistics(reference)
-        output = group.metadata.name or ""
-        name, record = statistics.matcher.find(
-            output,
-            base,
-            permuted=group.metadata.vocabulary_axis is not None,
-            renumbered=self._plan.renumbers(output, statistics),
-        )
-        if record.site is None:
-            if record.reason == NO_TOKEN:
-                LOG.warning("%s: %s: it is left as merged", name, record.reason)
-            # Nothing to relax where the merge is the base, as for stored rotary frequencies.
-            if record.reason in LEFT_AS_MERGED or torch.equal(merged, base.to(merged.dtype)):
-                return merged
-            raise InputError(
-                f"{name}: activation_stats {reference} have no statistics for it "
-                f"({record.reason}); to leave it as merged, set "
-                f"omega: [{{filter: {name}, value: 1.0}}, {{value: {omega}}}]"
-            )
-        assert record.input_axis is not None
-        values = statistics.importance(record, importance)
-        return relax(base, merged, values, omega, record.input_axis)
+        spec = self.inner.spec
+        own = {parameter.name: parameters[parameter.name] for parameter in spec.parameters}
+        if not self._takes_base:
+            ids = anchor.entering(spec, [entry.id for entry in group.entries], base, parameters)
+            own = anchor.values_of(spec, ids, parameters)
+            entries = [
+                dataclasses.replace(entry, is_base=False)
+                for entry in group.entries
+                if entry.id in ids
+            ]
+            group = dataclasses.replace(group, entries=entries)
+        merged: Tensor
+        (merged,) = self.inner((group,), parameters=own)
+        return merged
 
-    def _inner_parameters(self) -> tuple[ParameterSpec, ...]:
-        if self._takes_base:
-            return tuple(self.inner.spec.parameters)
-        # The base is not an input of the wrapped merge and needs no weight there.
-        return tuple(
-            dataclasses.replace(parameter, scope=ParameterScope.NON_BASE)
-            if parameter.scope == ParameterScope.INPUT
-            else parameter
-            for parameter in self.inner.spec.parameters
-        )
-
-    def _own_parameters(self) -> tuple[ParameterSpec, ...]:
-        noting = self._remembered.noting
-        taken = {parameter.name for parameter in self.inner.spec.parameters}
-        omega = number("omega", 0, 1, hint="1 leaves the merge as it is")
-        own = (
-            ParameterSpec(
-                "activation_stats",
-                parameter_type(noting("activation_stats", statistics_reference)),
-                ParameterScope.SHARED,
-                default=None,  # refused by the validator, in one line
-                description="Statistics of the base model: a directory or a Hub name",
-            ),
-            ParameterSpec(
-                "omega",
-                parameter_type(noting("omega", omega)),
-                ParameterScope.SHARED,
-                default=0.4,
-                description="1 leaves the merge as it is, 0 freezes the most active channel",
-            ),
-            ParameterSpec(
-                "importance",
-                parameter_type(choice("importance", IMPORTANCES)),
-                ParameterScope.SHARED,
-                default="mean_abs",
-                description="mean_abs (the paper's) or rms",
-            ),
-        )
-        clash = taken & {"omega", "importance"}
-        if clash:
-            raise ValueError(f"{self.inner.spec.name} has parameters of AIM's own: {clash}")
-        return tuple(parameter for parameter in own if parameter.name not in taken)
+    def _parameters(self) -> tuple[ParameterSpec, ...]:
+        inner = tuple(self.inner.spec.parameters)
+        if not self._takes_base:
+            inner = anchor.with_absent(inner)
+        # A wrapped method of ours has activation_stats already, perhaps for every input.
+        taken = {parameter.name for parameter in inner}
+        return (*inner, *(one for one in self.spec.parameters if one.name not in taken))
 
     def _contract(self) -> InputContract:
         inner = self.inner.spec.contract
         if self._takes_base:
             return dataclasses.replace(inner, base=BasePolicy.REQUIRED)
+        # Whether the base counts among the inner inputs is known once its parameters are.
+        base_may_enter = bool(anchor.of_each_input(self.inner.spec))
         return InputContract(
             base=BasePolicy.REQUIRED,
-            min_inputs=inner.min_inputs + 1,
+            min_inputs=inner.min_inputs + (not base_may_enter),
             max_inputs=None if inner.max_inputs is None else inner.max_inputs + 1,
-            min_non_base=inner.min_inputs,
-            max_non_base=inner.max_inputs,
         )
 
 
-def register() -> None:
-    """Register ``aim`` and ``aim_<name>`` for every method mergekit has.
-
-    A method that is registered later gets its twin when that is first asked for: mergekit
-    promises that ``register`` adds one method and no more.
-    """
-    registry = merge_methods.registry
-    plain_get = registry.get
-    if getattr(plain_get, "_wraps_with_aim", False):
-        return
-    for method in merge_methods.registered_methods():
-        merge_methods.register(ActivationInformedMerge(method))
-        if method.spec.name == DEFAULT_OVER:
-            merge_methods.register(ActivationInformedMerge(method, PREFIX))
-
-    # mergekit asks for the method of every tensor.
-    found: set[str] = set()
-
-    def get(name: str) -> MergeMethod:
-        prefix, _, inner = name.partition("_")
-        if prefix != PREFIX or name in found:
-            return plain_get(name)
-        known = {method.spec.name for method in merge_methods.registered_methods()}
-        if name not in known:
-            if inner not in known:
-                raise InputError(f"no merge method {name!r}{did_you_mean(name, known)}")
-            merge_methods.register(ActivationInformedMerge(plain_get(inner)))
-        found.add(name)
-        return plain_get(name)
-
-    get._wraps_with_aim = True  # type: ignore[attr-defined]  # marks the wrapper
-    registry.get = merge_methods.get = get
+def over_registered(inner: str, name: str) -> ActivationInformedMerge:
+    """Wrap the method that is registered as ``inner``: what a pickle holds."""
+    return ActivationInformedMerge(merge_methods.get(inner), name)

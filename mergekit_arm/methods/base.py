@@ -1,123 +1,262 @@
-"""Look at a tensor's statistics while mergekit still plans the merge.
+"""A merge method that reads activation statistics: everything but its equation.
 
-For every output tensor, mergekit first validates the parameters' values and then, in the same
-thread, asks the method to validate the tensor's inputs. Neither call sees what the other does;
-``Remembered`` carries the values across, so that statistics of a wrong model are refused before
-the first tensor is read or written.
+A method derives from ``StatisticsMethod``, names its parameters, says what it reads of a weight's
+statistics, and merges. This module opens the statistics, finds the weight at hand in them, leaves
+alone what has none by definition, and refuses what cannot work while mergekit still plans.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import threading
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
-from typing import Any
+import logging
+from abc import abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
 from mergekit.common import ModelReference
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
-from mergekit.io.tasks import LoaderCache
+from mergekit.merge_methods import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    TensorEntry,
+    TensorGroup,
+)
+from mergekit.merge_methods.base import ParameterSpec
+from torch import Tensor
 
-from mergekit_arm.statistics.matching import without_numbers
-from mergekit_arm.statistics.read import Statistics
+from mergekit_arm.errors import InputError
+from mergekit_arm.methods.parameters import StatisticsReference, activation_stats
+from mergekit_arm.methods.planning import PlannedTensor, stored_tensor, tensor_being_planned
+from mergekit_arm.statistics.format import LEFT_AS_MERGED, NO_TOKEN, WeightRecord
+from mergekit_arm.statistics.read import Statistics, open_statistics
 
-_SLICE = re.compile(r"(.*)\.slices\[(\d+)\]")
-
-
-class Remembered(threading.local):
-    """The values of one method's parameters that were validated last, in this thread."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[Any]] = {}
-
-    def noting(self, name: str, validator: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Return ``validator``, remembering what it returns under ``name``."""
-
-        def validate(value: Any) -> Any:
-            valid = validator(value)
-            self._values.setdefault(name, []).append(valid)
-            return valid
-
-        return validate
-
-    def take(self) -> dict[str, list[Any]]:
-        """Return the noted values, oldest first, and forget them.
-
-        Forgetting matters: execution validates inputs once more, and later.
-        """
-        values, self._values = self._values, {}
-        return values
+LOG = logging.getLogger(__name__)
 
 
-class Plan:
-    """What mergekit says of a merge while it plans it: how many slices, which output tensors.
+@dataclass(frozen=True)
+class OptOut:
+    """How a user says that a weight needs no statistics: ``parameter`` set to ``value`` for it."""
 
-    A method sees output names only. They are the base's own unless slices renumber its layers;
-    this tells the two apart. Shared by all threads, since planning and execution may run in
-    different ones.
+    parameter: str
+    value: float
+    effect: str
+    """What then happens to the weight, after "it is"."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where the statistics of one input's tensor stand."""
+
+    statistics: Statistics
+    name: str
+    """The name under which the weight was measured."""
+    record: WeightRecord
+    """Its ``site`` is set: there is something measured to read."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a method has read of the statistics of one input's tensor."""
+
+    values: Any
+    """What the method's ``read`` returned."""
+    input_axis: int
+    """The tensor's axis that counts the layer's inputs, from the end: −1, or −2 where a weight is
+    stored in × out."""
+
+
+class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is untyped
+    """A merge method that reads activation statistics of the base, or of every input.
+
+    Derive from it, set ``name``, ``title``, ``url`` and ``parameters``, and write ``read`` and
+    ``merge_group``. The parameter ``activation_stats`` is there already. ``merge_group`` is
+    mergekit's: it gets one output tensor's inputs and the parameters' values, and asks ``find``
+    for the statistics of an input. An instance has no state but its specification, because
+    mergekit registers one for all merges of a process.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._slices: dict[str, int] = {}
-        self._outputs: dict[str, set[str]] = defaultdict(set)
+    name: ClassVar[str]
+    title: ClassVar[str]
+    """For humans, as in a model card."""
+    url: ClassVar[str | None] = None
+    """Where the method is described."""
+    parameters: ClassVar[tuple[ParameterSpec, ...]] = ()
+    """Its own parameters; see ``parameters.py``."""
+    contract: ClassVar[InputContract] = InputContract(base=BasePolicy.REQUIRED)
+    every_input: ClassVar[bool] = False
+    """Whether each input model has statistics of its own; otherwise the base alone has."""
+    least_dimensions: ClassVar[int] = 1
+    """Tensors with fewer dimensions are merged without a look at the statistics."""
+    opt_out: ClassVar[OptOut | None] = None
+    """How a user merges a weight that lacks statistics."""
 
-    def note(self, group_name: str | None) -> None:
-        """Take in the name with which mergekit asks to validate a group of inputs."""
-        found = _SLICE.fullmatch(group_name or "")
-        with self._lock:
-            if group_name is None or (found and self._outputs):
-                # The first call of another merge.
-                self._slices.clear()
-                self._outputs.clear()
-            if found:
-                self._slices[found[1]] = int(found[2]) + 1
-            elif group_name is not None:
-                self._outputs[without_numbers(group_name)].add(group_name)
+    def __init__(self, name: str | None = None) -> None:
+        """Make the method, to be registered as ``name`` if not as its own."""
+        scope = ParameterScope.INPUT if self.every_input else ParameterScope.SHARED
+        whose = "the base and of each input model" if self.every_input else "the base model"
+        stats = activation_stats(f"Statistics of {whose}: a directory or a Hub name", scope)
+        self.spec = MergeMethodSpec(
+            name=name or self.name,
+            pretty_name=self.title,
+            reference_url=self.url,
+            contract=self.contract,
+            parameters=(stats, *self.parameters),
+        )
 
-    def renumbers(self, name: str, statistics: Statistics) -> bool:
-        """Say whether the output tensor ``name`` may stand for another layer of the base.
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy by name: the specification holds functions, which cannot be pickled."""
+        return type(self), (self.spec.name,)
 
-        Not where one slice fills every layer that was measured: then each is itself.
+    @abstractmethod
+    def read(self, found: Found, parameters: Mapping[str, Any]) -> Any:
+        """Return what the equation needs of a weight's statistics.
+
+        Raises:
+            InputError: the statistics do not hold it.
         """
-        if not self._slices:
-            return False
-        role = without_numbers(name)
-        whole = len(self._outputs[role]) == statistics.matcher.roles[role]
-        return max(self._slices.values()) > 1 or not whole
+
+    def check(self, found: Found, parameters: Mapping[str, Any]) -> None:
+        """Refuse, while mergekit plans, what ``read`` would refuse; to be replaced by less work."""
+        self.read(found, parameters)
+
+    def needs(self, parameters: Mapping[str, Any], *, is_base: bool) -> bool:
+        """Say whether the statistics of the base, or of another input, are read at these values.
+
+        To be replaced where some values make a method neutral.
+        """
+        return is_base or self.every_input
+
+    def validate_inputs(
+        self, input_ids: Any, base_id: Any = None, *, group_name: str | None = None
+    ) -> None:
+        """Check the inputs' number and base and, while a merge is planned, their statistics."""
+        self.check_inputs(input_ids, base_id, group_name)
+        planned = tensor_being_planned()
+        if planned is not None:
+            self.check_planned(planned)
+
+    def check_inputs(
+        self, input_ids: Sequence[Hashable], base_id: Hashable | None, group_name: str | None
+    ) -> None:
+        """Check the inputs' number and base."""
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+
+    def check_planned(self, planned: PlannedTensor) -> None:
+        """Refuse a planned tensor whose statistics are another model's, absent or of no use.
+
+        Reads a few values of the tensor's file. What no safetensors file holds as it stands is
+        recognised by its name here, and by its values when it is merged.
+
+        Raises:
+            InputError: the message names the tensor and the remedy.
+        """
+        values = planned.parameters["activation_stats"]
+        for reference in values.values() if isinstance(values, Mapping) else (values,):
+            reference.names = planned.names
+        for model, name in planned.names.items():
+            if self.needs(planned.parameters, is_base=model == planned.base):
+                found = self._find_planned(planned, model, name)
+                if found is not None and len(found.record.shape) >= self.least_dimensions:
+                    self._check_found(planned, found)
+
+    def _find_planned(
+        self, planned: PlannedTensor, model: ModelReference, name: str
+    ) -> Found | None:
+        """Find a planned tensor by its values, or by its name where these cannot be looked at."""
+        reference = self._reference(planned.parameters, model, planned.base)
+        statistics = open_statistics(reference)
+        tensor = stored_tensor(model, name)
+        if tensor is None:
+            known = statistics.metadata.aliases.get(name, name)
+            record = statistics.matcher.weights.get(known)
+            return None if record is None else Found(statistics, known, record)
+        if not (tensor.is_floating_point() and tensor.numel()):
+            return None
+        return Found(statistics, *statistics.matcher.find(name, tensor))
+
+    def _check_found(self, planned: PlannedTensor, found: Found) -> None:
+        if found.record.site is not None:
+            self.check(found, planned.parameters)
+        elif found.record.reason not in LEFT_AS_MERGED:
+            tensors = [stored_tensor(model, name) for model, name in planned.names.items()]
+            stored = [tensor for tensor in tensors if tensor is not None]
+            if len(stored) == len(tensors) and not _all_equal(stored):
+                raise self._absent(found, planned.parameters)
+
+    def find(
+        self, group: TensorGroup, entry: TensorEntry, parameters: Mapping[str, Any]
+    ) -> Reading | None:
+        """Return what ``read`` reads of the statistics of one input of ``group``.
+
+        None where the equation does not apply: the parameters make the method neutral, the tensor
+        has no statistics by definition (embeddings, biases), or all inputs are the same anyway.
+
+        Raises:
+            InputError: the statistics do not belong to this tensor, or lack it.
+        """
+        tensor = entry.tensor
+        if tensor.ndim < self.least_dimensions:
+            return None
+        if not self.needs(parameters, is_base=entry.is_base):
+            return None
+        base = group.base
+        reference = self._reference(parameters, entry.id, base.id if base else None)
+        statistics = open_statistics(reference)
+        names = reference.names
+        name, record = statistics.matcher.find(
+            (names or {}).get(entry.id) or group.metadata.name or "",
+            tensor,
+            permuted=group.metadata.vocabulary_axis is not None,
+            # Should mergekit ever plan in a way that hides the inputs' own names, output names
+            # may be other layers'.
+            renumbered=names is None and isinstance(entry.id, ModelReference),
+        )
+        found = Found(statistics, name, record)
+        if record.site is None:
+            if record.reason == NO_TOKEN and self.opt_out:
+                LOG.warning("%s: %s: it is %s", name, record.reason, self.opt_out.effect)
+            if record.reason in LEFT_AS_MERGED or _all_equal(group.tensors):
+                return None
+            raise self._absent(found, parameters)
+        assert record.input_axis is not None  # a measured weight has one
+        return Reading(self.read(found, parameters), record.input_axis - tensor.ndim)
+
+    def _reference(
+        self, parameters: Mapping[str, Any], model: Hashable, base: Hashable | None
+    ) -> StatisticsReference:
+        values = parameters["activation_stats"]
+        if not isinstance(values, Mapping):
+            return values  # type: ignore[no-any-return]  # validated
+        reference: StatisticsReference = values[model]
+        # mergekit hands an input without a value of its own the shared one, which is the base's.
+        if model != base and reference == values.get(base):
+            raise InputError(
+                f"{self.reason_for_own(parameters)} needs statistics of {model} itself: calibrate "
+                "it and set activation_stats under its own parameters"
+            )
+        return reference
+
+    def reason_for_own(self, parameters: Mapping[str, Any]) -> str:
+        """Return what makes every input need statistics of its own, to begin a message with."""
+        return self.spec.name  # type: ignore[no-any-return]
+
+    def _absent(self, found: Found, parameters: Mapping[str, Any]) -> InputError:
+        problem = (
+            f"{found.name}: activation_stats {found.statistics.reference} have no statistics for "
+            f"it ({found.record.reason})"
+        )
+        if self.opt_out is None:
+            return InputError(f"{problem}; calibrate on data that uses it")
+        name, value = self.opt_out.parameter, self.opt_out.value
+        return InputError(
+            f"{problem}; for it to be {self.opt_out.effect}, set "
+            f"{name}: [{{filter: {found.name}, value: {value:g}}}, {{value: {parameters[name]:g}}}]"
+        )
 
 
-def check_planned(
-    statistics: Statistics, base: Hashable | None, name: str | None, inputs: Sequence[Hashable]
-) -> None:
-    """Check that ``statistics`` were measured on ``base`` and know its tensor ``name``.
-
-    Compares the base's own tensor of that name, whatever slice the output takes its values
-    from; a tensor that the base does not have under this name is left to execution, where the
-    probe decides. Reads a few values of a safetensors file; pickled checkpoints are also left
-    to execution.
-
-    Raises:
-        InputError: the statistics are another model's or lack this weight.
-    """
-    if not isinstance(base, ModelReference) or name is None or base not in inputs:
-        return
-    loader = _loader(base)
-    if not loader.index.is_safetensors or name not in loader.index.tensor_paths:
-        return
-    tensor = loader.get_tensor(name)
-    if tensor.is_floating_point() and tensor.numel():
-        statistics.matcher.find(name, tensor)
-
-
-def _loader(model: ModelReference) -> LazyTensorLoader:
-    if os.path.isfile(model.model.path):  # mergekit-pytorch merges files
-        return _file_loader(model.model.path)
-    return LoaderCache().get(model)
-
-
-@lru_cache(maxsize=4)
-def _file_loader(path: str) -> LazyTensorLoader:
-    return LazyTensorLoader(ShardedTensorIndex.from_file(path))
+def _all_equal(tensors: Sequence[Tensor]) -> bool:
+    first, *others = tensors
+    return all(torch.equal(first, other.to(first.dtype)) for other in others)

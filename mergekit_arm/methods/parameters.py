@@ -1,47 +1,93 @@
-"""Parameters of our methods: validated while mergekit plans, refused with one line.
+"""Parameters of our methods: declared in one line each, refused in one line each.
 
-mergekit declares parameters by a type; the validators here raise ``InputError``, which pydantic
-does not wrap, so that its commands end without a traceback.
+mergekit declares a parameter by a type, and validates what the user wrote while it plans. The
+validators here raise ``InputError``, which pydantic does not wrap, so that mergekit's commands end
+without a traceback.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
+from mergekit.merge_methods import ParameterScope
+from mergekit.merge_methods.base import ParameterSpec
 from pydantic import BeforeValidator
 
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.statistics.read import open_statistics
 
 
-def parameter_type(validator: Callable[[Any], Any]) -> Any:
-    """Return the declared type of a parameter that ``validator`` checks and converts."""
-    return Annotated[Any, BeforeValidator(validator)]
+@dataclass(frozen=True)
+class Interval:
+    """[low, high], or (low, high] where ``open_low``."""
+
+    low: float
+    high: float
+    open_low: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and not (self.open_low and value == self.low)
+
+    def __str__(self) -> str:
+        return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
+
+
+class StatisticsReference(str):
+    """A validated ``activation_stats``: what the user wrote, and what is known of its merge.
+
+    mergekit validates a parameter anew for every output tensor of every merge, and hands what the
+    validator returned to the method when that tensor is merged. So this object belongs to one
+    tensor of one planned merge, and carries what planning has found out about it. It is otherwise
+    a string, and can be pickled.
+    """
+
+    names: Mapping[Hashable, str] | None = None
+    """Each input's own name of the tensor, by model; None where no merge was planned, as under
+    ``merge_state_dicts``. After slices these differ from the output's name."""
 
 
 def number(
-    name: str, low: float, high: float, *, open_low: bool = False, hint: str = ""
-) -> Callable[[Any], float]:
-    """Return a validator for a finite number in [low, high], or (low, high]."""
-    interval = f"{'(' if open_low else '['}{low:g}, {high:g}]"
+    name: str,
+    default: float,
+    low: float,
+    high: float,
+    description: str,
+    *,
+    scope: ParameterScope = ParameterScope.SHARED,
+    open_low: bool = False,
+    hint: str = "",
+) -> ParameterSpec:
+    """Declare a finite number in [low, high], or in (low, high] where ``open_low``.
+
+    ``hint`` ends the message that refuses another value.
+    """
+    interval = Interval(low, high, open_low)
 
     def validate(value: Any) -> float:
         try:
             found = float("nan") if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
             found = float("nan")
-        if not low <= found <= high or (open_low and found == low):
+        if found not in interval:
             raise InputError(
                 f"{name} must lie in {interval}, not {value!r}{': ' if hint else ''}{hint}"
             )
         return found
 
-    return validate
+    return _declare(name, default, description, scope, validate, interval)
 
 
-def choice(name: str, known: tuple[str, ...]) -> Callable[[Any], str]:
-    """Return a validator for one of ``known``."""
+def choice(
+    name: str,
+    default: str,
+    known: tuple[str, ...],
+    description: str,
+    *,
+    scope: ParameterScope = ParameterScope.SHARED,
+) -> ParameterSpec:
+    """Declare one of the words ``known``."""
 
     def validate(value: Any) -> str:
         if value not in known:
@@ -51,19 +97,44 @@ def choice(name: str, known: tuple[str, ...]) -> Callable[[Any], str]:
             )
         return str(value)
 
-    return validate
+    return _declare(name, default, description, scope, validate, known)
 
 
-def statistics_reference(reference: Any) -> str:
-    """Validate ``activation_stats``: open the directory now, so that a bad one fails early.
+def activation_stats(description: str, scope: ParameterScope) -> ParameterSpec:
+    """Declare ``activation_stats``: a directory or Hub name, opened as soon as it is validated."""
+    # No default would be refused by mergekit, with a traceback; None is refused by us.
+    return _declare("activation_stats", None, description, scope, _reference)
 
-    Raises:
-        InputError: not a string, or not a readable statistics directory.
-    """
+
+def range_of(parameter: ParameterSpec) -> Interval | tuple[str, ...] | None:
+    """Return the numbers or words that a parameter of ours may be; None: neither of these."""
+    for note in getattr(parameter.value_type, "__metadata__", ()):
+        if isinstance(note, Interval | tuple):
+            return note
+    return None
+
+
+def _reference(reference: Any) -> StatisticsReference:
+    if isinstance(reference, StatisticsReference):
+        return reference  # a method that wraps another hands on what it was given
     if not isinstance(reference, str) or not reference:
         raise InputError(
             f"activation_stats must be a directory or a Hub name, not {reference!r}; "
             "`mergekit-arm calibrate MODEL DIRECTORY` writes one"
         )
     open_statistics(reference)
-    return reference
+    return StatisticsReference(reference)
+
+
+def _declare(
+    name: str,
+    default: Any,
+    description: str,
+    scope: ParameterScope,
+    validate: Callable[[Any], Any],
+    *notes: Any,
+) -> ParameterSpec:
+    declared: Any = Annotated[Any, BeforeValidator(validate)]
+    for note in notes:
+        declared = Annotated[declared, note]
+    return ParameterSpec(name, declared, scope, default=default, description=description)

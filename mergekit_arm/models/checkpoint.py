@@ -10,7 +10,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.models.loading import Source, unloadable
-from mergekit_arm.tensors import TensorFiles
+from mergekit_arm.models.tensors import CheckpointTensors
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -46,7 +46,7 @@ def fetch_checkpoint(source: Source) -> None:
     raise InputError(f"model {source.reference} has neither {' nor '.join(_FILES)}")
 
 
-def open_checkpoint(source: Source) -> TensorFiles:
+def open_checkpoint(source: Source) -> CheckpointTensors:
     """Open the model's checkpoint, in the files that mergekit would read.
 
     Raises:
@@ -60,6 +60,6 @@ def open_checkpoint(source: Source) -> TensorFiles:
             folder = huggingface_hub.snapshot_download(
                 folder, revision=source.commit or source.revision, local_files_only=True
             )
-        return TensorFiles(Path(folder))
+        return CheckpointTensors(Path(folder))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(unloadable(source.reference, error)) from error

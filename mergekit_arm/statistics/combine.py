@@ -1,7 +1,7 @@
 """Add statistics directories: one model, one way of measuring, disjoint data.
 
-What a directory holds are sums, so the sum of two directories is what one run on both data sets
-would have measured. Basis and eigenvalues are no sums; they come again out of the added sketches.
+What a directory holds adds up, so two directories together say what one run on both data sets
+would have measured. What a kind finishes, and does not add up, it makes again from what does.
 """
 
 from __future__ import annotations
@@ -16,17 +16,11 @@ from torch import Tensor
 from mergekit_arm.errors import InputError
 from mergekit_arm.statistics.card import statistics_card
 from mergekit_arm.statistics.format import DataRecord, Metadata, SiteRecord, WeightRecord
-from mergekit_arm.statistics.kinds.subspace import (
-    SKETCH_MATRIX,
-    chosen_rank,
-    dominant_subspace,
-    stored_directions,
-)
+from mergekit_arm.statistics.kinds import kind
+from mergekit_arm.statistics.kinds.base import LEFT_OUT
+from mergekit_arm.statistics.kinds.site import measured_widths, site_record
 from mergekit_arm.statistics.read import Statistics, open_statistics
 from mergekit_arm.statistics.write import PROBES, ROWS, check_destination, write_statistics
-
-_SUMS = ("abs_sum", "square_sum")
-_SKETCH = ("sketch", "square_norm", "subspace_tokens")
 
 _SAME_DATA = ("seed", "sequence_length", "template_hash", "tokenizer_hash")
 """What decides how data is read; the sums of data read in two ways are those of neither."""
@@ -122,70 +116,30 @@ def _disjoint_rows(parts: list[Statistics]) -> Tensor:
 
 
 def _add_sites(parts: list[Statistics]) -> tuple[dict[str, SiteRecord], dict[str, Tensor]]:
+    """Return the records of all sites, and what is stored of them and once for all of a width."""
+    measured = parts[0].metadata
+    kinds = [
+        one.configured(
+            {**one.from_record(measured.settings), "seed": measured.data.seed}
+        ).adding_up()
+        for one in map(kind, measured.settings.statistics)
+    ]
     records: dict[str, SiteRecord] = {}
     tensors: dict[str, Tensor] = {}
     for name in {name: None for part in parts for name in part.metadata.sites}:
         holding = [part for part in parts if name in part.metadata.sites]
         sites = [part.metadata.sites[name] for part in holding]
         counts = torch.stack([torch.tensor(site.tokens) for site in sites])
-        update: dict[str, object] = {"tokens": counts.sum(0).tolist()}
-        if "importance" in holding[0].metadata.settings.statistics:
-            for key in _SUMS:
-                tensors[f"{name}.{key}"] = _total(holding, name, key)
-        if sites[0].subspace is not None:
-            finished, omega = _add_subspaces(holding, name)
-            if omega is not None:
-                tensors[f"{SKETCH_MATRIX}.{len(omega)}"] = omega
-            tensors |= {f"{name}.{key}": value for key, value in finished.items()}
-            energy = float(finished["eigenvalues"].double().sum() / finished["trace"])
-            update["subspace"] = finished["basis"].shape[1]
-            update["energy"] = round(min(energy, 1.0), 6) if energy == energy else None
-        records[name] = sites[0].model_copy(update=update)
+        facts = {one.name: one.from_record(sites[0]) for one in kinds}
+        left_out = {one: fact[LEFT_OUT] for one, fact in facts.items() if LEFT_OUT in fact}
+        here = [one for one in kinds if one.name not in left_out]
+        added = {key: value for one in here for key, value in one.add(holding, name).items()}
+        records[name] = site_record(kinds, sites[0].width, counts.sum(0).tolist(), added, left_out)
+        tensors |= {f"{name}.{key}": value for key, value in added.items()}
+    for one in kinds:
+        for width in measured_widths(one, records.values()):
+            tensors |= {name: parts[0].stored(name) for name in one.shared(width)}
     return records, tensors
-
-
-def _add_subspaces(parts: list[Statistics], site: str) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Return what is stored of the added sketches, and their Ω."""
-    metadata = parts[0].metadata
-    for part in parts:
-        if not part.holds(site, "sketch"):
-            raise InputError(
-                f"{part.reference} holds finished subspaces, which do not add up: calibrate with "
-                "--keep-sketch to combine them, or with --statistics importance if aim is all "
-                "they are for"
-            )
-    width = metadata.sites[site].width
-    total = {key: _total(parts, site, key) for key in _SKETCH}
-    omega = _sketch_matrix(parts, width) if total["sketch"].shape[1] < width else None
-    rank = chosen_rank(width, metadata.settings.rank)
-    found = dominant_subspace(
-        total["sketch"],
-        omega,
-        float(total["square_norm"]),
-        int(total["subspace_tokens"]),
-        energy=metadata.settings.energy or 1.0,
-        most=stored_directions(width, rank),
-    )
-    return found.tensors() | total, omega
-
-
-def _sketch_matrix(parts: list[Statistics], width: int) -> Tensor:
-    """Return Ω as stored: another torch may draw other numbers from the same seed."""
-    first, *others = (part.stored(f"{SKETCH_MATRIX}.{width}") for part in parts)
-    for part, other in zip(parts[1:], others, strict=True):
-        if not torch.equal(first, other):
-            raise InputError(
-                f"{parts[0].reference} and {part.reference} do not add up: their sketches were "
-                "drawn from different random numbers; calibrate both with the same torch"
-            )
-    return first
-
-
-def _total(parts: list[Statistics], site: str, key: str) -> Tensor:
-    total = parts[0].tensor(site, key).clone()
-    for part in parts[1:]:
-        total += part.tensor(site, key)
-    return total
 
 
 def _add_weights(

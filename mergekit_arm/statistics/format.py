@@ -1,10 +1,11 @@
-"""The schema of ``activation_stats.json``, format 1."""
+"""The schema of ``activation_stats.json``, format 1; ``FORMAT.md`` beside it says it in words."""
 
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 FORMAT_VERSION = 1
 METADATA_FILE = "activation_stats.json"
@@ -29,6 +30,9 @@ EXPERTS = "experts"
 
 ONE_EXPERT = re.compile(r"(?P<experts>(?:^|.*\.)experts)\.\d+(?=\.|$)")
 """Matches the name of one expert of many where each is a module of its own."""
+
+
+Count = Annotated[int, Field(ge=0)]
 
 
 class _Strict(BaseModel):
@@ -63,8 +67,8 @@ class DataRecord(_Strict):
     seed: int
     sequence_length: int | None = None
     """None where rows held ready token ids of their own lengths."""
-    sequences: int
-    tokens: int
+    sequences: Count
+    tokens: Count
     content_hash: str
     """Over the token ids that were measured."""
 
@@ -73,40 +77,50 @@ class SettingsRecord(_Strict):
     """Settings of the run that change its numbers."""
 
     statistics: list[str]
+    """Names of the kinds that were measured."""
     dtype: str
+    """Of the forward passes."""
     device: str
-    min_expert_tokens: int = 0
+    min_expert_tokens: Count = 0
     """Experts that saw fewer tokens are left as merged."""
-    rank: int | None = None
-    energy: float | None = None
-    subspace_tokens: int | None = None
-    skip_first: int = 0
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """Columns of a subspace's sketch that were asked for; none: the default of each width."""
+    energy: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the second moment that subspaces were asked to hold, where they were measured."""
+    subspace_tokens: Count | None = None
+    """Tokens in the sample that subspaces saw, at most."""
+    skip_first: Count = 0
+    """First tokens of every sequence that are not in the sample."""
+    kinds: dict[str, dict[str, JsonValue]] | None = None
+    """Settings of every other kind, by its name."""
 
 
 class SiteRecord(_Strict):
     """One measured input."""
 
-    width: int
-    tokens: int | list[int]
+    width: Annotated[int, Field(ge=1)]
+    tokens: Count | Annotated[list[Count], Field(min_length=1)]
     """Rows seen: one count, or one for each expert."""
-    subspace: int | None = None
+    subspace: Count | None = None
     """Stored dimensions of the dominant subspace, where it was measured."""
-    energy: float | None = None
-    """Share of the second moment that they hold; below the setting where the rank was too small."""
+    energy: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the second moment that they hold; less than the setting where no more are stored."""
     no_subspace: str | None = None
     """Why a subspace was not measured here although the run measured subspaces."""
+    kinds: dict[str, dict[str, JsonValue]] | None = None
+    """What every other kind records of the site, by its name."""
 
 
 class WeightRecord(_Strict):
-    """One floating-point tensor of the checkpoint: measured at a site, or listed with a reason."""
+    """One tensor of the checkpoint: measured at a site, or listed with the reason why not."""
 
-    shape: list[int]
+    shape: list[Count]
     dtype: str
-    probe: int
+    probe: Count
     """Row of the tensor ``probes``."""
     site: str | None = None
-    input_axis: int | None = None
-    row: int | None = None
+    input_axis: Count | None = None
+    row: Count | None = None
     """Row of the site's statistics that belongs to this weight (one expert of many)."""
     reason: str | None = None
     """Why there is no site."""
@@ -115,14 +129,14 @@ class WeightRecord(_Strict):
 class Metadata(_Strict):
     """All of ``activation_stats.json``."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
     model: ModelRecord
     data: DataRecord
     settings: SettingsRecord
     versions: dict[str, str]
     sites: dict[str, SiteRecord] = Field(min_length=1)
     weights: dict[str, WeightRecord] = Field(min_length=1)
-    """Every floating-point tensor of the checkpoint."""
+    """Every tensor of the checkpoint that has elements, those of integers too."""
     converted: dict[str, WeightRecord] = {}
     """Tensors that transformers and mergekit make from several of ``weights``: fused experts."""
     aliases: dict[str, str] = {}

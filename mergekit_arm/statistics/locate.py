@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.errors
 import pydantic
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
+from safetensors import safe_open
+from torch import Tensor
 
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.statistics.format import FORMAT_VERSION, METADATA_FILE, Metadata
+
+TENSOR_FILE = "model.safetensors"
 
 
 def locate(reference: str) -> Path:
@@ -37,20 +42,31 @@ def locate(reference: str) -> Path:
         ) from error
 
 
-def version(reference: str, path: Path) -> tuple[int, int]:
-    """Return what changes when the directory ``path`` is replaced.
+Version = tuple[tuple[str, int, int, int], ...]
+"""Name, time of change, inode and size of every file that is read of a directory."""
+
+
+def version(reference: str, path: Path) -> Version:
+    """Return what changes when the directory ``path``, or a file in it, is replaced.
 
     Raises:
         InputError: it is no statistics directory.
     """
     try:
-        status = os.stat(f"{path}{os.sep}{METADATA_FILE}")
-    except OSError as error:
+        with os.scandir(path) as entries:
+            found = sorted(
+                (entry.name, status.st_mtime_ns, status.st_ino, status.st_size)
+                for entry in entries
+                if entry.name.endswith((".json", ".safetensors")) and (status := entry.stat())
+            )
+    except OSError:
+        found = []
+    if METADATA_FILE not in (name for name, *_ in found):
         raise InputError(
             f"activation_stats {reference}: no {METADATA_FILE} in it, so it is no statistics "
             "directory; `mergekit-arm calibrate` writes one"
-        ) from error
-    return status.st_mtime_ns, status.st_ino
+        )
+    return tuple(found)
 
 
 def read_metadata(reference: str, path: Path) -> Metadata:
@@ -71,7 +87,7 @@ def read_metadata(reference: str, path: Path) -> Metadata:
         return Metadata.model_validate_json(text)
     except (OSError, UnicodeDecodeError, pydantic.ValidationError) as error:
         detail = (
-            f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
+            _first_error(error)
             if isinstance(error, pydantic.ValidationError)
             else first_line(error)
         )
@@ -79,6 +95,81 @@ def read_metadata(reference: str, path: Path) -> Metadata:
             f"activation_stats {reference}: {METADATA_FILE} is damaged ({detail}); "
             "copy or measure it again"
         ) from error
+
+
+class TensorFiles:
+    """The safetensors files of a directory, mapped; a tensor is read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Open every file, which checks that it is as long as its header says.
+
+        Raises:
+            OSError, ValueError, SafetensorError: a file is absent, cannot be read, is shorter
+                than its header says, or lacks what the index promises.
+        """
+        promised = _weight_map(path)
+        self._file_of: dict[str, Any] = {}
+        for file in sorted(set(promised.values())) or [TENSOR_FILE]:
+            opened = safe_open(path / file, "pt")
+            self._file_of |= dict.fromkeys(opened.keys(), opened)  # type: ignore[no-untyped-call]
+        missing = promised.keys() - self._file_of.keys()
+        if missing:
+            raise ValueError(f"no shard holds {min(missing)}")
+
+    @property
+    def header(self) -> dict[str, tuple[bool, tuple[int, ...]]]:
+        """Whether each tensor is of floating-point numbers, and its shape; reads no values."""
+        found = {}
+        for name, file in self._file_of.items():
+            part = file.get_slice(name)
+            floating = part.get_dtype().startswith(("F", "BF"))
+            found[name] = (floating, tuple(part.get_shape()))
+        return found
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor, on the CPU.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        tensor: Tensor = self._file_of[name].get_tensor(name)
+        return tensor
+
+
+class _Index(pydantic.BaseModel):
+    """What we read of ``model.safetensors.index.json``."""
+
+    weight_map: dict[str, str] = pydantic.Field(min_length=1)
+    """Tensor → the file it is in."""
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Return the index of a sharded directory, empty where there is none.
+
+    mergekit's own reader would unpickle a ``pytorch_model.bin`` and follow any path.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or names what is no file of the directory.
+    """
+    index = path / f"{TENSOR_FILE}.index.json"
+    if not index.exists():
+        return {}
+    try:
+        weight_map = _Index.model_validate_json(index.read_text(encoding="utf-8")).weight_map
+    except pydantic.ValidationError as error:
+        raise ValueError(f"{index.name} is damaged: {_first_error(error)}") from error
+    for file in weight_map.values():
+        if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", file):
+            raise ValueError(f"{index.name} names {file!r}: no safetensors file of the directory")
+    return weight_map
+
+
+def _first_error(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _hub_path(reference: str) -> str:

@@ -50,12 +50,10 @@ def take_probe(tensor: Tensor) -> Tensor:
 
 
 def content_hash(tensors: Iterable[tuple[str, Sequence[int], str, Tensor]]) -> str:
-    """Return the hash by which a model is known: independent of how its files are cut.
+    """Return a SHA-256 over names, shapes, dtypes and probes; independent of sharding.
 
-    SHA-256, in hexadecimal, over what is not empty in its checkpoint, whole numbers included.
-
-    Args:
-        tensors: name, shape, dtype (``bfloat16``) and probe of each, in the order of the names.
+    ``tensors``: one entry for every tensor with a value in it, integers too, sorted by name; dtypes
+    as ``float32``.
     """
     digest = hashlib.sha256()
     for name, shape, dtype, probe in tensors:

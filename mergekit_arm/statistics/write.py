@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.files import publish, remove
 from mergekit_arm.statistics.format import METADATA_FILE, Metadata
 
 PROBES = "probes"
@@ -64,38 +64,9 @@ def write_statistics(
             metadata.model_dump_json(indent=1, exclude_none=True) + "\n", encoding="utf-8"
         )
         (staging / "README.md").write_text(card, encoding="utf-8")
-        # mkdtemp and safetensors make private files; published ones have ordinary permissions.
-        mask = _umask()
-        staging.chmod(0o777 & ~mask)
-        for path in staging.iterdir():
-            path.chmod(0o666 & ~mask)
-            _flush(path)
-        _flush(staging)
-        _replace(staging, out)
+        if out.exists():
+            # Set aside in one step, so that no half-removed one is ever seen under its own name.
+            remove(out)
+        publish(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _replace(staging: Path, out: Path) -> None:
-    if not out.exists():
-        staging.rename(out)
-    else:
-        previous = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        out.rename(previous / "previous")
-        staging.rename(out)
-        shutil.rmtree(previous)
-    _flush(out.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

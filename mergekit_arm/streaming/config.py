@@ -1,9 +1,12 @@
-"""The stream's YAML: mergekit's grammar for one step, and what repeats it."""
+"""The stream's YAML file as checked models: mergekit's grammar for one step, and what repeats it.
+
+A misspelt key, a value out of range and a key that belongs elsewhere are refused here; what the
+values name (models, data, methods) is looked at in ``plan`` and ``data_checks``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from mergekit.common import ModelReference
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,9 +25,11 @@ from pydantic import (
 )
 
 from mergekit_arm.calibration.options import CalibrationOptions
-from mergekit_arm.errors import InputError, did_you_mean, first_line
+from mergekit_arm.errors import InputError, did_you_mean
 
-DTYPES = ("bfloat16", "float16", "float32", "float64")
+FINAL_DTYPES = ("bfloat16", "float16", "float32", "float64")
+"""What the final model can be in."""
+
 DEFAULT_LEARNING_RATE = 0.5
 HIGHEST_LEARNING_RATE = 2.0
 
@@ -39,6 +43,8 @@ _ELSEWHERE = {
     "modules": "a stream merges whole models; modules cannot be rearranged",
     "out_dtype": "dtype is the final model's; every step is computed in float32",
 }
+
+_FLAG = re.compile(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)")
 
 
 class _Strict(BaseModel):
@@ -157,6 +163,11 @@ class StreamConfig(_Strict):
     tokenizer: dict[str, Any] | None = None
     chat_template: str | None = None
 
+    @property
+    def changes_tokens(self) -> bool:
+        """Whether a merge may change which token an id means."""
+        return self.tokenizer is not None or self.tokenizer_source is not None
+
     def document(self) -> dict[str, Any]:
         """Return the YAML again, without defaults."""
         document = self.model_dump(mode="json", exclude_defaults=True)
@@ -188,9 +199,9 @@ class StreamConfig(_Strict):
     @field_validator("dtype")
     @classmethod
     def _check_dtype(cls, value: str | None) -> str | None:
-        if value is not None and value not in DTYPES:
+        if value is not None and value not in FINAL_DTYPES:
             raise ValueError(
-                f"{value!r} is none of {', '.join(DTYPES)}{did_you_mean(value, DTYPES)}"
+                f"{value!r} is none of {', '.join(FINAL_DTYPES)}{did_you_mean(value, FINAL_DTYPES)}"
             )
         return value
 
@@ -224,43 +235,18 @@ def load_config(source: StreamConfig | Mapping[str, Any] | str | Path) -> Stream
     return _validate(dict(document), str(source))
 
 
-def absolute_reference(reference: str) -> str:
-    """Return ``reference`` in mergekit's grammar with local paths made absolute.
+@contextmanager
+def section(name: str) -> Iterator[None]:
+    """Put ``name`` before what is refused inside, and keys where ``calibrate`` has flags.
 
     Raises:
-        InputError: it does not parse, or its absolute path would not.
+        InputError: the same, reworded.
     """
     try:
-        parsed = ModelReference.parse(reference)
-    except (ValidationError, RuntimeError) as error:
-        raise InputError(
-            f"model {reference!r} does not parse ({first_line(error)}): "
-            "expected a directory, a Hub id, id@revision or model+lora"
-        ) from error
-    parts = []
-    for part in (parsed.model, parsed.lora):
-        if part is None:
-            continue
-        if os.path.exists(part.path) and part.revision is None:
-            parts.append(plain_path(part.path))
-        else:
-            parts.append(str(part))
-    return "+".join(parts)
-
-
-def plain_path(path: str | Path) -> str:
-    """Return the absolute path, if mergekit's grammar can express it.
-
-    Raises:
-        InputError: it contains + or @.
-    """
-    absolute = os.path.abspath(os.path.expanduser(path))
-    if "+" in absolute or "@" in absolute:
-        raise InputError(
-            f"{absolute}: mergekit reads + and @ in a path as adapter and revision; "
-            "use a directory without them"
-        )
-    return absolute
+        yield
+    except InputError as error:
+        message = _FLAG.sub(lambda flag: flag[1].replace("-", "_"), error.message)
+        raise InputError(f"{name}: {message}") from error
 
 
 def _validate(document: dict[str, Any], where: str) -> StreamConfig:
@@ -284,9 +270,9 @@ def _explain(error: ValidationError) -> str:
             "evaluation": Evaluation,
             "learning_rate": Schedule,
         }
-        section = place[0] if len(place) > 1 else ""
-        known = models.get(section, StreamConfig).model_fields
-        inside = f" in {section}" if section else ""
+        outer = place[0] if len(place) > 1 else ""
+        known = models.get(outer, StreamConfig).model_fields
+        inside = f" in {outer}" if outer else ""
         return (
             f"unknown key {key!r}{inside}{did_you_mean(key, known)}; there are: {', '.join(known)}"
         )
@@ -294,20 +280,3 @@ def _explain(error: ValidationError) -> str:
     # The names of a union's branches say nothing to the user.
     path = ".".join(part for part in place if "[" not in part and part not in ("str", "int"))
     return f"{path}: {message[:1].lower()}{message[1:]}" if path else message
-
-
-_FLAG = re.compile(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)")
-
-
-@contextmanager
-def section(name: str) -> Iterator[None]:
-    """Put ``name`` before what is refused inside, and keys where ``calibrate`` has flags.
-
-    Raises:
-        InputError: the same, reworded.
-    """
-    try:
-        yield
-    except InputError as error:
-        message = _FLAG.sub(lambda flag: flag[1].replace("-", "_"), error.message)
-        raise InputError(f"{name}: {message}") from error

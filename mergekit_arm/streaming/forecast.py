@@ -3,199 +3,128 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.models.loading import DTYPES, choose_device, choose_dtype
+from mergekit_arm.machine import free_disk, free_memory
+from mergekit_arm.models.loading import choose_device, choose_dtype
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.data_checks import (
-    _BYTES,
-    _existing,
-    _free,
     data_problems,
     disk_needed,
+    disk_problems,
     keep_problems,
     make_judge,
 )
 from mergekit_arm.streaming.evaluation.score import LOGIT_ELEMENTS
-from mergekit_arm.streaming.options import Keep, StreamOptions, complete_options
-from mergekit_arm.streaming.plan.plan import Plan, make_plan
-from mergekit_arm.streaming.state import open_state, read_state
+from mergekit_arm.streaming.options import StreamOptions, complete_options
+from mergekit_arm.streaming.plan.checks import Checks
+from mergekit_arm.streaming.plan.document import STEP_BYTES
+from mergekit_arm.streaming.plan.plan import StreamPlan, make_plan
+from mergekit_arm.streaming.state import State, open_state, read_state
 from mergekit_arm.units import size_text
+
+_LIBRARIES = 700 << 20  # bytes resident once torch, transformers and mergekit are imported
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a stream takes at its peak and what this machine has, in bytes, without statistics."""
+
+    disk: int
+    disk_free: int
+    memory: int
+    """Of the main memory."""
+    memory_free: int
 
 
 @dataclass(frozen=True)
 class Forecast:
     """What ``--dry-run`` prints."""
 
-    plan: Plan | None
+    plan: StreamPlan | None
     """None where too little of the configuration holds together."""
-    estimate: Estimate | None
+    needs: Needs | None
+    """None where something is wrong."""
     done: int
     """Steps that ``OUT`` holds already."""
+    seconds: float | None
+    """For the steps that are left, by those that are done; None before the first."""
     problems: list[str]
 
 
 def forecast(config: StreamConfig, out: Path, options: StreamOptions) -> Forecast:
-    """Check a stream and forecast what it takes. Writes nothing but a small temporary file."""
+    """Check a stream and forecast what it takes. Loads no model, leaves no file."""
     merge = complete_options(options.merge, out)
     plan, problems = make_plan(config, merge, options.watch)
     problems += keep_problems(plan, options.keep)
-    done = 0
-    try:
-        if plan is not None and read_state(out) is not None:
-            done = len(open_state(out, plan.fingerprint).steps)
-    except InputError as error:
-        problems.append(error.message)
     if plan is None:
-        return Forecast(None, None, done, problems)
+        return Forecast(None, None, 0, None, problems)
+    check = Checks(problems)
+    state = None
+    if check.run(lambda: read_state(out)) is not None:
+        state = check.run(lambda: open_state(out, plan.fingerprint))
+    check.run(lambda: _check_writable(out))
     problems += data_problems(plan, make_judge(plan, merge), merge)
-    costs = None
+    needs = None
     if not problems:
-        try:
-            costs = estimate(plan, out, merge, options.keep)
-            problems += costs.problems()
-        except InputError as error:
-            problems.append(error.message)
-    return Forecast(plan, costs, done, problems)
-
-
-_LIBRARIES = 700 << 20  # resident once torch, transformers and mergekit are imported
-
-
-_STEP_OVERHEAD = 1.0  # seconds: planning, opening, tokenising
-
-
-_SUBSPACE = 128  # columns of a typical basis: what rotating costs beside reading
-
-
-_EFFICIENCY = 0.4  # of a large product's speed, in a model's forward pass
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A forecast. Bytes and seconds; ``seconds`` is None where the number of steps is unknown."""
-
-    seconds: float | None
-    seconds_per_step: float
-    disk: int
-    """At the peak, without statistics."""
-    disk_free: int
-    memory: int
-    """Of the main memory, at the peak."""
-    memory_free: int
-
-    def problems(self) -> list[str]:
-        """Return what this machine lacks."""
-        found = []
-        if self.disk > self.disk_free:
-            found.append(
-                f"disk: about {size_text(self.disk)} needed at the peak, "
-                f"{size_text(self.disk_free)} free: put OUT elsewhere, or use --keep last"
-            )
-        if self.memory > self.memory_free:
-            found.append(
-                f"memory: about {size_text(self.memory)} needed at the peak, "
-                f"{size_text(self.memory_free)} free: lower --out-shard-size, or evaluate "
+        needs = Needs(
+            disk=disk_needed(plan, options.keep),
+            disk_free=free_disk(out),
+            memory=_memory(plan, merge),
+            memory_free=free_memory(torch.device("cpu")),
+        )
+        problems += disk_problems(plan, out, options.keep)
+        if needs.memory > needs.memory_free:
+            problems.append(
+                f"memory: about {size_text(needs.memory)} needed at the peak, "
+                f"{size_text(needs.memory_free)} free: lower --out-shard-size, or evaluate "
                 "in dtype: bfloat16"
             )
-        return found
+    if state is None:
+        return Forecast(plan, needs, 0, None, problems)
+    return Forecast(plan, needs, len(state.steps), seconds_left(plan, state), problems)
 
 
-def estimate(plan: Plan, out: Path, merge: MergeOptions, keep: Keep) -> Estimate:
-    """Forecast a stream after timing one matrix product and one small file.
+def seconds_left(plan: StreamPlan, state: State) -> float | None:
+    """Return how long the steps to come take if they are as those that ``state`` holds.
 
-    Raises:
-        InputError: nothing can be written where ``out`` is to be.
+    None where no step was timed yet, or where their number is not known.
     """
-    per_step = _seconds_per_step(plan, out, merge)
-    steps = plan.length
-    return Estimate(
-        seconds=None if steps is None else per_step * steps,
-        seconds_per_step=per_step,
-        disk=disk_needed(plan, keep),
-        disk_free=_free(out),
-        memory=_memory(plan, merge),
-        memory_free=int(psutil.virtual_memory().available),
-    )
+    if plan.length is None or not state.steps:
+        return None
+    spent = sum(sum(record.seconds.values()) for record in state.steps)
+    return spent / len(state.steps) * (plan.length - len(state.steps))
 
 
-def _memory(plan: Plan, merge: MergeOptions) -> int:
-    parameters = plan.base.parameters
-    largest = max((_size(shape) for shape in plan.base.shapes.values()), default=0)
-    # mergekit holds a shard until it is full, and a tensor's inputs, their difference, the result.
-    shard = min(parameters * _BYTES["float32"], int(merge.out_shard_size))
-    merging = shard + 5 * largest * 4
-    running = 0
-    settings = [plan.config.evaluation] if plan.config.evaluation is not None else []
-    wanted = [(one.device, one.dtype) for one in settings if one.dataset is not None]
-    if plan.calibration is not None:
-        wanted.append((plan.calibration.settings["device"], plan.calibration.settings["dtype"]))
-    for device_name, dtype_name in wanted:
-        dtype = choose_dtype(dtype_name, choose_device(device_name))
-        size = next(_BYTES[name] for name, known in DTYPES.items() if known == dtype)
-        running = max(running, parameters * size + 3 * LOGIT_ELEMENTS * 4)
-    return _LIBRARIES + max(merging, running)
-
-
-def _seconds_per_step(plan: Plan, out: Path, merge: MergeOptions) -> float:
-    parameters = plan.base.parameters
-    tokens = 0.0
-    device = "cpu"
-    if plan.calibration is not None:
-        settings = plan.calibration.settings
-        steps = plan.steps()
-        measured = sum(step.measures for step in steps) / len(steps) if steps else 1.0
-        tokens += measured * settings["samples"] * settings["sequence_length"]
-        device = settings["device"]
-    evaluation = plan.config.evaluation
-    if evaluation is not None and evaluation.dataset is not None:
-        # The step's model and, in the first pass, the checkpoint.
-        scored = 1 + 1 / plan.config.passes
-        tokens += scored * evaluation.samples * evaluation.sequence_length
-        device = evaluation.device
-    forward = 2.0 * parameters * tokens / (_EFFICIENCY * _flops(choose_device(device)))
-    rotating = 0.0
-    if "subspace" in plan.method.statistics:
-        rotating = 8.0 * parameters * _SUBSPACE / _flops(choose_device(merge.device or "cpu"))
-    # Read: current and checkpoint, these and the result again to compare them. Written: one.
-    traffic = 6 * parameters * _BYTES["float32"] / _disk_speed(out)
-    return _STEP_OVERHEAD + forward + rotating + traffic
-
-
-def _flops(device: torch.device) -> float:
-    """Return floating-point operations per second of a large float32 product."""
-    size = 768 if device.type == "cpu" else 4096
-    a = torch.ones(size, size, device=device)
-    best = float("inf")
-    for _ in range(3):
-        begun = time.perf_counter()
-        float((a @ a)[0, 0])  # copying one number waits for the device
-        best = min(best, time.perf_counter() - begun)
-    return 2 * size**3 / best
-
-
-def _disk_speed(out: Path) -> float:
-    """Return bytes per second of writing a small file beside ``out``, flushed."""
-    block = os.urandom(16 << 20)
+def _check_writable(out: Path) -> None:
+    existing = next(folder for folder in (out, *out.parents) if folder.is_dir())
     try:
-        with tempfile.TemporaryFile(dir=_existing(out)) as file:
-            begun = time.perf_counter()
-            file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            return len(block) / (time.perf_counter() - begun)
+        with tempfile.TemporaryFile(dir=existing):
+            pass
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}; give another OUT") from error
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
+def _memory(plan: StreamPlan, merge: MergeOptions) -> int:
+    parameters = plan.base.parameters
+    largest = max((math.prod(shape) for shape in plan.base.shapes.values()), default=0)
+    # mergekit holds a shard until it is full, and a tensor's inputs, their difference, the result.
+    shard = min(parameters * STEP_BYTES, int(merge.out_shard_size))
+    merging = shard + 5 * largest * STEP_BYTES
+    evaluation = plan.config.evaluation
+    wanted = []
+    if evaluation is not None and evaluation.dataset is not None:
+        wanted.append((evaluation.device, evaluation.dtype))
+    if plan.calibration is not None:
+        wanted.append((plan.calibration.settings["device"], plan.calibration.settings["dtype"]))
+    running = [
+        parameters * choose_dtype(dtype, choose_device(device)).itemsize + 3 * LOGIT_ELEMENTS * 4
+        for device, dtype in wanted
+    ]
+    return _LIBRARIES + max([merging, *running])

@@ -1,4 +1,4 @@
-"""Everything that a stream can be told beside its configuration."""
+"""How a stream is run, as against what it computes, which is ``config``."""
 
 from __future__ import annotations
 
@@ -10,33 +10,13 @@ from mergekit.options import MergeOptions
 
 from mergekit_arm.streaming.layout import LORA_CACHE
 
-
-@dataclass(frozen=True)
-class StreamOptions:
-    """How a stream is run, as against what it computes."""
-
-    merge: MergeOptions = field(default_factory=MergeOptions)
-    """mergekit's own options, for every merge."""
-    keep: Keep = "last"
-    """Which steps' float32 weights stay in ``steps/`` after the run."""
-    watch: WatchOptions | None = None
-    """Follow a training run that is still going."""
-
-
-def complete_options(options: MergeOptions, out: Path) -> MergeOptions:
-    """Return ``options`` with what a stream needs of every merge."""
-    return options.model_copy(
-        update={
-            "lora_merge_cache": options.lora_merge_cache or str(out / LORA_CACHE),
-            "write_model_card": False,  # a step has its configuration beside it
-            "quiet": options.quiet or options.verbosity == 0,
-        }
-    )
+Keep = Literal["all", "best", "last"]
+"""Which steps' float32 weights stay in ``steps/`` after the stream."""
 
 
 @dataclass(frozen=True)
 class WatchOptions:
-    """How a run is followed."""
+    """How a training run is followed."""
 
     end_marker: str | None = None
     """A file that appears when the run ends; default: ``stream.end`` in its directory."""
@@ -48,4 +28,23 @@ class WatchOptions:
     """Seconds for which a checkpoint without trainer_state.json must not have changed."""
 
 
-Keep = Literal["all", "best", "last"]
+@dataclass(frozen=True)
+class StreamOptions:
+    """Everything that a stream can be told beside its configuration."""
+
+    merge: MergeOptions = field(default_factory=MergeOptions)
+    """mergekit's own options, for every merge."""
+    keep: Keep = "last"
+    watch: WatchOptions | None = None
+    """Follow a training run that is still going."""
+
+
+def complete_options(options: MergeOptions, out: Path) -> MergeOptions:
+    """Return ``options`` with what a stream into ``out`` needs of every merge."""
+    return options.model_copy(
+        update={
+            "lora_merge_cache": options.lora_merge_cache or str(out / LORA_CACHE),
+            "write_model_card": False,  # a step has its configuration beside it
+            "quiet": options.quiet or options.verbosity == 0,
+        }
+    )

@@ -1,4 +1,8 @@
-"""What a stream knows of itself on the disk: one file, replaced whole after every step."""
+"""What a stream knows of itself on the disk: one file, replaced whole after every step.
+
+A step counts once its record is in this file; what a killed stream had begun beyond it is
+done again, or found finished and used.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +14,15 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.files import remove, write_text
-from mergekit_arm.streaming.layout import BEFORE_STATE, LOCK_FILE, STATE_FILE
+from mergekit_arm.files import write_text
+from mergekit_arm.streaming.evaluation.score import Score
+from mergekit_arm.streaming.layout import BEFORE_STATE, STATE_FILE
 
-FORMAT_VERSION = 1
+STATE_VERSION = 1
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
-
-
-class Losses(_Record):
-    """Mean token loss (nats), perplexity, and the user's metric; None: not asked for."""
-
-    loss: float | None = None
-    perplexity: float | None = None
-    metric: float | None = None
 
 
 class StepRecord(_Record):
@@ -52,9 +49,9 @@ class StepRecord(_Record):
     """Mean and largest angle between update and task vector, over matrices."""
     update_norm: float
     task_norm: float
-    current: Losses
-    base: Losses
-    latest_checkpoint: Losses
+    current: Score
+    base: Score
+    latest_checkpoint: Score
     best_step: int
     """Up to here; 0 is the base."""
     seconds: dict[str, float]
@@ -65,11 +62,11 @@ class StepRecord(_Record):
 class State(_Record):
     """All of ``stream_state.json``."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = STATE_VERSION
     fingerprint: dict[str, str]
-    base: Losses | None = None
+    base: Score | None = None
     """None until the base was scored."""
-    scores: dict[str, Losses] = {}
+    scores: dict[str, Score] = {}
     """Of checkpoints, by reference, so that a second pass does not repeat them."""
     steps: list[StepRecord] = []
     stopped: str | None = None
@@ -87,10 +84,10 @@ class State(_Record):
         """The best step so far; 0 is the base."""
         return self.steps[-1].best_step if self.steps else 0
 
-    def losses_of(self, step: int) -> Losses:
-        """Return the scores of a step, or of the base for 0."""
+    def score_of(self, step: int) -> Score:
+        """Return the score of a step, or of the base for 0."""
         if step == 0:
-            return self.base or Losses()
+            return self.base or Score()
         return self.steps[step - 1].current
 
     def save(self, out: Path) -> None:
@@ -141,22 +138,14 @@ def read_state(out: Path) -> State | None:
     try:
         document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         version = document.get("format_version")
-        if version != FORMAT_VERSION:
+        if version != STATE_VERSION:
             raise InputError(
-                f"{file}: format {version}, and this mergekit-arm reads {FORMAT_VERSION}: "
+                f"{file}: format {version}, and this mergekit-arm reads {STATE_VERSION}: "
                 "go on with the version that began it"
             )
         return State.model_validate(document)
     except (OSError, ValueError, ValidationError) as error:
         raise InputError(f"{file} is damaged ({type(error).__name__}); give another OUT") from error
-
-
-def sweep(out: Path) -> None:
-    """Remove what a killed run left half-way: all that begins with a dot, but for the lock."""
-    for folder in (out, out / "steps", *out.glob("steps/*")):
-        for path in folder.glob(".*"):
-            if path.name != LOCK_FILE:
-                remove(path)
 
 
 def _difference(old: Mapping[str, str], new: Mapping[str, str]) -> str | None:

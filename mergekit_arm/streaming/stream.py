@@ -1,4 +1,8 @@
-"""The stream: one merge after another, each judged, each committed before the next begins."""
+"""The stream: one merge after another, each judged, each committed before the next begins.
+
+What can be refused is refused first (``plan``, ``data_checks``); then the loop takes a step, saves
+the state, tidies up and draws, until a reason to stop is found; at last it makes ``OUT/model``.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +17,36 @@ from filelock import FileLock, Timeout
 
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove, write_text
-from mergekit_arm.streaming.config import StreamConfig, load_config, plain_path
-from mergekit_arm.streaming.data_checks import check_disk, data_problems, keep_problems, make_judge
-from mergekit_arm.streaming.layout import INCOMING, LOCK_FILE, LORA_CACHE, MODEL, PLOT
+from mergekit_arm.streaming.config import StreamConfig, load_config
+from mergekit_arm.streaming.data_checks import (
+    data_problems,
+    disk_problems,
+    keep_problems,
+    make_judge,
+)
+from mergekit_arm.streaming.forecast import seconds_left
+from mergekit_arm.streaming.layout import (
+    CARD,
+    INCOMING,
+    LOCK_FILE,
+    LORA_CACHE,
+    MODEL,
+    PLOT,
+    unfinished,
+)
 from mergekit_arm.streaming.options import StreamOptions, WatchOptions, complete_options
 from mergekit_arm.streaming.plan.document import cast_document, to_yaml
-from mergekit_arm.streaming.plan.plan import Plan, PlannedStep, make_plan
+from mergekit_arm.streaming.plan.plan import PlannedStep, StreamPlan, make_plan
+from mergekit_arm.streaming.references import plain_path
 from mergekit_arm.streaming.report.card import stream_card
 from mergekit_arm.streaming.report.plot import draw_stream
-from mergekit_arm.streaming.state import StepRecord, open_state, read_state, sweep
+from mergekit_arm.streaming.state import State, StepRecord, open_state, read_state
 from mergekit_arm.streaming.step.merge import forgetting, merge, merge_adapter
-from mergekit_arm.streaming.step.step import score_base, take_step
+from mergekit_arm.streaming.step.step import take_step
 from mergekit_arm.streaming.step.workplace import Workplace
-from mergekit_arm.streaming.training.checkpoints import Checkpoint
+from mergekit_arm.streaming.training.checkpoints import RunCheckpoint
 from mergekit_arm.streaming.training.watch import Watch
+from mergekit_arm.units import duration_text
 
 _DRAW_EVERY = 30.0  # seconds: drawing must not cost more than a small model's steps
 
@@ -55,8 +75,8 @@ def stream(
     """Merge a run's checkpoints one after another and leave the chosen model in ``out/model``.
 
     A stream that was interrupted goes on where it was, and gives the same bytes as one that
-    was not; a finished one returns its result again. Holds one model at a time (calibration,
-    evaluation), or what mergekit holds in a merge.
+    was not; a finished one returns its result again and changes nothing. Holds one model at a
+    time (calibration, evaluation), or what mergekit holds in a merge.
 
     Args:
         config: the stream's YAML file, its content, or the checked model of it.
@@ -88,18 +108,27 @@ def stream(
         raise InputError(f"{place} cannot be made: {error.strerror}; give another OUT") from error
     with _locked(place):
         state = open_state(place, plan.fingerprint)
-        check_disk(plan, place, options.keep)
-        sweep(place)
+        if state.chosen is not None:
+            return _result(place, state)
+        _refuse(disk_problems(plan, place, options.keep))
+        for left in unfinished(place):
+            remove(left)
         state.save(place)
         judge = make_judge(plan, merge_options)
         if not state.steps:
             _refuse(data_problems(plan, judge, merge_options))
-        run = _Run(
+        loop = _Loop(
             Workplace(place, plan, merge_options, options.keep, state, judge, say, progress),
             _watch(plan, place, options.watch, say),
             on_step or (lambda record: None),
         )
-        return run.complete()
+        return loop.complete()
+
+
+def _result(out: Path, state: State) -> StreamResult:
+    assert state.chosen is not None
+    assert state.stopped is not None
+    return StreamResult(out, out / MODEL, state.chosen, state.stopped, list(state.steps))
 
 
 def _refuse(problems: list[str]) -> None:
@@ -123,7 +152,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _watch(
-    plan: Plan, out: Path, options: WatchOptions | None, say: Callable[[str], None]
+    plan: StreamPlan, out: Path, options: WatchOptions | None, say: Callable[[str], None]
 ) -> Watch | None:
     if options is None:
         return None
@@ -133,7 +162,7 @@ def _watch(
 
 
 @dataclass
-class _Run:
+class _Loop:
     """The loop over steps."""
 
     place: Workplace
@@ -146,14 +175,10 @@ class _Run:
         state = self.place.state
         self.place.prune()
         self.place.write_journal()
-        if state.chosen is None:
-            if state.stopped is None:
-                self._all_steps()
-            self._finish()
-        assert state.chosen is not None
-        assert state.stopped is not None
-        out = self.place.out
-        return StreamResult(out, out / MODEL, state.chosen, state.stopped, list(state.steps))
+        if state.stopped is None:
+            self._all_steps()
+        self._finish()
+        return _result(self.place.out, state)
 
     def _all_steps(self) -> None:
         place, state = self.place, self.place.state
@@ -167,13 +192,15 @@ class _Run:
                 place.judge.add_reference(planned.checkpoint.reference)
             if state.base is None:
                 # Not before a checkpoint is there, whose chat template may be needed.
-                score_base(place)
+                state.base = place.score(place.plan.config.base_model)
+                state.save(place.out)
             record = take_step(place, planned)
             state.steps.append(record)
             state.stopped = self._reason_to_stop()
             state.save(place.out)
             self._tidy()
             self.on_step(record)
+            self._tell_time_left()
 
     def _next(self) -> PlannedStep | str:
         """Return the next step, or why there is none."""
@@ -183,7 +210,7 @@ class _Run:
             return steps[done] if done < len(steps) else "all checkpoints are merged"
         after = self._last_number()
         self.watch.forget(after)
-        if plan.rates is not None and plan.step(done + 1, Checkpoint("", "")) is None:
+        if plan.rates is not None and plan.step(done + 1, RunCheckpoint("", "")) is None:
             return "the list of learning rates is used up"
         found = self.watch.next(after)
         if isinstance(found, str):
@@ -206,6 +233,13 @@ class _Run:
         if since < evaluation.patience:
             return None
         return f"no step was better for {since} steps (patience)"
+
+    def _tell_time_left(self) -> None:
+        """Say what the rest will take once the first step has shown how long one is."""
+        left = seconds_left(self.place.plan, self.place.state)
+        if len(self.place.state.steps) == 1 and left is not None and left >= 60:
+            # The first measures the model, which others may not.
+            self.place.say(f"at most about {duration_text(left)} for the other steps, by the first")
 
     def _tidy(self) -> None:
         place = self.place
@@ -232,10 +266,11 @@ class _Run:
                 merge(document, to_yaml(document), model, options)
         # A finished model is published as it lies there: nothing half-written goes into it.
         card = stream_card(place.plan.config, state, chosen)
-        write_text(model / "README.md", card, staging=place.out)
+        write_text(model / CARD, card, staging=place.out)
         draw_stream(state, place.out / PLOT)
-        state.chosen = chosen
-        state.save(place.out)
-        place.prune()
+        place.prune(finished=True)
         remove(place.out / INCOMING)
         remove(place.out / LORA_CACHE)
+        # Last of all: a stream whose model is chosen is finished, and nothing of it is touched.
+        state.chosen = chosen
+        state.save(place.out)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
 from mergekit_arm.models.calling import model_arguments
 from mergekit_arm.statistics.format import LEFT_AS_MERGED, NOT_LOADED, Metadata
+from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.read import Statistics
 from tests.architectures.recorder import Recorder
 from tests.architectures.zoo import Architecture, build
@@ -128,7 +129,7 @@ def check_sums(name: str, tensor: Tensor, statistics: Statistics, recorder: Reco
         counts = [counts[record.row]]
     assert counts == tokens, name
     for kind, expected in (("mean_abs", absolute), ("rms", square.sqrt())):
-        values = statistics.importance(record, kind).double().reshape(expected.shape)
+        values = IMPORTANCE.values(statistics, record, kind).double().reshape(expected.shape)
         torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-7, msg=f"{name}: {kind}")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 from tests.benchmarks.harness import (
@@ -15,6 +17,7 @@ from tests.benchmarks.harness import (
     Side,
     compare,
     growth,
+    start,
 )
 from tests.benchmarks.inputs import REAL, Workshop
 from tests.benchmarks.worker import EXTRA, FORWARD, LOADED
@@ -110,9 +113,11 @@ def merge_every_aim(shop: Workshop) -> list[Row]:
     """Every ``aim_X`` against mergekit's ``X``. Long; only when asked for."""
     rows = []
     needed = {"nearswap": {"t": 0.01}, "slerp": {"t": 0.4}}
-    for name, takes in shop.launch("methods").items():
-        if name in (WALL, MEMORY, "arm"):  # arm is ours: mergekit has nothing to compare
-            continue
+    known = shop.launch("methods")
+    # arm is ours: mergekit has nothing to compare
+    names = [name for name in known if name not in (WALL, MEMORY, "arm")]
+    for name in names[:: len(names) // 2] if shop.quick else names:
+        takes = known[name]
         parameters = dict(needed.get(name, {}))
         parameters |= {"weight": 0.5} if takes["needs_weight"] else {}
         with_base = takes["base"] in ("REQUIRED", "OPTIONAL")
@@ -247,11 +252,40 @@ def growth_parameters(shop: Workshop) -> list[Row]:
     return [growth("growth-parameters", TIME, one_round, 1.05, rounds=shop.rounds)]
 
 
+def start_up(shop: Workshop) -> list[Row]:
+    """Two times that have a limit: Python's start with the import hook, and ``--help``."""
+    python, rounds = [sys.executable, "-c", "pass"], 1 if shop.quick else 41
+
+    def hook() -> Measured:
+        # Pairs and their median, for what else the machine is doing.
+        extra = median(
+            start(python, MERGEKIT_ARM_AUTOLOAD="1")[PROCESSOR]
+            - start(python, MERGEKIT_ARM_AUTOLOAD="0")[PROCESSOR]
+            for _ in range(rounds)
+        )
+        return {PROCESSOR: max(extra, 1e-6)}
+
+    command = [sys.executable, "-m", "mergekit_arm", "--help"]
+    found = []
+    for label, run, limit in (
+        ("the import hook", hook, 0.003),
+        ("mergekit-arm --help", lambda: start(command), 0.5),
+    ):
+        found += compare(
+            f"start-up: {label}",
+            Side(label, run),
+            Side(f"{limit} s", lambda limit=limit: {PROCESSOR: limit}),
+            {PROCESSOR: 1.0},
+            rounds=shop.rounds,
+        )
+    return found
+
+
 def kernel(shop: Workshop) -> list[Row]:
     """One ARM step on one weight against the two products it cannot do without."""
     rows, width, rank = (64, 96, 8) if shop.quick else (4096, 11008, 256)
     found = []
-    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+    for dtype, size in (("float32", 4),) if shop.quick else (("float32", 4), ("bfloat16", 2)):
         label = f"kernel {dtype}"
 
         def run(what: str, dtype: str = dtype) -> Measured:
@@ -287,6 +321,7 @@ BENCHMARKS: dict[str, Callable[[Workshop], list[Row]]] = {
     "processes": processes,
     "growth-tokens": growth_tokens,
     "growth-parameters": growth_parameters,
+    "start-up": start_up,
     "kernel": kernel,
     "merge-every-aim": merge_every_aim,
 }

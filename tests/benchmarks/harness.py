@@ -105,6 +105,17 @@ def launch(
         }
 
 
+def start(command: Sequence[str], **environment: str) -> Measured:
+    """Run ``command`` to its end and return the processor time it took."""
+    before = os.times()
+    subprocess.run(
+        command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, check=True
+    )
+    after = os.times()
+    user = after.children_user - before.children_user
+    return {PROCESSOR: user + after.children_system - before.children_system}
+
+
 def compare(
     name: str,
     subject: Side,

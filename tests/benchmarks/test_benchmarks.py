@@ -74,6 +74,7 @@ def test_every_benchmark_runs(name: str, shop: Workshop, tmp_path: Path) -> None
     assert [row["benchmark"] for row in document["rows"]] == [row.benchmark for row in rows]
 
 
+@pytest.mark.slow
 def test_the_command_measures_in_fresh_processes_and_keeps_what_exists(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     arguments = ["kernel", "--quick", "--out", str(out)]

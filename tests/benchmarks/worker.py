@@ -181,7 +181,7 @@ def kernel(what: str, rows: int, width: int, rank: int, dtype: str) -> dict[str,
     """
     import torch
 
-    from mergekit_arm.methods.rotation import Incoming, arm_step
+    from mergekit_arm.methods.step import Incoming, arm_step
 
     generator = torch.Generator().manual_seed(0)
     kind = getattr(torch, dtype)

@@ -179,6 +179,7 @@ def finish(launcher: subprocess.Popen[str]) -> str:
     return re.sub(r"\s+", " ", output)
 
 
+@pytest.mark.slow
 def test_torchrun_low_memory(
     family: Path, token_file: Path, tmp_path: Path, whole: list[Path]
 ) -> None:
@@ -190,6 +191,7 @@ def test_torchrun_low_memory(
     assert_same_statistics(tmp_path / "s", whole[True], rtol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_torchrun_refuses_wrong_input_once(family: Path, tmp_path: Path) -> None:
     command = calibrate(family / "base", tmp_path / "s", tmp_path / "nothing.jsonl")
     with torchrun(2, command) as launcher:

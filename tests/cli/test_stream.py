@@ -16,11 +16,12 @@ from mergekit.options import MergeOptions
 
 from mergekit_arm.cli.stream import command
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming import StreamOptions, stream
+from mergekit_arm.streaming import StreamOptions, data_checks, stream
 from mergekit_arm.streaming.config import load_config
-from mergekit_arm.streaming.data_checks import check_disk, disk_needed
-from mergekit_arm.streaming.forecast import estimate
+from mergekit_arm.streaming.data_checks import disk_needed, disk_problems
+from mergekit_arm.streaming.forecast import forecast
 from mergekit_arm.streaming.plan.plan import make_plan
+from mergekit_arm.streaming.state import StepRecord
 from tests.support.models import perturbed
 from tests.support.streams import config, digest, write_run, write_tokens
 
@@ -141,6 +142,41 @@ def test_a_finished_stream_is_not_done_again(run: Path, tmp_path: Path) -> None:
     assert "3 (done)" in done.output
 
 
+@pytest.mark.parametrize("keep", ["last", "all"])
+def test_nothing_but_a_streams_own_is_deleted(run: Path, tmp_path: Path, keep: Any) -> None:
+    """Neither of a finished stream nor of one that goes on, whatever the second call keeps."""
+    out = tmp_path / "out"
+
+    class Stopped(Exception):
+        pass
+
+    def stop(record: StepRecord) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        stream(run / "stream.yml", out, StreamOptions(keep=keep), on_step=stop)
+    others = (".git/HEAD", ".env", ".cache/x", ".README.md.swp", "steps/.hidden", "steps/001/.note")
+    for name in others:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    left = (
+        ".stream_state.json.a1b2c3d4",
+        ".removed.abcdefgh/model/x",
+        "steps/002/.model.partial/x",
+    )
+    for name in left:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("half-written")
+    stream(run / "stream.yml", out, StreamOptions(keep=keep))
+    assert [name for name in others if not (out / name).is_file()] == []
+    assert [name for name in left if (out / name).exists()] == []
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    stream(run / "stream.yml", out)  # finished, and without --keep all
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    if keep == "all":
+        assert len(list(out.glob("steps/*/model/model.safetensors"))) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -210,25 +246,46 @@ def test_the_disk_that_was_forecast_is_the_disk_that_is_used(run: Path, tmp_path
     stream(run / "stream.yml", tmp_path / "out", on_step=weigh)
     assert peak <= disk_needed(plan, "last")
     assert disk_needed(plan, "all") == plan.base.parameters * (3 * 4 + 2)
-    forecast = estimate(plan, tmp_path / "new", MergeOptions(), "last")
-    assert forecast.seconds is not None
-    assert forecast.seconds > 0
-    assert forecast.memory > plan.base.parameters * 4
+    needs = forecast(load_config(run / "stream.yml"), tmp_path / "new", StreamOptions()).needs
+    assert needs is not None
+    assert needs.disk == disk_needed(plan, "last")
+    assert needs.memory > plan.base.parameters * 4
+
+
+def test_the_time_left_is_that_of_the_steps_done(run: Path, tmp_path: Path) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop_after_two(record: StepRecord) -> None:
+        if record.step == 2:
+            raise Enough
+
+    settings = load_config(run / "stream.yml")
+    assert forecast(settings, tmp_path / "out", StreamOptions()).seconds is None
+    with pytest.raises(Enough):
+        stream(settings, tmp_path / "out", on_step=stop_after_two)
+    state_file = tmp_path / "out" / "stream_state.json"
+    state = json.loads(state_file.read_text())
+    for record, seconds in zip(state["steps"], (100.0, 500.0), strict=True):
+        record["seconds"] = {"merge": seconds - 1, "evaluate": 1.0}
+    state_file.write_text(json.dumps(state))
+    assert forecast(settings, tmp_path / "out", StreamOptions()).seconds == 300.0  # one step more
+    assert "about 5 min more" in call(run / "stream.yml", tmp_path / "out", "--dry-run").output
 
 
 def test_too_small_a_disk_is_refused(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import mergekit_arm.streaming.estimate as module
-
     plan, _ = make_plan(load_config(run / "stream.yml"), MergeOptions(), None)
     assert plan is not None
     needed = disk_needed(plan, "last")
-    monkeypatch.setattr(module, "_free", lambda path: needed - 1)
+    monkeypatch.setattr(data_checks, "free_disk", lambda path: needed - 1)
+    (problem,) = disk_problems(plan, tmp_path / "out", "last")
+    assert "of disk" in problem
     with pytest.raises(InputError, match="of disk"):
-        check_disk(plan, tmp_path / "out", "last")
-    monkeypatch.setattr(module, "_free", lambda path: needed)
-    check_disk(plan, tmp_path / "out", "last")
+        stream(run / "stream.yml", tmp_path / "out")
+    monkeypatch.setattr(data_checks, "free_disk", lambda path: needed)
+    assert disk_problems(plan, tmp_path / "new", "last") == []
 
 
 def test_best_needs_an_evaluation(run: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import tokenize
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
@@ -20,35 +21,31 @@ from rich.console import Console
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mergekit_arm.cli.main import cli
-from mergekit_arm.demo import run, text
-from mergekit_arm.demo.run import DemoOptions, run_demo
-from mergekit_arm.demo.text import DOMAINS, Corpus, paragraphs, standard_library
-from mergekit_arm.demo.train import (
-    checkpoints,
-    mean_loss,
-    new_model,
-    pack,
-    save,
-    train,
-    train_tokenizer,
-)
+from mergekit_arm.demo import demo as demo_module
+from mergekit_arm.demo import text
+from mergekit_arm.demo.demo import DemoOptions, run_demo
+from mergekit_arm.demo.stream import early_steps
+from mergekit_arm.demo.text import DOMAINS, DomainText, paragraphs, standard_library
+from mergekit_arm.demo.train import new_model, save, token_blocks, train, train_tokenizer
 from mergekit_arm.errors import Failure, InputError
+from mergekit_arm.streaming.config import Evaluation
+from mergekit_arm.streaming.evaluation.heldout import load_heldout
 
 CHARACTERS = 120_000
 
 
 @pytest.fixture(scope="module")
-def corpora() -> dict[str, Corpus]:
+def corpora() -> dict[str, DomainText]:
     return standard_library(characters=CHARACTERS)
 
 
 @pytest.fixture(scope="module")
-def blocks(corpora: dict[str, Corpus]) -> torch.Tensor:
-    return pack(train_tokenizer(corpora["code"].train), corpora["code"].train, 64)
+def blocks(corpora: dict[str, DomainText]) -> torch.Tensor:
+    return token_blocks(train_tokenizer(corpora["code"].train), corpora["code"].train, 64)
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, run.Losses, str]:
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, demo_module.LossTable, str]:
     """A run with hardly any training: where it lies, what it returned and what it printed."""
     out = tmp_path_factory.mktemp("demo") / "out"
     console = Console(file=io.StringIO(), width=120)
@@ -66,7 +63,7 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
-def test_heldout_text_occurs_in_no_training_text(corpora: dict[str, Corpus]) -> None:
+def test_heldout_text_occurs_in_no_training_text(corpora: dict[str, DomainText]) -> None:
     trained = {p for c in corpora.values() for document in c.train for p in paragraphs(document)}
     for domain in DOMAINS:
         heldout = [p for document in corpora[domain].heldout for p in paragraphs(document)]
@@ -74,12 +71,12 @@ def test_heldout_text_occurs_in_no_training_text(corpora: dict[str, Corpus]) -> 
         assert not trained.intersection(heldout)
 
 
-def test_text_depends_on_the_seed_alone(corpora: dict[str, Corpus]) -> None:
+def test_text_depends_on_the_seed_alone(corpora: dict[str, DomainText]) -> None:
     assert standard_library(characters=CHARACTERS) == corpora
     assert standard_library(characters=CHARACTERS, seed=1) != corpora
 
 
-def test_code_is_only_code(corpora: dict[str, Corpus]) -> None:
+def test_code_is_only_code(corpora: dict[str, DomainText]) -> None:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for document in corpora["code"].train:
         tokens = tokenize.generate_tokens(io.StringIO(document).readline)
@@ -94,77 +91,100 @@ def test_a_python_without_sources_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         standard_library()
 
 
-def test_tokenizer_loses_nothing(corpora: dict[str, Corpus]) -> None:
+def test_tokenizer_loses_nothing(corpora: dict[str, DomainText]) -> None:
     tokenizer = train_tokenizer(corpora["prose"].train, 400)
     strange = "tab\there, Größe \N{GREEK SMALL LETTER OMEGA} \N{SNAKE}\r\n  end"
     assert tokenizer.decode(tokenizer(strange)["input_ids"]) == strange
 
 
-def test_pack_joins_texts_with_the_end_token(corpora: dict[str, Corpus]) -> None:
+def test_blocks_join_texts_with_the_end_token(corpora: dict[str, DomainText]) -> None:
     tokenizer = train_tokenizer(corpora["prose"].train, 400)
-    ids = pack(tokenizer, ["one two", "three"], 3).flatten().tolist()
+    ids = token_blocks(tokenizer, ["one two", "three"], 3).flatten().tolist()
     whole = "one two<|endoftext|>three<|endoftext|>"
     assert ids == tokenizer(whole)["input_ids"][: len(ids)]
     assert len(ids) % 3 == 0
 
 
-def test_training_learns_and_repeats(blocks: torch.Tensor) -> None:
-    seen: list[tuple[int, float]] = []
+def plain_loss(model: LlamaForCausalLM, blocks: Iterable[torch.Tensor]) -> float:
+    """Return the mean cross-entropy of every predicted token, in float64."""
+    chances = []
+    with torch.inference_mode():
+        for block in blocks:
+            logs = model(input_ids=block[None]).logits[0].double().log_softmax(-1)
+            chances.append(logs[:-1].gather(-1, block[1:, None]))
+    return -float(torch.cat(chances).mean())
+
+
+def test_training_learns_and_repeats(corpora: dict[str, DomainText], blocks: torch.Tensor) -> None:
+    tokenizer = train_tokenizer(corpora["code"].train)
+    untrained = plain_loss(new_model(seed=7), blocks[:64])
     models = []
     for seed in (7, 7, 8):
         model = new_model(seed=7)
-        seen.clear()
+        seen: list[int] = []
         train(
             model,
+            tokenizer,
             blocks[:64],
             steps=30,
             learning_rate=3e-3,
             seed=seed,
-            on_step=lambda *step: seen.append(step),
+            on_step=seen.append,
         )
+        assert seen == list(range(1, 31))
+        assert plain_loss(model, blocks[:64]) < untrained - 1
         models.append(model.state_dict())
-    assert [step for step, _ in seen] == list(range(1, 31))
-    assert seen[-1][1] < seen[0][1] - 1
     first, again, other = models
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_mean_loss_is_the_cross_entropy_of_every_predicted_token(blocks: torch.Tensor) -> None:
-    model = new_model()
-    sample = blocks[:5]
-    chances = model(input_ids=sample).logits.double().softmax(-1)[:, :-1]
-    wanted = -chances.gather(-1, sample[:, 1:, None]).log().mean()
-    assert mean_loss(model, sample, batch_size=2) == pytest.approx(float(wanted.detach()), rel=1e-5)
-
-
 def test_checkpoints_are_saved_on_the_way(
-    tmp_path: Path, corpora: dict[str, Corpus], blocks: torch.Tensor
+    tmp_path: Path, corpora: dict[str, DomainText], blocks: torch.Tensor
 ) -> None:
     tokenizer = train_tokenizer(corpora["code"].train)
     model = new_model()
-    on_step = checkpoints(model, tokenizer, tmp_path, every=2)
-    train(model, blocks, steps=5, learning_rate=1e-3, on_step=on_step)
+    train(
+        model,
+        tokenizer,
+        blocks,
+        steps=5,
+        learning_rate=1e-3,
+        folder=tmp_path / "run",
+        save_at=(2, 4),
+    )
     save(model, tokenizer, tmp_path / "end")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4", "end"]
+    found = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert found == ["checkpoint-2", "checkpoint-4"]
     early, late, end = (
         LlamaForCausalLM.from_pretrained(tmp_path / name).lm_head.weight
-        for name in ("checkpoint-2", "checkpoint-4", "end")
+        for name in ("run/checkpoint-2", "run/checkpoint-4", "end")
     )
     assert torch.equal(end, model.lm_head.weight)
     assert not torch.equal(early, late)
-    assert AutoTokenizer.from_pretrained(tmp_path / "checkpoint-4").eos_token_id == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint-4").eos_token_id == 0
 
 
-def test_demo_reports_what_lies_on_disk(demo: tuple[Path, run.Losses, str]) -> None:
+def test_early_checkpoints_come_from_the_first_half() -> None:
+    assert early_steps(120) == {12, 24, 36, 48}
+    assert early_steps(2) == {1}
+
+
+def test_demo_reports_what_lies_on_disk(demo: tuple[Path, demo_module.LossTable, str]) -> None:
     out, losses, printed = demo
     assert json.loads((out / "losses.json").read_text()) == losses
     tokenizer = AutoTokenizer.from_pretrained(out / "merged" / "aim")
+    model = LlamaForCausalLM.from_pretrained(out / "merged" / "aim")
     for domain in DOMAINS:
+        settings = Evaluation(
+            dataset=str(out / "heldout" / f"{domain}.jsonl"), samples=10**6, sequence_length=128
+        )
+        blocks = [sequence.ids for sequence in load_heldout(settings, [tokenizer]).sequences]
         rows = (out / "heldout" / f"{domain}.jsonl").read_text().splitlines()
-        heldout = pack(tokenizer, [json.loads(row)["text"] for row in rows])
-        model = LlamaForCausalLM.from_pretrained(out / "merged" / "aim")
-        assert mean_loss(model, heldout) == pytest.approx(losses["aim"][domain], rel=1e-5)
+        texts = [json.loads(row)["text"].strip() for row in rows]
+        tokens = sum(len(tokenizer(text, verbose=False)["input_ids"]) for text in texts)
+        assert len(blocks) == tokens // 128  # all of the text
+        assert plain_loss(model, blocks) == pytest.approx(losses["aim"][domain], rel=1e-5)
     for name, row in losses.items():
         assert name in printed
         average = sum(row.values()) / len(row)
@@ -173,7 +193,7 @@ def test_demo_reports_what_lies_on_disk(demo: tuple[Path, run.Losses, str]) -> N
 
 
 @pytest.mark.slow
-def test_printed_commands_repeat_the_demo(demo: tuple[Path, run.Losses, str]) -> None:
+def test_printed_commands_repeat_the_demo(demo: tuple[Path, demo_module.LossTable, str]) -> None:
     out, _, printed = demo
     lines = printed.split("cd ", 1)[1].replace("\\\n", "").splitlines()[1:3]
     before = digest(out)
@@ -192,7 +212,7 @@ def test_nothing_but_an_earlier_demo_is_replaced(tmp_path: Path) -> None:
     for path, message in ((taken, "not empty and no demo"), (taken / "file", "is a file")):
         with pytest.raises(InputError, match=message):
             run_demo(dataclasses.replace(options, out=path), Console(quiet=True))
-    (taken / run.MARKER).write_text("{}")
+    (taken / demo_module.MARKER).write_text("{}")
     result = CliRunner().invoke(cli, ["demo", "--out", str(taken)])
     assert result.exit_code == 2
     assert "--force" in result.output
@@ -200,24 +220,24 @@ def test_nothing_but_an_earlier_demo_is_replaced(tmp_path: Path) -> None:
 
 
 def test_force_replaces_an_earlier_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / run.MARKER).write_text("{}")
+    (tmp_path / demo_module.MARKER).write_text("{}")
     (tmp_path / "stale").write_text("")
 
     def stop(*_: object) -> None:
         raise click.Abort
 
-    monkeypatch.setattr(run, "_train_models", stop)
+    monkeypatch.setattr(demo_module, "_train_models", stop)
     with pytest.raises(click.Abort):
         run_demo(DemoOptions(tmp_path, force=True, characters=CHARACTERS), Console(quiet=True))
     assert not (tmp_path / "stale").exists()
-    assert (tmp_path / run.MARKER).exists()
+    assert (tmp_path / demo_module.MARKER).exists()
     assert (tmp_path / "configs" / "aim.yml").exists()
 
 
 def test_without_our_methods_it_stops_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run.merge_methods, "registered_methods", list)
+    monkeypatch.setattr(demo_module.merge_methods, "registered_methods", list)
     with pytest.raises(Failure, match="MERGEKIT_ARM_AUTOLOAD"):
         run_demo(DemoOptions(tmp_path / "out"), Console(quiet=True))
     assert not (tmp_path / "out").exists()

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from mergekit import merge_methods
-from mergekit.merge_methods import BasePolicy, merge_state_dicts
+from mergekit.merge_methods import BasePolicy, ParameterScope, merge_state_dicts
 from safetensors.torch import load_file
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.methods.anchor import ABSENT
 
 OWN = {"aim", "arm"}
 INNER = sorted(
@@ -148,13 +149,15 @@ def test_parameters_of_the_inner_method_keep_names_scopes_and_defaults() -> None
         takes_base = spec.contract.base in (BasePolicy.REQUIRED, BasePolicy.OPTIONAL)
         for parameter in spec.parameters:
             mine = twin[parameter.name]
-            assert mine.default == parameter.default
-            assert mine.value_type == parameter.value_type
-            # Without a base in the inner merge, its inputs are AIM's non-base inputs.
-            assert mine.scope == parameter.scope or (
-                not takes_base
-                and (parameter.scope.value, mine.scope.value) == ("input", "non_base")
-            )
+            assert mine.scope == parameter.scope
+            if takes_base or parameter.scope == ParameterScope.SHARED:
+                assert mine.default == parameter.default
+                assert mine.value_type == parameter.value_type
+            else:  # absent for a base that is the anchor only
+                assert mine.default is ABSENT
+                assert mine.validate("0.5") == parameter.validate("0.5")
+                with pytest.raises(ValueError, match="number"):
+                    mine.validate("half")
 
 
 def test_a_method_registered_later_gets_its_twin() -> None:

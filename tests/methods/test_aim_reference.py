@@ -14,8 +14,12 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file
 
 from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
+from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.read import Statistics
 from tests.support.paths import REFERENCE
+
+ADDED_UP = 2e-6
+"""How far two orders of adding up the same |x| in float32 may be apart, in proportion."""
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +41,9 @@ def test_importance_is_the_authors(statistics: Path) -> None:
     expected = load_file(REFERENCE / "aim_tied" / "importance_sum_over_blocks.safetensors")
     for layer, sums in expected.items():
         name = "model.embed_tokens" if layer == "lm_head" else layer
-        found = opened.importance(opened.metadata.weights[f"{name}.weight"], "mean_abs")
+        found = IMPORTANCE.values(opened, opened.metadata.weights[f"{name}.weight"], "mean_abs")
         # Theirs adds per-block means or sums; only the shape of the vector enters the method.
-        torch.testing.assert_close(found / found.max(), sums / sums.max(), rtol=2e-6, atol=0)
+        torch.testing.assert_close(found / found.max(), sums / sums.max(), rtol=ADDED_UP, atol=0)
 
 
 @pytest.mark.parametrize("omega", [0.0, 0.4, 1.0])
@@ -65,16 +69,25 @@ def test_merge_is_the_authors(omega: float, statistics: Path, tmp_path: Path) ->
         if key.startswith(f"omega={omega}/")
     }
     assert len(expected) == 29
+    base, other = (
+        load_file(REFERENCE / "aim_tied" / model / "model.safetensors")
+        for model in ("base", "merged")
+    )
     differing = 0
     for name, value in expected.items():
-        found = merged["model.embed_tokens.weight" if name == "lm_head.weight" else name]
-        steps = _bfloat16_steps(found) - _bfloat16_steps(value)
-        assert steps.abs().max() <= 1, name
-        differing += int((steps != 0).sum())
-    assert differing <= 3  # of 70,752: rounding ties
+        stored = "model.embed_tokens.weight" if name == "lm_head.weight" else name
+        larger = torch.maximum(base[stored].abs(), other[stored].abs()).double()
+        wanted = value.double()
+        difference = (merged[stored].double() - wanted).abs()
+        # A result on a rounding tie moves by one bfloat16 step of itself. Where base and merged
+        # weight cancel that step is tiny, and what remains is the error of the operands.
+        assert (difference <= _bfloat16_step(wanted) + ADDED_UP * larger).all(), name
+        differing += int((difference != 0).sum())
+    # Rounding ties: an error of ADDED_UP crosses one between two bfloat16 values, at least
+    # 2^-8 apart, for one weight in two thousand.
+    assert differing <= 35  # of 70,752
 
 
-def _bfloat16_steps(tensor: torch.Tensor) -> torch.Tensor:
-    """Number bfloat16 values in order, so that a difference counts representable steps."""
-    bits = tensor.view(torch.int16).int()
-    return torch.where(bits >= 0, bits, -(bits & 0x7FFF))
+def _bfloat16_step(tensor: torch.Tensor) -> torch.Tensor:
+    """The distance from each value to the next bfloat16 that is larger in size: 8 binary digits."""
+    return torch.ldexp(torch.ones_like(tensor), torch.frexp(tensor).exponent - 8)

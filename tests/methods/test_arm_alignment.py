@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from mergekit_arm.methods.rotation import Incoming, align, arm_step, principal_planes
+from mergekit_arm.methods.alignment import align, principal_planes
+from mergekit_arm.methods.step import Incoming, arm_step
 from tests.support.arm_reference import (
     orthonormal,
     plane_rotation,

@@ -15,6 +15,8 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.statistics.kinds.importance import IMPORTANCE
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 from mergekit_arm.statistics.read import Statistics
 from tests.support.models import tiny_llama
 
@@ -74,7 +76,9 @@ def test_against_explicit_projections(rotation: float, family: Path) -> None:
     rotated = 0
     for name, weight in inputs["base"].items():
         record = statistics.metadata.weights[name]
-        basis = statistics.subspace(record, 0.9) if record.site and weight.ndim == 2 else None
+        basis = (
+            SUBSPACE.basis(statistics, record, 0.9) if record.site and weight.ndim == 2 else None
+        )
         if basis is None:
             wanted = weight.double() + 0.7 * (inputs["a"][name].double() - weight.double())
         else:
@@ -138,7 +142,7 @@ def test_aim_over_arm(family: Path) -> None:
     )
     statistics = Statistics("stats", family / "stats")
     name = "model.layers.1.mlp.down_proj.weight"
-    importance = statistics.importance(statistics.metadata.weights[name], "mean_abs")
+    importance = IMPORTANCE.values(statistics, statistics.metadata.weights[name], "mean_abs")
     gain = 1 - 0.8 * importance / importance.max()
     base = inputs["base"][name]
     torch.testing.assert_close(both[name], base + (plain[name] - base) * gain)

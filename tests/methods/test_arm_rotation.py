@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from mergekit_arm.methods.rotation import Incoming, arm_step
+from mergekit_arm.methods.step import Incoming, arm_step
 from tests.support.arm_reference import (
     REPEATABLE,
     kernel,

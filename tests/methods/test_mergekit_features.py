@@ -17,8 +17,9 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from torch import Tensor
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
+from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.read import Statistics
-from tests.support.merges import OMEGA, assert_relaxed, config, refused, relaxed, run, weights
+from tests.support.merges import OMEGA, assert_relaxed, config, relaxed, run, weights
 from tests.support.models import perturbed, tiny_llama
 from tests.support.streams import add_tokenizer
 
@@ -70,11 +71,19 @@ def alike(tmp_path_factory: pytest.TempPathFactory, measure: Callable[..., Path]
     return folder
 
 
-def test_equal_norms_of_renumbered_layers_are_refused(alike: Path, tmp_path: Path) -> None:
-    line = refused(sliced(alike, (1, 2), (0, 1)), tmp_path)
-    assert "2 weights hold the same values" in line
-    assert "after slices have renumbered the layers" in line
-    assert "filter: input_layernorm.weight, value: 1.0" in line
+def test_equal_norms_of_renumbered_layers_have_their_own_statistics(
+    alike: Path, tmp_path: Path
+) -> None:
+    """Their values do not tell the layers apart; mergekit's plan does."""
+    found = weights(run(mergekit_yaml, sliced(alike, (1, 2), (0, 1)), tmp_path))
+    base, other = weights(alike / "base"), weights(alike / "a")
+    for norm in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+        names = [f"model.layers.{number}.{norm}" for number in (0, 1)]
+        assert torch.equal(*(base[name] for name in names))
+        for name, taken in zip(names, reversed(names), strict=True):
+            assert_relaxed(found[name], alike, taken)
+            wrong = relaxed(alike, name, base[taken], other[taken])
+            assert not torch.allclose(found[name].double(), wrong, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("ranges", [[(0, 2)], None])
@@ -183,7 +192,9 @@ def test_gradients_and_filters_on_every_parameter(family: Path, tmp_path: Path) 
         omega = 0.5 * last if "self_attn" in name else 0.9
         merged = (one[name] + weight * (two[name] - one[name])).double()
         if record.site:
-            values = statistics.importance(record, "rms" if "o_proj" in name else "mean_abs")
+            values = IMPORTANCE.values(
+                statistics, record, "rms" if "o_proj" in name else "mean_abs"
+            )
             gain = 1 - (1 - omega) * values.double() / values.max()
             merged = one[name].double() + (merged - one[name].double()) * gain
         torch.testing.assert_close(tensor.double(), merged, rtol=1e-5, atol=1e-6, msg=name)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import load_file
-from torch import Tensor
+from click.testing import CliRunner
+from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 
 def call(program: str, *arguments: object) -> None:
@@ -20,16 +20,9 @@ def call(program: str, *arguments: object) -> None:
 
 
 def merge(config: dict[str, Any], out: Path) -> None:
-    """Run ``mergekit-yaml`` with ``config``, written beside ``out``."""
+    """Run ``mergekit-yaml`` with ``config``, written beside ``out``, in this process."""
     file = out.with_suffix(".yml")
     file.write_text(yaml.safe_dump(config))
-    call("mergekit-yaml", file, out)
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint."""
-    return {
-        name: tensor
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
+    # A process of its own would import torch and mergekit once more for every merge.
+    done = CliRunner().invoke(mergekit_yaml, [str(file), str(out), "--quiet"])
+    assert done.exit_code == 0, done.output or repr(done.exception)

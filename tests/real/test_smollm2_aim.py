@@ -12,20 +12,23 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from mergekit_arm.demo.text import Corpus
-from mergekit_arm.demo.train import mean_loss, pack
-from tests.real.commands import call, merge, weights
-from tests.real.conftest import LENGTH
+from mergekit_arm.demo.text import DomainText
+from mergekit_arm.demo.train import token_blocks
+from mergekit_arm.streaming.evaluation.heldout import whole_text
+from mergekit_arm.streaming.evaluation.score import mean_loss
+from tests.real.commands import call, merge
+from tests.real.smollm2 import LENGTH, capital_of_france
+from tests.support.merges import weights
 
 pytestmark = pytest.mark.real
 
 OMEGA = 0.4
 BLOCKS = 16
-PARAMETERS = {"ties": {"weight": 1.0, "density": 0.5}, "task_arithmetic": {"weight": 1.0}}
+PARAMETERS = {"weight": 1.0, "density": 0.5}
 
 
 @pytest.fixture(scope="module")
-def text(corpora: dict[str, Corpus]) -> str:
+def text(corpora: dict[str, DomainText]) -> str:
     """One long text, so that no shuffling of rows decides how it is cut."""
     return "\n\n".join(corpora["general"].train)[:20_000].strip()
 
@@ -45,20 +48,17 @@ def merges(
         "--dataset", folder / "calibration.jsonl", "--dtype", "float32",
         "--samples", BLOCKS, "--sequence-length", LENGTH, "--statistics", "importance",
     )  # fmt: skip
-    for inner, parameters in PARAMETERS.items():
-        config: dict[str, Any] = {
-            "merge_method": inner,
-            "base_model": str(base),
-            "models": [
-                {"model": str(variant), "parameters": parameters} for variant in variants.values()
-            ],
-            "dtype": "float32",
-        }
-        merge(config, folder / inner)
-        config["merge_method"] = f"aim_{inner}"
-        config["parameters"] = {"activation_stats": str(folder / "stats"), "omega": OMEGA}
-        merge(config, folder / f"aim_{inner}")
-    return {path.name: path for path in folder.iterdir() if (path / "config.json").exists()}
+    config: dict[str, Any] = {
+        "merge_method": "ties",
+        "base_model": str(base),
+        "models": [{"model": str(one), "parameters": PARAMETERS} for one in variants.values()],
+        "dtype": "float32",
+    }
+    merge(config, folder / "ties")
+    config["merge_method"] = "aim_ties"
+    config["parameters"] = {"activation_stats": str(folder / "stats"), "omega": OMEGA}
+    merge(config, folder / "aim_ties")
+    return {name: folder / name for name in ("ties", "aim_ties")}
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +89,10 @@ def importance(base: Path, text: str) -> dict[str, Tensor]:
     return {name: total / blocks.numel() for name, total in sums.items()}
 
 
-@pytest.mark.parametrize("inner", PARAMETERS)
 def test_every_weight_is_the_formula(
-    inner: str, base: Path, merges: dict[str, Path], importance: dict[str, Tensor]
+    base: Path, merges: dict[str, Path], importance: dict[str, Tensor]
 ) -> None:
-    before, merged, found = map(weights, (base, merges[inner], merges[f"aim_{inner}"]))
+    before, merged, found = map(weights, (base, merges["ties"], merges["aim_ties"]))
     assert set(before) == set(merged) == set(found) == set(importance)
     for name, start in before.items():
         start, plain = start.double(), merged[name].double()
@@ -112,34 +111,28 @@ def test_merges_load_speak_and_know_both_texts(
     base: Path,
     variants: dict[str, Path],
     merges: dict[str, Path],
-    corpora: dict[str, Corpus],
+    corpora: dict[str, DomainText],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
-    heldout = {name: pack(tokenizer, corpora[name].heldout, LENGTH)[:4] for name in variants}
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
+    heldout = {
+        name: token_blocks(tokenizer, corpora[name].heldout, LENGTH)[:4] for name in variants
+    }
     losses: dict[str, dict[str, float]] = {}
-    replies: dict[str, str] = {}
     for name, folder in {"base": base, **variants, **merges}.items():
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        losses[name] = {domain: mean_loss(model, blocks, 2) for domain, blocks in heldout.items()}
-        if name.startswith("aim_"):
-            reply = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-            answer = reply[0, prompt["input_ids"].shape[1] :]
-            replies[name] = tokenizer.decode(answer, skip_special_tokens=True)
+        losses[name] = {
+            domain: mean_loss(model, whole_text(blocks), 2) for domain, blocks in heldout.items()
+        }
+    # The last of them is aim_ties.
+    reply = capital_of_france(model, tokenizer)
     with capsys.disabled():
         sys.stdout.write("\nheld-out loss, nats per token\n")
         for name, row in losses.items():
             values = "  ".join(f"{domain} {loss:.3f}" for domain, loss in row.items())
-            sys.stdout.write(f"  {name:22} {values}  {replies.get(name, '')!r}\n")
+            sys.stdout.write(f"  {name:10} {values}\n")
 
     for domain in variants:
         assert losses[domain][domain] < losses["base"][domain]
-    for name in ("aim_ties", "aim_task_arithmetic"):
-        assert sum(losses[name].values()) < sum(losses["base"].values())
-        assert "Paris" in replies[name]
+    assert sum(losses["aim_ties"].values()) < sum(losses["base"].values())
+    assert "Paris" in reply

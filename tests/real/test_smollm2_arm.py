@@ -13,28 +13,32 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from mergekit_arm.demo.text import Corpus
-from mergekit_arm.demo.train import mean_loss, pack
-from mergekit_arm.statistics.kinds.subspace import Subspace, default_rank, stored_directions
+from mergekit_arm.demo.text import DomainText
+from mergekit_arm.demo.train import token_blocks
+from mergekit_arm.statistics.kinds.second_moment import default_rank, stored_directions
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE, Subspace, SubspaceSketch
 from mergekit_arm.statistics.read import Statistics
-from tests.real.commands import call, merge, weights
-from tests.real.conftest import EVERY, LENGTH
+from mergekit_arm.streaming.evaluation.heldout import whole_text
+from mergekit_arm.streaming.evaluation.score import mean_loss
+from tests.real.commands import call, merge
+from tests.real.smollm2 import EVERY, LENGTH, capital_of_france
+from tests.support.merges import weights
 
 pytestmark = pytest.mark.real
 
 BLOCKS = 16
 RATE = 0.7
-LAYERS = range(0, 30, 3)
-"""Those whose subspaces are compared: exact ones take a second each."""
+LAYERS = range(0, 30, 6)
+"""Those whose subspaces are compared: exact ones take seconds each."""
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 Report = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
-def blocks(base: Path, corpora: dict[str, Corpus]) -> Tensor:
+def blocks(base: Path, corpora: dict[str, DomainText]) -> Tensor:
     """Calibration tokens: real text, (blocks, length)."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    return pack(tokenizer, corpora["general"].train, LENGTH)[:BLOCKS]
+    return token_blocks(tokenizer, corpora["general"].train, LENGTH)[:BLOCKS]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +87,7 @@ def test_subspaces_hold_what_the_best_ones_would(
     for name, moment in second_moments.items():
         kind = next(kind for kind in KINDS if name.endswith(kind))
         record = opened.metadata.weights[f"{name}.weight"]
-        basis = opened.subspace(record, 0.9)
+        basis = SUBSPACE.basis(opened, record, 0.9)
         assert basis is not None
         basis, moment = basis.double(), moment.double()
         k = basis.shape[1]
@@ -99,7 +103,9 @@ def test_subspaces_hold_what_the_best_ones_would(
         angles[kind].append(float(cosines.clamp(max=1).acos().rad2deg().max()))
         sizes[kind].append(k)
     with capsys.disabled():
-        sys.stdout.write("\nsubspaces of energy 0.9 against exact ones, worst of 10 layers\n")
+        sys.stdout.write(
+            f"\nsubspaces of energy 0.9 against exact ones, worst of {len(LAYERS)} layers\n"
+        )
         for kind in KINDS:
             sys.stdout.write(
                 f"  {kind:18} k {min(sizes[kind])}–{max(sizes[kind])}   captured energy "
@@ -114,11 +120,11 @@ def test_sketches_hold_what_the_best_subspaces_would(
 ) -> None:
     """At the default rank SmolLM2's second moments are whole; wider models' are sketched."""
     width, rank = 1536, 512
-    observers: dict[str, Subspace] = {}
+    observers: dict[str, SubspaceSketch] = {}
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     for name, module in model.named_modules():
         if name.endswith("mlp.down_proj") and layer_of(name) in LAYERS:
-            observers[name] = Subspace(width, torch.device("cpu"), rank=rank, energy=1.0)
+            observers[name] = Subspace(rank=rank, energy=1.0).observer(width, torch.device("cpu"))
             module.register_forward_pre_hook(
                 lambda _, inputs, name=name: observers[name].update(inputs[0].flatten(0, -2))
             )
@@ -135,7 +141,7 @@ def test_sketches_hold_what_the_best_subspaces_would(
     with capsys.disabled():
         sys.stdout.write(
             f"\nsketches of {rank} of {width} columns: captured energy {min(held):.4f} of the "
-            "optimum, worst of 10 layers\n"
+            f"optimum, worst of {len(LAYERS)} layers\n"
         )
     assert min(held) >= 0.99
 
@@ -203,29 +209,23 @@ def test_a_step_turns_every_matrix_and_keeps_its_length(
 
 
 def test_the_step_loads_speaks_and_is_compared(
-    base: Path, merges: dict[str, Path], corpora: dict[str, Corpus], capsys: Report
+    base: Path, merges: dict[str, Path], corpora: dict[str, DomainText], capsys: Report
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     heldout = {
-        domain: pack(tokenizer, corpora[domain].heldout, LENGTH)[:8]
+        domain: token_blocks(tokenizer, corpora[domain].heldout, LENGTH)[:8]
         for domain in ("prose", "general")
     }
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is the capital of France?"}],
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
     losses: dict[str, dict[str, float]] = {}
     for name, folder in {"base": base, **merges}.items():
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        losses[name] = {domain: mean_loss(model, ids, 2) for domain, ids in heldout.items()}
-    reply = model.generate(**prompt, max_new_tokens=12, do_sample=False)
-    answer = tokenizer.decode(reply[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        losses[name] = {
+            domain: mean_loss(model, whole_text(ids), 2) for domain, ids in heldout.items()
+        }
     with capsys.disabled():
         sys.stdout.write(f"\nheld-out loss after one step (η = {RATE}), nats per token\n")
         for name, row in losses.items():
             values = "  ".join(f"{domain} {loss:.4f}" for domain, loss in row.items())
             sys.stdout.write(f"  {name:16} {values}\n")
-    assert "Paris" in answer
+    assert "Paris" in capital_of_france(model, tokenizer)
     assert losses["arm"]["prose"] < losses["base"]["prose"]

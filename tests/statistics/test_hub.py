@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import CliRunner
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
+from tests.support.merges import OMEGA, assert_relaxed, config, refused, run, weights
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -37,17 +37,21 @@ def test_merge_with_published_statistics(
     reference: str, family: Path, cache: Path, tmp_path: Path
 ) -> None:
     publish(family / "stats", "someone/stats", cache)
-    config = {
-        "merge_method": "aim",
-        "base_model": str(family / "base"),
-        "models": [{"model": str(family / "a"), "parameters": {"weight": 1.0}}],
-        "parameters": {"activation_stats": reference},
-        "dtype": "float32",
-    }
-    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
-    arguments = [str(tmp_path / "config.yml"), str(tmp_path / "out"), "--quiet"]
-    done = CliRunner().invoke(mergekit_yaml, [*arguments, "--transformers-cache", str(cache)])
-    assert done.exit_code == 0, done.output
+    published = config(family, parameters={"activation_stats": reference, "omega": OMEGA})
+    out = run(
+        mergekit_yaml, yaml.safe_dump(published), tmp_path, "--transformers-cache", str(cache)
+    )
+    found = weights(out)
+    assert found.keys() == weights(family / "base").keys()
+    for name, tensor in found.items():
+        assert_relaxed(tensor, family, name)
+
+
+def test_a_published_revision_that_is_not_there(family: Path, cache: Path, tmp_path: Path) -> None:
+    publish(family / "stats", "someone/stats", cache)
+    absent = config(family, parameters={"activation_stats": f"someone/stats@{'f' * 40}"})
+    line = refused(yaml.safe_dump(absent), tmp_path)
+    assert f"someone/stats@{'f' * 40}" in line
 
 
 def test_measure_a_published_model(

@@ -11,11 +11,12 @@ import yaml
 from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming.config import Schedule, StreamConfig, absolute_reference, load_config
+from mergekit_arm.streaming.config import Schedule, StreamConfig, load_config
 from mergekit_arm.streaming.evaluation.score import run_metric
 from mergekit_arm.streaming.plan.method import fit_method
 from mergekit_arm.streaming.plan.plan import make_plan
 from mergekit_arm.streaming.plan.schedule import check_rates, rate_at
+from mergekit_arm.streaming.references import absolute_reference
 from tests.support.paths import EXAMPLES
 from tests.support.streams import config, write_run
 
@@ -215,8 +216,19 @@ def test_subspaces_hold_the_energy_that_the_merge_asks_for(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("stream*.yml")), ids=lambda file: file.stem)
 def test_the_examples_are_right(file: Path) -> None:
+    """Nothing in them is a default that could be left out, and every parameter is the method's."""
+    written = yaml.safe_load(file.read_text())
     example = load_config(file)
-    fit_method(example.merge_method, example.parameters)
+    step = fit_method(example.merge_method, example.parameters)
+    assert step.rate_parameter == "learning_rate"
+    assert set(written) <= set(StreamConfig.model_fields)
+    for index in range(3):
+        rate = rate_at(example.learning_rate, index, 3)
+        assert rate is not None
+        assert 0 < rate <= 2
+    # What was written is what the stream does: read again, its own document is the same stream.
+    assert load_config(example.document()) == example
+    assert set(written["calibration"]) - {"refresh"} <= set(example.calibration.settings)
 
 
 def test_the_harness_example_reads_what_the_harness_writes(tmp_path: Path) -> None:

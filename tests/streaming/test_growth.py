@@ -15,7 +15,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mergekit_arm.streaming import stream
-from tests.support.streams import config, write_run, write_tokens
+from tests.support.models import perturbed
+from tests.support.streams import config, write_tokens
 
 REFERENCE = 5
 """The step from which on nothing may grow."""
@@ -47,28 +48,55 @@ def follow(document: dict[str, Any], out: Path) -> list[dict[str, int]]:
 
 
 def assert_no_growth(held: list[dict[str, int]], model: int) -> None:
+    """Check that what a stream holds grows by less than a ``model`` (bytes) every four steps."""
     first, rest = held[REFERENCE - 1], held[REFERENCE:]
     assert max(one["files"] for one in rest) <= first["files"]
     # Statistics of a later model may need a few directions more.
     assert max(one["disk"] for one in rest) <= 1.01 * first["disk"]
-    # The journal's own records, not models: one model kept at each step would be far over this.
+    # The journal's own records, not models: one model kept at each step would be four times this.
     steps = len(rest)
-    assert held[-1]["memory"] - first["memory"] < max(model * steps // 4, 24 << 20)
+    assert held[-1]["memory"] - first["memory"] < model * steps // 4
     assert held[-1]["maps"] - first["maps"] < steps // 2
     assert held[-1]["entries"] - first["entries"] <= 3 * steps
 
 
-def test_thirty_steps_grow_nothing(tmp_path: Path) -> None:
-    write_run(tmp_path, (1, 2))
+def write_wide_run(folder: Path) -> None:
+    """Save a base and two checkpoints of 10 MB: keeping one would show above the allocator's noise.
+
+    Most of it is embeddings, so that a step of them is still quick.
+    """
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=39_000,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+    )
+    model.save_pretrained(folder / "base")
+    for number in (1, 2):
+        perturbed(model, number).save_pretrained(folder / "run" / f"checkpoint-{number}")
+    write_tokens(folder / "tokens.jsonl", 1, rows=4)
+
+
+def test_twenty_steps_grow_nothing(tmp_path: Path) -> None:
+    write_wide_run(tmp_path)
     document = config(
         tmp_path,
         merge_method="arm",
-        passes=15,
+        passes=10,
         calibration={"dataset": str(tmp_path / "tokens.jsonl"), "refresh": 10},
-        evaluation={"dataset": str(write_tokens(tmp_path / "heldout.jsonl", 3, rows=2))},
+        evaluation={
+            "dataset": str(write_tokens(tmp_path / "heldout.jsonl", 3, rows=2)),
+            "keep": "last",  # the best step's weights would come to the last one's, once
+        },
     )
     held = follow(document, tmp_path / "out")
-    assert len(held) == 30
+    assert len(held) == 20
     assert_no_growth(held, model=(tmp_path / "base" / "model.safetensors").stat().st_size)
 
 
@@ -125,4 +153,4 @@ def test_fifty_steps_with_135_million_parameters_grow_nothing(tmp_path: Path) ->
     model = 4 * 134_515_008
     first = held[REFERENCE - 1]
     assert max(one["memory"] for one in held[REFERENCE:]) - first["memory"] < model // 8
-    assert_no_growth(held, model=0)
+    assert_no_growth(held, model)

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mergekit_arm.methods.rotation import Incoming, arm_step
+from mergekit_arm.methods.step import Incoming, arm_step
 
 REPEATABLE = settings(deadline=None, derandomize=True)
 

@@ -12,6 +12,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.read import Statistics
 
 OMEGA = 0.3
@@ -61,7 +62,7 @@ def relaxed(folder: Path, name: str, base: Tensor, merged: Tensor, omega: float 
     record = statistics.metadata.weights[name]
     if record.site is None:
         return merged.double()
-    importance = statistics.importance(record, "mean_abs").double()
+    importance = IMPORTANCE.values(statistics, record, "mean_abs").double()
     gain = 1 - (1 - omega) * importance / importance.max()
     return base.double() + (merged.double() - base.double()) * gain
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from mergekit_arm.calibration.inputs.readings import Reading, ReadingPlan
 from mergekit_arm.errors import InputError
 from mergekit_arm.models.conversion import Part, trace_parts
+from mergekit_arm.models.tensors import CheckpointTensors, dtype_name
 from mergekit_arm.statistics.format import BIAS, BUFFER, NOT_FLOATING, NOT_LOADED
 from mergekit_arm.statistics.probe import content_hash, take_probe
-from mergekit_arm.tensors import TensorFiles, dtype_name
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Coverage:
 
 
 def cover_checkpoint(
-    model: PreTrainedModel, checkpoint: TensorFiles, plan: ReadingPlan
+    model: PreTrainedModel, checkpoint: CheckpointTensors, plan: ReadingPlan
 ) -> Coverage:
     """Find the parameters that every tensor of ``checkpoint`` went into.
 

@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 
 from mergekit_arm.calibration.inputs.coverage import Coverage, CoveredWeight
 from mergekit_arm.models.conversion import Part
+from mergekit_arm.models.tensors import CheckpointTensors, dtype_name
 from mergekit_arm.statistics.probe import take_probe
-from mergekit_arm.tensors import TensorFiles, dtype_name
 
 LOG = logging.getLogger(__name__)
 
 
 def add_asked_names(
-    coverage: Coverage, model: PreTrainedModel, checkpoint: TensorFiles, config: Any
+    coverage: Coverage, model: PreTrainedModel, checkpoint: CheckpointTensors, config: Any
 ) -> None:
     """Add to ``coverage`` the aliases and the converted tensors that a merge may ask for.
 
@@ -59,7 +59,7 @@ def add_asked_names(
 
 def _add_converted(
     coverage: Coverage,
-    checkpoint: TensorFiles,
+    checkpoint: CheckpointTensors,
     model_type: str,
     name: str,
     pieces: list[CoveredWeight],

@@ -44,8 +44,7 @@ class Parts:
         session = self._session
         wait = partial(session.wait, position=position, sites=sites)
         wait(f"part {part}")
-        subspaces = "subspace" in session.options.statistics
-        measured = add_up(sites, session.job, self._device, subspaces=subspaces)
+        measured = add_up(sites, session.job, self._device)
         if session.job.main:
             session.progress.finish(part, measured)
         # Nobody may go on, and lose these sums, before they are in the finished part.

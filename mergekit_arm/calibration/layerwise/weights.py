@@ -16,7 +16,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from mergekit_arm.calibration.layerwise.calls import NotWalkable
 from mergekit_arm.models.names import map_checkpoint
-from mergekit_arm.tensors import TensorFiles
+from mergekit_arm.models.tensors import CheckpointTensors
 
 
 class LayerWeights:
@@ -29,7 +29,7 @@ class LayerWeights:
     def __init__(
         self,
         model: PreTrainedModel,
-        checkpoint: TensorFiles,
+        checkpoint: CheckpointTensors,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -103,7 +103,7 @@ class LayerWeights:
 class _Unread:
     """A tensor that is read when transformers takes it, by ``[...]``."""
 
-    def __init__(self, checkpoint: TensorFiles, name: str) -> None:
+    def __init__(self, checkpoint: CheckpointTensors, name: str) -> None:
         self._checkpoint = checkpoint
         self._name = name
 

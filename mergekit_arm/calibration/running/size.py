@@ -9,20 +9,21 @@ from collections.abc import Iterable
 from transformers import PreTrainedModel
 
 from mergekit_arm.calibration.inputs.coverage import Coverage
-from mergekit_arm.calibration.inputs.readings import Parameter
+from mergekit_arm.calibration.inputs.readings import Parameter, SitePlan
 from mergekit_arm.calibration.options import CalibrationOptions
-from mergekit_arm.calibration.sums.sites import Site
+from mergekit_arm.calibration.sums.sites import Site, chosen_kinds, measured_input
 from mergekit_arm.data.blocks import Corpus
-from mergekit_arm.statistics.kinds.subspace import sketch_matrix_bytes, stored_bytes
+from mergekit_arm.statistics.kinds.base import MeasuredInput
 
-_IMPORTANCE = 16
-"""Bytes for each channel: two float64 sums."""
 _FIXED_TEXT = 20_000
 """Bytes of the model card, and of what the metadata say of model, data and settings."""
 _TEXT = 800
 """Bytes that a weight takes in the metadata and in the safetensors header, without its name."""
 _NAMED = 12
-"""How often these hold its name at most: each tensor of its site begins with one."""
+"""How often the metadata and the headers hold a weight's name at most.
+
+A site bears the name of one of its weights, and so does every tensor that is stored of it.
+"""
 
 
 def directory_bytes(
@@ -48,11 +49,9 @@ def directory_bytes(
     weights = [*coverage.weights, *coverage.converted]
     text = sum(_TEXT + _NAMED * len(weight.name) for weight in weights) + _FIXED_TEXT
     tensors = repeated * _site_bytes(sites) + beyond
-    matrices = 0
-    if options.keep_sketch:
-        widths = {site.plan.width for site in sites if "subspace" in site.statistics}
-        matrices = sum(sketch_matrix_bytes(width, options.rank) for width in widths)
-    return tensors + matrices + coverage.probes.nbytes + corpus.rows.nbytes + text
+    wanted = {(kind, site.plan.width) for site in sites for kind in site.here}
+    shared = sum(kind.shared_bytes(width) for kind, width in wanted)
+    return tensors + shared + coverage.probes.nbytes + corpus.rows.nbytes + text
 
 
 def parameter_bytes(
@@ -63,25 +62,26 @@ def parameter_bytes(
 ) -> int:
     """Return a bound of what the inputs of ``parameters`` take, which nothing has reached yet."""
     plan, head = coverage.plan, model.get_output_embeddings()
+    kinds = chosen_kinds(options)
     found = 0
     for parameter in parameters:
         if parameter.name in plan.reasons:
             continue
         reading, shape = plan.readings.get(parameter.name), parameter.tensor.shape
         if reading:
-            width, count = reading.width, reading.experts or 1
+            possible = [measured_input(SitePlan([reading]), head)]
         else:  # which axis is read is not known, nor whether others are experts
             width, count = max(shape[-2:], default=1), math.prod(shape[:-2])
-        found += _IMPORTANCE * width * count
-        rotated = reading is None or (
-            reading.matrix
-            and reading.experts is None
-            and not any(layer is head for layer in reading.layers)
-        )
-        if rotated and "subspace" in options.statistics:
-            found += stored_bytes(width, options.rank, keep_sketch=options.keep_sketch)
-            # A width of its own would bring a matrix of its own.
-            found += sketch_matrix_bytes(width, options.rank) if options.keep_sketch else 0
+            possible = [MeasuredInput(width), MeasuredInput(width, experts=count)]
+        for kind in kinds:
+            # A width of its own would bring shared tensors of its own.
+            found += max(
+                (source.experts or 1) * kind.stored_bytes(source.width)
+                + kind.shared_bytes(source.width)
+                if kind.left_out(source) is None
+                else 0
+                for source in possible
+            )
     return found
 
 

@@ -1,36 +1,22 @@
-"""The forward loop: token blocks through the model, sums at its sites."""
+"""The inputs to measure, and what has been seen of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mergekit_arm.calibration.inputs.readings import SitePlan
 from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.calibration.sums.batches import Batch
-from mergekit_arm.statistics.kinds.base import Observer
-from mergekit_arm.statistics.kinds.importance import Importance
-from mergekit_arm.statistics.kinds.subspace import Subspace
+from mergekit_arm.statistics.kinds import chosen
+from mergekit_arm.statistics.kinds.base import Kind, MeasuredInput, Observer, Operation
 
 _TOKENS = "tokens"
-
-ObserverFactory = Callable[[int, torch.device], Observer]
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """A kind of observer and where it applies."""
-
-    make: ObserverFactory
-    sampled: bool = False
-    """Fed the token sample instead of every token."""
-    matrices_only: bool = False
-    """Not measured where only norms or the output head read."""
 
 
 @dataclass
@@ -39,31 +25,35 @@ class Site:
 
     name: str
     plan: SitePlan
-    statistics: Mapping[str, Statistic]
-    expert: int | None = None
-    """Whose share of the input it is, where the weight has many experts."""
+    kinds: tuple[Kind, ...]
+    """Of the run, with its settings."""
+    left_out: Mapping[str, str]
+    """Names of the kinds that are not measured here, and why."""
     observers: dict[str, Observer] = field(default_factory=dict)
+    """By the kind's name; none before the first input."""
     tokens: int = 0
     _earlier: Mapping[str, Tensor] | None = None
     """State to continue from, until it is known on which device."""
+
+    @property
+    def here(self) -> list[Kind]:
+        """The kinds that are measured at this site."""
+        return [kind for kind in self.kinds if kind.name not in self.left_out]
 
     def update(self, x: Tensor, batch: Batch) -> None:
         """Add an input of any leading shape; observers are made on its device."""
         rows = x.reshape(-1, x.shape[-1])
         self.prepare(rows.device)
-        for name, observer in self.observers.items():
-            seen = batch.sampled(rows) if self.statistics[name].sampled else rows
-            batch.add(self.name, name, partial(observer.update, seen))
+        for kind in self.here:
+            seen = batch.sampled(rows) if kind.sampled else rows
+            batch.add(self.name, kind.name, partial(self.observers[kind.name].update, seen))
         batch.add(self.name, _TOKENS, partial(self._count, rows.shape[0]))
 
     def prepare(self, device: torch.device) -> None:
         """Make the observers, on ``device``, unless they are made."""
         if self.observers:
             return
-        self.observers = {
-            name: statistic.make(self.plan.width, device)
-            for name, statistic in self.statistics.items()
-        }
+        self.observers = {kind.name: kind.observer(self.plan.width, device) for kind in self.here}
         if self._earlier is not None:
             for name, observer in self.observers.items():
                 prefix = f"{name}."
@@ -77,7 +67,7 @@ class Site:
             self._earlier = None
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that has accumulated; every entry adds up."""
+        """Return all that has accumulated; ``operations`` says how each entry adds up."""
         if self._earlier is not None:
             return dict(self._earlier)
         state = {_TOKENS: torch.tensor(self.tokens)}
@@ -85,9 +75,18 @@ class Site:
             state.update({f"{name}.{key}": value for key, value in observer.state().items()})
         return state
 
+    def operations(self) -> dict[str, Operation]:
+        """Return, by the keys of ``state``, how what two processes saw becomes one."""
+        found = {_TOKENS: Operation.SUM}
+        for kind in self.here:
+            state = kind.state(self.plan.width)
+            found |= {f"{kind.name}.{key}": spec.adds for key, spec in state.items()}
+        return found
+
     def result_bytes(self) -> int:
         """Return how much a directory will hold of it at most; 0 until there was an input."""
-        return sum(observer.result_bytes() for observer in self.observers.values())
+        measured = (kind for kind in self.here if kind.name in self.observers)
+        return sum(kind.stored_bytes(self.plan.width) for kind in measured)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from an earlier ``state()``."""
@@ -105,42 +104,35 @@ def site_name(plan: SitePlan) -> str:
     return plan.readings[0].parameter.removesuffix(".weight")
 
 
+def measured_input(plan: SitePlan, head: nn.Module | None) -> MeasuredInput:
+    """Return what kinds of statistics may know of a site; ``head`` is the model's output head."""
+    matrices = [reading for reading in plan.readings if reading.matrix]
+    return MeasuredInput(
+        plan.width,
+        matrix=bool(matrices),
+        head=all(any(layer is head for layer in reading.layers) for reading in matrices),
+        experts=plan.experts,
+    )
+
+
 def plan_sites(
     model: PreTrainedModel, plans: list[SitePlan], options: CalibrationOptions
 ) -> list[Site]:
-    """Decide what is measured at each site.
-
-    Subspaces only where a matrix other than the output head reads: nothing else is rotated. Nor
-    are experts: their sketches would be a hundred times those of the rest of the model.
-    """
-    every = {
-        "importance": Statistic(Importance),
-        "subspace": Statistic(
-            partial(
-                Subspace,
-                rank=options.rank,
-                energy=options.energy,
-                seed=options.seed,
-                keep_sketch=options.keep_sketch,
-            ),
-            sampled=True,
-            matrices_only=True,
-        ),
-    }
+    """Decide what is measured at each site, with the settings that ``options`` give the kinds."""
     head = model.get_output_embeddings()
+    kinds = chosen_kinds(options)
     sites = []
     for plan in plans:
-        rotated = plan.experts is None and any(
-            reading.matrix and not any(layer is head for layer in reading.layers)
-            for reading in plan.readings
-        )
-        chosen = {
-            name: every[name]
-            for name in options.statistics
-            if rotated or not every[name].matrices_only
-        }
+        source = measured_input(plan, head)
+        left_out = {kind.name: why for kind in kinds if (why := kind.left_out(source))}
         if plan.experts is None:
-            sites.append(Site(site_name(plan), plan, chosen))
+            sites.append(Site(site_name(plan), plan, kinds, left_out))
         for expert in range(plan.experts or 0):
-            sites.append(Site(f"{site_name(plan)}[{expert}]", plan, chosen, expert))
+            sites.append(Site(f"{site_name(plan)}[{expert}]", plan, kinds, left_out))
     return sites
+
+
+def chosen_kinds(options: CalibrationOptions) -> tuple[Kind, ...]:
+    """Return the kinds of statistics to measure, with the run's settings."""
+    settings = asdict(options)
+    return tuple(kind.configured(settings) for kind in chosen(options.statistics))

@@ -13,10 +13,8 @@ from torch import Tensor
 
 from mergekit_arm.calibration.processes import Job
 from mergekit_arm.calibration.sums.sites import Site, site_name
-from mergekit_arm.statistics.format import (
-    EXPERTS,
-    SiteRecord,
-)
+from mergekit_arm.statistics.format import SiteRecord
+from mergekit_arm.statistics.kinds.site import site_record
 
 PARTS = "\x1f"
 """Between a site's name and the key of one of its tensors; in neither."""
@@ -34,10 +32,8 @@ class MeasuredSite:
     """By key, without the site's name."""
 
 
-def add_up(
-    sites: Iterable[Site], job: Job, device: torch.device, *, subspaces: bool
-) -> list[MeasuredSite]:
-    """Sum the sites over all processes, each of which calls this; return them on the first.
+def add_up(sites: Iterable[Site], job: Job, device: torch.device) -> list[MeasuredSite]:
+    """Join the sites' sums of all processes, each of which calls this; return them on the first.
 
     Each process finishes its share, one site at a time, so that beside its own sums it holds the
     totals of two sites at most. Its own stay what they are: should a process die now, they are
@@ -57,7 +53,7 @@ def add_up(
             if process == job.process:
                 mine = total
         seen = any(site.tokens for site in mine)
-        finished = [finish_site(mine, device, subspaces=subspaces)] if seen else []
+        finished = [finish_site(mine, device)] if seen else []
         measured += _collect(finished, job)
     return sorted(measured, key=lambda site: order[site.name])
 
@@ -67,8 +63,11 @@ def _total(site: Site, job: Job, device: torch.device) -> Site:
     if job.processes == 1:
         return site
     site.prepare(device)
-    total = Site(site.name, site.plan, site.statistics, site.expert)
-    total.load_state({key: job.total(value.to(device)) for key, value in site.state().items()})
+    total = Site(site.name, site.plan, site.kinds, site.left_out)
+    operations = site.operations()
+    total.load_state(
+        {key: job.total(value.to(device), operations[key]) for key, value in site.state().items()}
+    )
     return total
 
 
@@ -113,7 +112,7 @@ def unpack(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> list[Mea
     ]
 
 
-def finish_site(shares: list[Site], device: torch.device, *, subspaces: bool) -> MeasuredSite:
+def finish_site(shares: list[Site], device: torch.device) -> MeasuredSite:
     """Turn sums into what is stored: of one input, or stacked, of one for each expert."""
     finished: list[dict[str, Tensor]] = []
     for share in shares:
@@ -123,24 +122,10 @@ def finish_site(shares: list[Site], device: torch.device, *, subspaces: bool) ->
             one |= observer.finish()
         finished.append(one)
     plan, tensors = shares[0].plan, finished[0]
+    tokens: int | list[int] = shares[0].tokens
     if plan.experts is not None:
         tensors = {key: torch.stack([one[key] for one in finished]) for key in tensors}
+        tokens = [share.tokens for share in shares]
     parameters = [reading.parameter for reading in plan.readings]
-    record = _site_record(shares, tensors, subspaces)
+    record = site_record(shares[0].kinds, plan.width, tokens, tensors, shares[0].left_out)
     return MeasuredSite(site_name(plan), parameters, record, tensors)
-
-
-def _site_record(shares: list[Site], finished: Mapping[str, Tensor], subspaces: bool) -> SiteRecord:
-    plan = shares[0].plan
-    tokens = shares[0].tokens if plan.experts is None else [share.tokens for share in shares]
-    if "basis" in finished:
-        energy = float(finished["eigenvalues"].double().sum() / finished["trace"])
-        return SiteRecord(
-            width=plan.width,
-            tokens=tokens,
-            subspace=finished["basis"].shape[1],
-            energy=round(min(energy, 1.0), 6) if energy == energy else None,
-        )
-    matrix = any(reading.matrix for reading in plan.readings)
-    reason = "norms only" if not matrix else "output head" if plan.experts is None else EXPERTS
-    return SiteRecord(width=plan.width, tokens=tokens, no_subspace=reason if subspaces else None)

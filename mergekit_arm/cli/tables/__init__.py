@@ -1,0 +1,1 @@
+"""The tables that the commands print: ``calibration`` and ``stream``."""

@@ -8,6 +8,8 @@ from pathlib import Path
 from rich.table import Table
 
 from mergekit_arm.statistics.format import Metadata
+from mergekit_arm.statistics.kinds import chosen
+from mergekit_arm.statistics.kinds.base import LEFT_OUT
 from mergekit_arm.units import size_text
 
 _STARVED_SHOWN = 5
@@ -30,13 +32,14 @@ def calibration_summary(
     table.add_row("measured", f"{measured} weights at {len(metadata.sites)} inputs")
     for reason, count in sorted(reasons.items()):
         table.add_row("not measured", f"{count} weights: {reason}")
-    unturned = Counter(
-        metadata.sites[weight.site].no_subspace
-        for weight in metadata.weights.values()
-        if weight.site and metadata.sites[weight.site].no_subspace
-    )
-    for no_subspace, count in sorted(unturned.items()):
-        table.add_row("without subspace", f"{count} weights: {no_subspace}")
+    for kind in chosen(metadata.settings.statistics):
+        reasons_here = Counter(
+            kind.from_record(metadata.sites[weight.site]).get(LEFT_OUT)
+            for weight in metadata.weights.values()
+            if weight.site
+        )
+        for reason, count in sorted((r, c) for r, c in reasons_here.items() if r):
+            table.add_row(f"without {kind.name}", f"{count} weights: {reason}")
     table.add_row("coverage", f"{measured + reasons.total()} of {len(metadata.weights)} weights")
     if experts := metadata.experts():
         counts = sorted(experts.values())

@@ -8,15 +8,16 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mergekit_arm.streaming.evaluation.score import Score
 from mergekit_arm.streaming.forecast import Forecast
-from mergekit_arm.streaming.state import Losses, StepRecord
+from mergekit_arm.streaming.state import StepRecord
 from mergekit_arm.streaming.stream import StreamResult
 from mergekit_arm.units import duration_text, size_text
 
 
 def plan_report(forecast: Forecast) -> Iterator[RenderableType]:
     """Yield what a dry run shows."""
-    plan, estimate = forecast.plan, forecast.estimate
+    plan, needs = forecast.plan, forecast.needs
     if plan is not None and plan.checkpoints is not None:
         table = Table(title=f"A stream of {plan.length} steps with {plan.method.name}")
         for column in ("step", "checkpoint", "learning rate", "calibrates"):
@@ -29,17 +30,13 @@ def plan_report(forecast: Forecast) -> Iterator[RenderableType]:
         yield table
     elif plan is not None:
         yield Text(f"Follows {plan.config.checkpoints}; the number of steps is not known yet.")
-    if estimate is not None:
-        if estimate.seconds is not None:
-            yield Text(f"time     about {duration_text(estimate.seconds)}")
+    if needs is not None:
+        if forecast.seconds is not None:
+            yield Text(f"time     about {duration_text(forecast.seconds)} more, by the steps done")
         else:
-            yield Text(f"time     about {duration_text(estimate.seconds_per_step)} a step")
-        yield Text(
-            f"disk     about {size_text(estimate.disk)}, {size_text(estimate.disk_free)} free"
-        )
-        yield Text(
-            f"memory   about {size_text(estimate.memory)}, {size_text(estimate.memory_free)} free"
-        )
+            yield Text("time     known once a step is done: run the same dry run again then")
+        yield Text(f"disk     about {size_text(needs.disk)}, {size_text(needs.disk_free)} free")
+        yield Text(f"memory   about {size_text(needs.memory)}, {size_text(needs.memory_free)} free")
     for note in plan.notes if plan is not None else []:
         yield Text(f"note: {note}", style="yellow")
     for problem in forecast.problems:
@@ -71,8 +68,8 @@ def stream_summary(result: StreamResult) -> Table:
     table.add_row("model", Text(f"{chosen}, {result.model}"))
     if result.steps:
         last = result.steps[-1]
-        losses = result.steps[result.chosen - 1].current if result.chosen else last.base
-        table.add_row("its score", "  ".join(_scores("", losses)) or "not evaluated")
+        score = result.steps[result.chosen - 1].current if result.chosen else last.base
+        table.add_row("its score", "  ".join(_scores("", score)) or "not evaluated")
         table.add_row("base", "  ".join(_scores("", last.base)) or "not evaluated")
         table.add_row(
             "last checkpoint", "  ".join(_scores("", last.latest_checkpoint)) or "not evaluated"
@@ -80,11 +77,11 @@ def stream_summary(result: StreamResult) -> Table:
     return table
 
 
-def _scores(name: str, losses: Losses) -> list[str]:
+def _scores(name: str, score: Score) -> list[str]:
     found = []
     prefix = f"{name} " if name else ""
-    if losses.loss is not None:
-        found.append(f"{prefix}loss {losses.loss:.4f}")
-    if losses.metric is not None:
-        found.append(f"{prefix}metric {losses.metric:g}")
+    if score.loss is not None:
+        found.append(f"{prefix}loss {score.loss:.4f}")
+    if score.metric is not None:
+        found.append(f"{prefix}metric {score.metric:g}")
     return found

@@ -1,105 +1,221 @@
-"""The dominant subspace of a site's inputs (ARM), from a sketch that adds up.
+"""Subspace: the directions in which a site's inputs mostly lie, for ARM.
 
-For inputs X (n × in) the second moment C = XᵀX / n would take in × in numbers. Kept instead are::
-
-    Y = Σ Xᵀ (X Ω)    in × r, Ω a fixed random in × r
-    Σ ‖x‖²            = n · tr C, exact
-    n
-
-all of which add. C ≈ Y (ΩᵀY)⁻¹ Yᵀ / n (Nyström) then gives the leading eigenvectors. Its
-eigenvalues never exceed the true ones, so that their sum over the exact trace is a lower bound
-of the energy that the eigenvectors hold. Where 2 r ≥ in, Ω is the identity: Y is the second
-moment itself, for at most twice the memory and half the arithmetic: symmetric, it needs no blocks
-below the diagonal (about in² against 4·in·r operations a token).
-
-A sketch of r columns finds r/4 directions well, and no more are stored, so that the size of a
-directory is bounded before anything is measured.
+The mathematics is in ``second_moment.py``. Measured where a matrix other than the output head
+reads: nothing else is rotated. Nor are experts: their sketches would be a hundred times those of
+the rest of the model.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.statistics.format import EXPERTS, SettingsRecord, SiteRecord, WeightRecord
+from mergekit_arm.statistics.kinds.base import (
+    LEFT_OUT,
+    Directory,
+    Kind,
+    MeasuredInput,
+    Observer,
+    TensorSpec,
+)
+from mergekit_arm.statistics.kinds.second_moment import (
+    Dominant,
+    add_second_moment,
+    chosen_rank,
+    columns_for_energy,
+    dominant_subspace,
+    is_whole,
+    missed,
+    orthonormal,
+    sketch_matrix,
+    stored_directions,
+)
 
-SKETCH_MATRIX = "sketch_matrix"
+_SKETCH_MATRIX = "sketch_matrix"
 """Beginning of the tensors' names that hold Ω, one for each width, beside kept sketches."""
-_PANEL = 256
-"""Rows of a second moment that are added to at once: a small part of it, a large product."""
-_ROUNDING = 1e-6
-"""Energies this close are equal: eigenvalues are stored in float32."""
 
 
-def default_rank(width: int) -> int:
-    """Return the sketch columns for an input of ``width`` channels where none are asked for.
+@dataclass(frozen=True)
+class Subspace(Kind):
+    """The leading eigenvectors of an input's second moment, from a sample of the tokens."""
 
-    At 768, statistics of SmolLM2 stay under 15 % of its checkpoint, and the directions of every
-    input hold at least 0.99 of what as many exact ones would
-    (``tests/real/test_smollm2_arm.py``).
-    """
-    return min(width, 768)
+    name: ClassVar[str] = "subspace"
+    sampled: ClassVar[bool] = True
+    recorded: ClassVar[tuple[str, ...]] = ("rank", "energy", "subspace_tokens")
+
+    rank: int | None = None
+    """r, the columns of a sketch, at least 1; ``default_rank`` where None."""
+    energy: float = 0.9
+    """p in (0, 1]: the fewest directions are stored that hold p · tr C."""
+    subspace_tokens: int = 16384
+    """Tokens in the sample."""
+    seed: int = 42
+    """Decides Ω. States add only if rank and seed agree."""
+    keep_sketch: bool = False
+    """Store what accumulated beside the basis, so that directories can be added."""
+
+    def state(self, width: int) -> dict[str, TensorSpec]:
+        columns = width if self._whole(width) else chosen_rank(width, self.rank)
+        return {
+            "sketch": TensorSpec(torch.float32, (width, columns), lowest=None),
+            "square_norm": TensorSpec(torch.float64, ()),
+            "subspace_tokens": TensorSpec(torch.int64, ()),
+        }
+
+    def observer(self, width: int, device: torch.device) -> SubspaceSketch:
+        omega = sketch_matrix(width, chosen_rank(width, self.rank), self.seed, device)
+        return SubspaceSketch(self, width, device, omega)
+
+    def stored(self, width: int) -> dict[str, TensorSpec]:
+        most = stored_directions(width, chosen_rank(width, self.rank))
+        finished = {
+            "basis": TensorSpec(torch.bfloat16, (width, most), at_most=True, lowest=None),
+            "eigenvalues": TensorSpec(torch.float32, (most,), at_most=True),
+            "trace": TensorSpec(torch.float64, ()),
+            "subspace_tokens": TensorSpec(torch.int64, ()),
+        }
+        return finished | (self.state(width) if self.keep_sketch else {})
+
+    def shared(self, width: int) -> dict[str, TensorSpec]:
+        if self._whole(width) or not self.keep_sketch:
+            return {}
+        shape = (width, chosen_rank(width, self.rank))
+        return {f"{_SKETCH_MATRIX}.{width}": TensorSpec(torch.float32, shape, lowest=None)}
+
+    def make_shared(self, width: int) -> dict[str, Tensor]:
+        cpu = torch.device("cpu")
+        omega = sketch_matrix(width, chosen_rank(width, self.rank), self.seed, cpu)
+        return {} if omega is None else dict.fromkeys(self.shared(width), omega)
+
+    def adding_up(self) -> Subspace:
+        return dataclasses.replace(self, keep_sketch=True)
+
+    def left_out(self, source: MeasuredInput) -> str | None:
+        if not source.matrix:
+            return "norms only"
+        if source.experts is not None:
+            return EXPERTS
+        return "output head" if source.head else None
+
+    def describe(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        held = float(tensors["eigenvalues"].double().sum() / tensors["trace"])
+        # Nothing is the share of nothing: an input that was always zero has no energy to hold.
+        energy = round(min(held, 1.0), 6) if held == held else None
+        return {"subspace": tensors["basis"].shape[1], "energy": energy}
+
+    def to_record(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        # Beside the fields of all kinds, where format 1 had them before there was a third kind.
+        return {"no_subspace" if name == LEFT_OUT else name: fact for name, fact in facts.items()}
+
+    def from_record(self, record: SiteRecord | SettingsRecord) -> dict[str, Any]:
+        names = {"subspace": "subspace", "energy": "energy", "no_subspace": LEFT_OUT}
+        if isinstance(record, SettingsRecord):
+            names = {name: name for name in self.recorded}
+        found = {names[name]: getattr(record, name) for name in names}
+        return {name: fact for name, fact in found.items() if fact is not None}
+
+    def inconsistent(self, site: SiteRecord, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        columns, values = shapes["basis"][-1], shapes["eigenvalues"][-1]
+        if columns == values == site.subspace:
+            return None
+        return f"{columns} directions, {values} eigenvalues, {site.subspace} recorded"
+
+    def notes(self, sites: Iterable[SiteRecord]) -> list[str]:
+        found = [site for site in sites if site.energy is not None]
+        short = [site for site in found if missed(site.energy or 0.0, self.energy)]
+        if not short:
+            return []
+        held = sorted(site.energy or 0.0 for site in short)
+        ranks = [chosen_rank(site.width, self.rank) for site in short]
+        wider = any(rank < site.width for rank, site in zip(ranks, short, strict=True))
+        remedy = (
+            f"--rank above {max(ranks)} stores more of them"
+            if wider
+            else "inputs of so few channels have no more of them, at any --rank"
+        )
+        return [
+            (
+                f"--energy {self.energy:g} was not reached at {len(short)} of {len(found)} inputs: "
+                f"the directions stored there hold {held[0]:.3f} to {held[-1]:.3f} of the second "
+                f"moment; {remedy}"
+            )
+        ]
+
+    def basis(self, directory: Directory, record: WeightRecord, energy: float) -> Tensor | None:
+        """Return the basis of a weight's dominant input subspace.
+
+        Args:
+            directory: open statistics.
+            record: a measured weight (``record.site`` is set).
+            energy: p in (0, 1], the share of the second moment's trace to hold.
+
+        Returns:
+            (in, k) float32, orthonormal columns by falling eigenvalue; None where the run left
+            subspaces out on purpose (the output head, norms, experts).
+
+        Raises:
+            InputError: subspaces were not measured, or hold less energy than asked for.
+        """
+        site, count = record.site, self.columns(directory, record, energy)
+        if site is None or count is None:
+            return None
+        where = f"activation_stats {directory.reference}: {site}"
+        return directory.once(
+            (self.name, site, energy),
+            lambda: orthonormal(directory.tensor(site, "basis")[:, :count], where),
+        )
+
+    def columns(self, directory: Directory, record: WeightRecord, energy: float) -> int | None:
+        """Return how many columns ``basis`` has, without reading them; None where it is None.
+
+        Raises:
+            InputError: as ``basis`` does.
+        """
+        assert record.site is not None
+        site = record.site
+        if directory.metadata.sites[site].no_subspace is not None:
+            return None
+        return columns_for_energy(
+            directory.tensor(site, "eigenvalues"),
+            float(directory.tensor(site, "trace")),
+            energy,
+            measured=directory.metadata.settings.energy or 1.0,
+            where=f"activation_stats {directory.reference}: {site}",
+        )
+
+    def adder(self, parts: Sequence[Directory], width: int) -> SubspaceSketch:
+        # Ω as stored: another torch may draw other numbers from the same seed.
+        omega = None
+        for name in self.shared(width):
+            omega, *others = (part.stored(name) for part in parts)
+            for part, other in zip(parts[1:], others, strict=True):
+                if not torch.equal(omega, other):
+                    raise InputError(
+                        f"{parts[0].reference} and {part.reference} do not add up: their sketches "
+                        "were drawn from different random numbers; calibrate both with the same "
+                        "torch"
+                    )
+        return SubspaceSketch(self, width, torch.device("cpu"), omega)
+
+    def not_addable(self) -> str:
+        return (
+            "holds finished subspaces, which do not add up: calibrate with --keep-sketch to "
+            "combine them, or with --statistics importance if aim is all they are for"
+        )
+
+    def _whole(self, width: int) -> bool:
+        return is_whole(width, chosen_rank(width, self.rank))
 
 
-def chosen_rank(width: int, asked: int | None) -> int:
-    """Return r for an input of ``width`` channels: what was asked for, or the default."""
-    return min(width, asked or default_rank(width))
-
-
-def stored_directions(width: int, rank: int) -> int:
-    """Return how many directions are stored at most of ``width`` channels and r = ``rank``."""
-    # None of a whole second moment's directions is poorly resolved, and few take no room.
-    few = min(rank, 64) if _whole(width, rank) else 1
-    return max(few, rank // 4)
-
-
-def stored_bytes(width: int, rank: int | None, *, keep_sketch: bool) -> int:
-    """Return what a directory stores at most of the subspace of ``width`` channels."""
-    rank = chosen_rank(width, rank)
-    columns = width if _whole(width, rank) else rank
-    kept = 4 * width * columns + 8 if keep_sketch else 0
-    # A bfloat16 basis, float32 eigenvalues, trace and tokens.
-    return (2 * width + 4) * stored_directions(width, rank) + 16 + kept
-
-
-def sketch_matrix_bytes(width: int, rank: int | None) -> int:
-    """Return the size of Ω, which a directory with kept sketches stores once for each width."""
-    rank = chosen_rank(width, rank)
-    return 0 if _whole(width, rank) else 4 * width * rank
-
-
-@functools.lru_cache(maxsize=16)
-def sketch_matrix(width: int, rank: int, seed: int, device: torch.device) -> Tensor | None:
-    """Return Ω (width × rank, float32), the same on every device, or None for the identity.
-
-    One matrix serves every site of a width. Entries are normal with variance 1/width, so that
-    its columns have length about 1.
-    """
-    if _whole(width, rank):
-        return None
-    # Drawn on the CPU: other devices' generators give other numbers.
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(width, rank, generator=generator) / math.sqrt(width)
-    return normal.to(device)
-
-
-def sketch_matrices(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Return, by the name it is stored under, the Ω of every width that ``tensors`` sketch."""
-    shapes = {value.shape for name, value in tensors.items() if name.endswith(".sketch")}
-    matrices = {
-        f"{SKETCH_MATRIX}.{width}": sketch_matrix(width, rank, seed, torch.device("cpu"))
-        for width, rank in sorted(shapes)
-    }
-    return {name: matrix for name, matrix in matrices.items() if matrix is not None}
-
-
-class Subspace:
-    """Sketches the second moment of a site's inputs; its state adds up.
+class SubspaceSketch(Observer):
+    """Sketches the second moment of a site's inputs.
 
     Batches are multiplied and summed in float32: the second moment is wanted to about 1e-4, and
     a float64 sketch would be the largest thing that a calibration holds
@@ -108,223 +224,55 @@ class Subspace:
     """
 
     def __init__(
-        self,
-        width: int,
-        device: torch.device,
-        *,
-        rank: int | None = None,
-        energy: float = 0.9,
-        seed: int = 42,
-        keep_sketch: bool = False,
+        self, settings: Subspace, width: int, device: torch.device, omega: Tensor | None
     ) -> None:
         """Start with nothing seen.
 
         Args:
+            settings: rank, energy, and whether the sketch is stored.
             width: input channels.
             device: where inputs live.
-            rank: r, at least 1; ``default_rank`` where None.
-            energy: p in (0, 1]; ``finish`` keeps the fewest directions that hold p · tr C.
-            seed: decides Ω. States add only if rank and seed agree.
-            keep_sketch: store the state beside the basis, so that directories can be added.
+            omega: Ω on ``device``, or None for the identity.
         """
-        self.energy = energy
-        self._keep_sketch = keep_sketch
-        self._rank = rank = chosen_rank(width, rank)
-        self._most = stored_directions(width, rank)
-        self._omega = sketch_matrix(width, rank, seed, device)
-        columns = width if self._omega is None else self._omega.shape[1]
-        self.sketch = torch.zeros(width, columns, device=device)
-        # Apple's GPUs have no float64.
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        self.square_norm = torch.zeros((), dtype=wide, device=device)
-        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        super().__init__(settings.state(width), device)
+        self._settings = settings
+        self._omega = omega
 
     def update(self, x: Tensor) -> None:
         x = x.float()
+        sketch, square_norm = self.sums["sketch"], self.sums["square_norm"]
         if self._omega is None:
-            _add_second_moment(self.sketch, x)
+            add_second_moment(sketch, x)
         else:
-            self.sketch.addmm_(x.T, x @ self._omega)
+            sketch.addmm_(x.T, x @ self._omega)
         # Channel by channel first: a sum to one number depends on how many threads share it.
-        self.square_norm += x.square().sum(0).to(self.square_norm.dtype).sum()
-        self.tokens += x.shape[0]
-
-    def state(self) -> dict[str, Tensor]:
-        return {
-            "sketch": self.sketch,
-            "square_norm": self.square_norm,
-            "subspace_tokens": self.tokens,
-        }
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.sketch.copy_(state["sketch"])
-        self.square_norm.copy_(state["square_norm"])
-        self.tokens.copy_(state["subspace_tokens"])
+        square_norm += x.square().sum(0).to(square_norm.dtype).sum()
+        self.sums["subspace_tokens"] += x.shape[0]
 
     def dominant(self) -> Dominant:
         """Return the leading eigenvectors; see ``dominant_subspace``."""
+        width = self.sums["sketch"].shape[0]
         return dominant_subspace(
-            self.sketch,
+            self.sums["sketch"],
             self._omega,
-            float(self.square_norm),
-            int(self.tokens),
-            energy=self.energy,
-            most=self._most,
+            float(self.sums["square_norm"]),
+            int(self.sums["subspace_tokens"]),
+            energy=self._settings.energy,
+            most=stored_directions(width, chosen_rank(width, self._settings.rank)),
         )
 
     def finish(self) -> dict[str, Tensor]:
-        return self.dominant().tensors() | (self.state() if self._keep_sketch else {})
-
-    def result_bytes(self) -> int:
-        return stored_bytes(self.sketch.shape[0], self._rank, keep_sketch=self._keep_sketch)
+        found = self.dominant()
+        finished = {
+            "basis": found.basis.bfloat16(),  # ``orthonormal`` undoes the rounding
+            "eigenvalues": found.eigenvalues.float(),
+            "trace": torch.tensor(found.trace, dtype=torch.float64),
+            "subspace_tokens": torch.tensor(found.tokens),
+        }
+        return finished | (self.state() if self._settings.keep_sketch else {})
 
     def checksum(self) -> Tensor:
-        return self.square_norm
+        return self.sums["square_norm"]
 
 
-@dataclass(frozen=True)
-class Dominant:
-    """The leading eigenvectors of a second moment C."""
-
-    basis: Tensor
-    """in × k, float64, orthonormal columns, by falling eigenvalue."""
-    eigenvalues: Tensor
-    """(k,), float64: lower bounds of C's leading eigenvalues."""
-    trace: float
-    """tr C, exact: the mean squared norm of an input."""
-    tokens: int
-    """Inputs seen."""
-    reached: bool
-    """False where ``most`` directions hold less than the energy asked for."""
-
-    @property
-    def energy(self) -> float:
-        """The share of tr C that the basis holds at least."""
-        return float(self.eigenvalues.sum()) / self.trace if self.trace else 1.0
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what a directory stores; ``orthonormal`` undoes the rounding of ``basis``."""
-        return {
-            "basis": self.basis.bfloat16(),
-            "eigenvalues": self.eigenvalues.float(),
-            "trace": torch.tensor(self.trace, dtype=torch.float64),
-            "subspace_tokens": torch.tensor(self.tokens),
-        }
-
-
-def dominant_subspace(
-    sketch: Tensor,
-    omega: Tensor | None,
-    square_norm: float,
-    tokens: int,
-    *,
-    energy: float,
-    most: int,
-) -> Dominant:
-    """Return the fewest leading eigenvectors of C = XᵀX / n that hold ``energy`` of tr C.
-
-    ``most`` of them, or all that the inputs span, where those do not hold as much. None where
-    nothing, or nothing but zeros, was seen.
-
-    Args:
-        sketch: Y = Σ Xᵀ(XΩ), in × r.
-        omega: Ω, or None for the identity, where Y's upper triangle is enough.
-        square_norm: Σ ‖x‖².
-        tokens: n.
-        energy: p in (0, 1].
-        most: directions at most, at least 1.
-    """
-    values, vectors = _eigenpairs(sketch, omega)
-    values, vectors = values[:most] / max(tokens, 1), vectors[:, :most]
-    trace = square_norm / max(tokens, 1)
-    count, reached = _count(values, trace, energy)
-    return Dominant(vectors[:, :count], values[:count], trace, tokens, reached)
-
-
-def columns_for_energy(
-    eigenvalues: Tensor, trace: float, energy: float, *, measured: float, where: str
-) -> int:
-    """Return how many stored columns hold ``energy`` of the trace.
-
-    All of them, where the measurement was asked for as much (``measured``) and its rank did not
-    reach it: ``calibrate`` has said so.
-
-    Args:
-        eigenvalues: (k,), falling, as stored.
-        trace: tr C, as stored.
-        energy: p in (0, 1] that the merge asks for.
-        measured: p that the measurement was asked for.
-        where: the statistics and site, for the message.
-
-    Raises:
-        InputError: more energy than the statistics hold, or numbers that are not finite.
-    """
-    if not (math.isfinite(trace) and bool(eigenvalues.isfinite().all())):
-        raise InputError(f"{where}: the subspace's energies are not finite; measure it again")
-    count, reached = _count(eigenvalues.double(), trace, energy)
-    if not reached and energy > measured * (1 + _ROUNDING):
-        held = float(eigenvalues.double().sum()) / trace
-        raise InputError(
-            f"{where}: energy {energy:g} asked for, {held:.4f} stored; set energy to at most "
-            f"{measured:g}, or calibrate again with --energy {energy:g}"
-        )
-    return count
-
-
-def orthonormal(basis: Tensor, where: str = "activation_stats") -> Tensor:
-    """Return float32 columns, orthonormal to 1e-7, with the spans of a rounded basis.
-
-    The first j columns span what the first j given ones do, for every j (Gram–Schmidt order,
-    by Cholesky in float64: UᵀU is the identity but for the rounding).
-
-    Raises:
-        InputError: ``where``: the columns are not nearly orthonormal, as a damaged file's.
-    """
-    wide, narrow = basis.double(), basis.float()
-    gram = wide.T @ wide
-    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    if not bool(((gram - eye).abs() < 0.01).all()):
-        raise InputError(f"{where}: the stored basis is damaged; copy or measure it again")
-    inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), eye, upper=False).T
-    # U + U (L⁻ᵀ − I): the correction is small enough for a float32 product.
-    return torch.addmm(narrow, narrow, (inverse - eye).float())
-
-
-def _add_second_moment(total: Tensor, x: Tensor) -> None:
-    """Add XᵀX to ``total`` (in × in), but for the blocks below its diagonal."""
-    for start in range(0, total.shape[0], _PANEL):
-        rows = slice(start, start + _PANEL)
-        total[rows, start:].addmm_(x[:, rows].T, x[:, start:])
-
-
-def _whole(width: int, rank: int) -> bool:
-    """Say whether the second moment itself is kept."""
-    return 2 * rank >= width
-
-
-def _count(eigenvalues: Tensor, trace: float, energy: float) -> tuple[int, bool]:
-    """Return the fewest leading values whose sum is ``energy`` of the trace, or all, and False."""
-    if trace == 0:
-        return 0, True
-    enough = eigenvalues.cumsum(0) >= energy * trace * (1 - _ROUNDING)
-    reached = bool(enough.any())
-    return (int(enough.int().argmax()) + 1 if reached else len(eigenvalues)), reached
-
-
-def _eigenpairs(sketch: Tensor, omega: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues (falling, ≥ 0) and eigenvectors of XᵀX, in float64 on the CPU.
-
-    On the CPU, since its result does not depend on the accelerator, and no pass over data waits.
-    """
-    y = sketch.cpu().double()
-    if omega is None:
-        values, vectors = torch.linalg.eigh(y, UPLO="U")
-        return values.flip(0).clamp(min=0), vectors.flip(1)
-    wide = omega.cpu().double()
-    core = wide.T @ y
-    values, vectors = torch.linalg.eigh((core + core.T) / 2)
-    # XᵀX ≈ B Bᵀ. Directions of the core that are lost in Y's float32 rounding would blow B up.
-    sound = values > 1e-6 * float(values[-1])
-    half = y @ (vectors[:, sound] / values[sound].sqrt())
-    left, singular, _ = torch.linalg.svd(half, full_matrices=False)
-    return singular.square(), left
+SUBSPACE = Subspace()

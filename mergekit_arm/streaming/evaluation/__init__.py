@@ -1,0 +1,1 @@
+"""How a model is judged: ``heldout`` turns data into tokens, ``score`` a model into a number."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class Sequence:
+class ScoredSequence:
     """One sequence; token ``i`` is scored where ``scored[i]``, given all tokens before it."""
 
     ids: Tensor
@@ -37,7 +37,7 @@ class Sequence:
 class HeldOut:
     """What every model of a stream is judged by: the same tokens for all of them."""
 
-    sequences: list[Sequence]
+    sequences: list[ScoredSequence]
     answers_only: bool
 
     @property
@@ -100,7 +100,7 @@ def load_heldout(settings: Evaluation, tokenizers: list[PreTrainedTokenizerBase]
                 sequence_length=settings.sequence_length,
                 seed=settings.seed,
             )
-            held = HeldOut([_text_sequence(block) for block in corpus.blocks], False)
+            held = whole_text(corpus.blocks)
         if held.scored_tokens == 0:
             remedy = "give longer rows"
             if held.answers_only:
@@ -109,26 +109,25 @@ def load_heldout(settings: Evaluation, tokenizers: list[PreTrainedTokenizerBase]
     return held
 
 
+def whole_text(blocks: Iterable[Tensor]) -> HeldOut:
+    """Return held-out data of token ids (one dimension each), all scored but each block's first."""
+    return HeldOut([ScoredSequence(ids, torch.arange(len(ids)) > 0) for ids in blocks], False)
+
+
 def _holds_chats(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _text_sequence(ids: Tensor) -> Sequence:
-    scored = torch.ones(len(ids), dtype=torch.bool)
-    scored[0] = False
-    return Sequence(ids, scored)
-
-
 def _chat_sequences(
     rows: Dataset, column: str, settings: Evaluation, tokenizers: list[PreTrainedTokenizerBase]
-) -> list[Sequence]:
+) -> list[ScoredSequence]:
     tokenizer = next((one for one in tokenizers if one.chat_template), None)
     if tokenizer is None:
         raise InputError(
             f"column {column!r} holds chats, and neither the base nor the checkpoint has a chat "
             "template; give rows of text, or a base whose tokenizer has one"
         )
-    found: list[Sequence] = []
+    found: list[ScoredSequence] = []
     for row in rows.shuffle(seed=settings.seed):
         if len(found) >= settings.samples:
             break
@@ -138,7 +137,7 @@ def _chat_sequences(
 
 def _answers(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, longest: int
-) -> Iterator[Sequence]:
+) -> Iterator[ScoredSequence]:
     """Yield a sequence for each answer of a chat: the conversation up to it, the answer scored.
 
     One for each, since templates may render an answer differently once the talk has gone on
@@ -161,7 +160,7 @@ def _answers(
         end = min(len(whole), start + longest - 1)
         first = max(0, end - longest)
         ids = torch.tensor(whole[first:end], dtype=torch.int64)
-        yield Sequence(ids, torch.arange(first, end) >= start)
+        yield ScoredSequence(ids, torch.arange(first, end) >= start)
 
 
 def _render(

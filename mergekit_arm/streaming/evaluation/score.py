@@ -8,12 +8,12 @@ import re
 import shlex
 import subprocess
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
+from pydantic import BaseModel, ConfigDict
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,19 +34,17 @@ LOGIT_ELEMENTS = 1 << 26
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
-@dataclass(frozen=True)
-class Score:
-    """One model's result; what was not asked for is None."""
+class Score(BaseModel):
+    """One model's result, as the state stores it; what was not asked for is None."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     loss: float | None = None
     """Mean negative log-likelihood in nats over the scored tokens."""
+    perplexity: float | None = None
+    """exp(loss)."""
     metric: float | None = None
-
-    @property
-    def perplexity(self) -> float | None:
-        if self.loss is None:
-            return None
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+    """What the user's command said."""
 
     def better_than(self, other: Score, settings: Evaluation) -> bool:
         """Say whether this decides for itself against ``other``; equal is not better."""
@@ -98,7 +96,7 @@ class Judge:
             self._held = load_heldout(self.settings, self._tokenizers())
         return self._held
 
-    def score(self, reference: str, scratch: Path, *, run_command: bool) -> Score:
+    def score(self, reference: str, scratch: Path, *, run_command: bool = True) -> Score:
         """Score a model without adapter.
 
         ``run_command`` false leaves out the user's, for models that only lend their loss. Loads
@@ -113,7 +111,7 @@ class Judge:
             # A directory: what evaluators know of Hub names ends before @revision.
             folder = ModelReference.parse(reference).local_path(self._merge.transformers_cache)
             metric = run_metric(self.settings.metric_command, folder, scratch)
-        return Score(loss, metric)
+        return Score(loss=loss, perplexity=None if loss is None else _exp(loss), metric=metric)
 
     def _loss(self, reference: str) -> float:
         device = choose_device(self.settings.device)
@@ -221,3 +219,7 @@ def run_metric(command: str, model: str, scratch: Path) -> float:
             f"metric_command printed no line that is a number; end it with one (it was: {filled})"
         )
     return float(numbers[-1])
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,13 +17,12 @@ from mergekit_arm.streaming.config import (
     DEFAULT_LEARNING_RATE,
     Calibration,
     StreamConfig,
-    absolute_reference,
-    plain_path,
 )
 from mergekit_arm.streaming.plan.document import check_document, step_document
 from mergekit_arm.streaming.plan.method import StepMethod
 from mergekit_arm.streaming.plan.schedule import Rates, check_rates, rate_at
-from mergekit_arm.streaming.training.checkpoints import Checkpoint, trained_on
+from mergekit_arm.streaming.references import absolute_reference, plain_path
+from mergekit_arm.streaming.training.checkpoints import RunCheckpoint, trained_on
 
 T = TypeVar("T")
 
@@ -31,10 +30,12 @@ T = TypeVar("T")
 class Checks:
     """Runs checks and collects what they refuse, so that a dry run names everything at once."""
 
-    def __init__(self) -> None:
-        self.problems: list[str] = []
+    def __init__(self, problems: list[str] | None = None) -> None:
+        """``problems``: what is known already, to be added to."""
+        self.problems = [] if problems is None else problems
 
     def run(self, check: Callable[[], T]) -> T | None:
+        """Return what ``check`` returns, None where it refuses."""
         try:
             return check()
         except InputError as error:
@@ -71,7 +72,7 @@ def check_chat_template(template: str | None) -> None:
     """Refuse what mergekit would only log, leaving the tokenizer out of every model."""
     if template is None or template == "auto" or "{" in template:
         return
-    names = [Path(file.name) for file in files(chat_templates).iterdir()]
+    names = [Path(file.name) for file in resources.files(chat_templates).iterdir()]
     known = sorted(name.stem for name in names if name.suffix == ".jinja")
     if template not in known:
         raise InputError(
@@ -143,7 +144,7 @@ def check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | No
                 ) from error
 
 
-def same_shapes(checkpoint: Checkpoint, contents: Contents, base: Contents) -> None:
+def same_shapes(checkpoint: RunCheckpoint, contents: Contents, base: Contents) -> None:
     common = [name for name in base.shapes if name in contents.shapes]
     if base.shapes and contents.shapes and not common:
         raise InputError(
@@ -158,7 +159,7 @@ def same_shapes(checkpoint: Checkpoint, contents: Contents, base: Contents) -> N
             )
 
 
-def adapter_note(checkpoint: Checkpoint, config: StreamConfig) -> list[str]:
+def adapter_note(checkpoint: RunCheckpoint, config: StreamConfig) -> list[str]:
     base = trained_on(checkpoint.reference)
     if base is None or absolute_reference(base) == config.base_model:
         return []

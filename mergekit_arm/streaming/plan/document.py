@@ -1,4 +1,4 @@
-"""A step as an ordinary mergekit configuration."""
+"""A step as an ordinary mergekit configuration, and the command that repeats it by hand."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from mergekit_arm.streaming.plan.method import StepMethod
 
 STEP_DTYPE = "float32"
 """Of the running model: rounding it at every step would add up."""
+STEP_BYTES = 4
+"""Of one of its elements."""
 
 
 def step_document(
@@ -78,7 +80,7 @@ def check_document(document: Mapping[str, Any]) -> None:
 def by_hand(config_file: Path, options: MergeOptions, document: Mapping[str, Any]) -> str:
     """Return the ``mergekit-yaml`` command that repeats a merge, with the flags that change it."""
     words = ["mergekit-yaml", str(config_file), "OUT"]
-    if "+" in _names(document):
+    if "+" in models_of(document):
         words += ["--lora-merge-cache", "CACHE"]
     for name in ("random_seed", "lora_merge_dtype"):
         value = getattr(options, name)
@@ -90,7 +92,8 @@ def by_hand(config_file: Path, options: MergeOptions, document: Mapping[str, Any
     return shlex.join(words)
 
 
-def _names(document: Mapping[str, Any]) -> str:
+def models_of(document: Mapping[str, Any]) -> str:
+    """Return the models of a configuration, for a message: ``a, b into base``."""
     models = [str(entry["model"]) for entry in document["models"]]
     base = document.get("base_model")
     return f"{', '.join(models)}{f' into {base}' if base else ''}"

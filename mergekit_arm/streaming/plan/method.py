@@ -11,8 +11,10 @@ from mergekit.merge_methods import BasePolicy, MergeMethod, ParameterScope
 
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.methods import register_all
+from mergekit_arm.statistics.kinds.importance import IMPORTANCE
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 
-_STATISTICS_OF = {"omega": "importance", "rotation": "subspace"}
+_STATISTICS_OF = {"omega": IMPORTANCE.name, "rotation": SUBSPACE.name}
 """A parameter that only methods with this need have → the statistics they read."""
 
 

@@ -14,7 +14,8 @@ from mergekit_arm.files import hash_file
 from mergekit_arm.models.contents import Contents, describe
 from mergekit_arm.models.loading import choose_device
 from mergekit_arm.models.tokenizer import load_own_tokenizer
-from mergekit_arm.streaming.config import DTYPES, Calibration, StreamConfig, absolute_reference
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE
+from mergekit_arm.streaming.config import FINAL_DTYPES, Calibration, StreamConfig
 from mergekit_arm.streaming.options import WatchOptions
 from mergekit_arm.streaming.plan.checks import (
     Checks,
@@ -29,7 +30,8 @@ from mergekit_arm.streaming.plan.checks import (
 )
 from mergekit_arm.streaming.plan.method import StepMethod, fit_method
 from mergekit_arm.streaming.plan.schedule import Rates, rate_at
-from mergekit_arm.streaming.training.checkpoints import Checkpoint, find_checkpoints
+from mergekit_arm.streaming.references import absolute_reference
+from mergekit_arm.streaming.training.checkpoints import RunCheckpoint, find_checkpoints
 
 _DECISIVE_OPTIONS = (
     "random_seed",
@@ -48,14 +50,14 @@ class PlannedStep:
 
     step: int
     passed: int
-    checkpoint: Checkpoint
+    checkpoint: RunCheckpoint
     rate: float | None
     measures: bool
     """Whether the model is calibrated before it."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class StreamPlan:
     """A stream whose configuration holds together."""
 
     config: StreamConfig
@@ -67,7 +69,7 @@ class Plan:
     """None where the method reads no statistics."""
     aligns: bool
     """Whether the checkpoints are measured as well."""
-    checkpoints: list[Checkpoint] | None
+    checkpoints: list[RunCheckpoint] | None
     """None under ``--watch``: they are not known yet."""
     fingerprint: dict[str, str]
     base: Contents
@@ -83,7 +85,7 @@ class Plan:
             return None
         return len(self.checkpoints) * self.config.passes
 
-    def step(self, number: int, checkpoint: Checkpoint) -> PlannedStep | None:
+    def step(self, number: int, checkpoint: RunCheckpoint) -> PlannedStep | None:
         """Return step ``number`` (from 1), None past the end of a list of learning rates."""
         rate = None
         if self.rates is not None:
@@ -108,7 +110,7 @@ class Plan:
 
 def make_plan(
     config: StreamConfig, merge: MergeOptions, watch: WatchOptions | None
-) -> tuple[Plan | None, list[str]]:
+) -> tuple[StreamPlan | None, list[str]]:
     """Check ``config`` and everything it names; return the plan and what is wrong with it.
 
     Reads headers, probes and data files, loads no model. The plan is None where too little
@@ -146,12 +148,12 @@ def make_plan(
     check.run(lambda: check_parameters(config, method, rates))
     check.run(lambda: check_chat_template(config.chat_template))
     check.run(lambda: choose_device(merge.device or "cpu"))
-    plan = Plan(
+    plan = StreamPlan(
         config=config,
         method=method,
         rates=rates,
         calibration=calibration,
-        aligns=aligns and "subspace" in method.statistics,
+        aligns=aligns and SUBSPACE.name in method.statistics,
         checkpoints=checkpoints,
         fingerprint=_fingerprint(config, merge, base, described, check),
         base=base,
@@ -172,22 +174,21 @@ def _dtype_of(reference: str, merge: MergeOptions) -> str:
     except (OSError, ValueError) as error:
         raise InputError(f"base_model {reference}: {first_line(error)}") from error
     dtype = str(getattr(found, "dtype", None) or "float32").removeprefix("torch.")
-    if dtype not in DTYPES:
+    if dtype not in FINAL_DTYPES:
         raise InputError(f"base_model {reference} is in {dtype}: say dtype: bfloat16 or another")
     return dtype
 
 
 def _describe_all(
-    checkpoints: list[Checkpoint], base: Contents, config: StreamConfig, check: Checks
+    checkpoints: list[RunCheckpoint], base: Contents, config: StreamConfig, check: Checks
 ) -> dict[str, str]:
-    changes_tokens = config.tokenizer is not None or config.tokenizer_source is not None
     found: dict[str, str] = {}
     for checkpoint in checkpoints:
         contents = check.run(lambda one=checkpoint: describe(one.reference))  # type: ignore[misc]
         if contents is None:
             continue
         found[checkpoint.name] = contents.fingerprint
-        if not changes_tokens:
+        if not config.changes_tokens:
             check.run(lambda one=checkpoint, it=contents: same_shapes(one, it, base))  # type: ignore[misc]
     return found
 

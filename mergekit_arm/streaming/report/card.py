@@ -7,7 +7,8 @@ import os
 import yaml
 
 from mergekit_arm.streaming.config import StreamConfig
-from mergekit_arm.streaming.state import Losses, State
+from mergekit_arm.streaming.evaluation.score import Score
+from mergekit_arm.streaming.state import State
 
 _TEMPLATE = """---
 {front}---
@@ -62,7 +63,7 @@ def _table(config: StreamConfig, state: State, chosen: int) -> str:
     header += ["loss", "perplexity"] * loss + ["metric"] * metric
     rows = [header, ["---"] * len(header)]
     if evaluation is not None:
-        base = state.base or Losses()
+        base = state.base or Score()
         rows.append([_mark(0, chosen), "base", "", "", *_numbers(base, loss, metric)])
     for record in state.steps:
         rate = "" if record.learning_rate is None else f"{record.learning_rate:g}"
@@ -82,10 +83,10 @@ def _mark(step: int, chosen: int) -> str:
     return f"**{step}**" if step == chosen else str(step)
 
 
-def _numbers(losses: Losses, loss: bool, metric: bool) -> list[str]:
+def _numbers(score: Score, loss: bool, metric: bool) -> list[str]:
     cells = []
     if loss:
-        cells += [f"{losses.loss:.4f}", f"{losses.perplexity:.2f}"]
+        cells += [f"{score.loss:.4f}", f"{score.perplexity:.2f}"]
     if metric:
-        cells.append(f"{losses.metric:g}")
+        cells.append(f"{score.metric:g}")
     return cells

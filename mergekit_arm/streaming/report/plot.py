@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mergekit_arm.files import replacement
-from mergekit_arm.streaming.state import Losses, State, StepRecord
+from mergekit_arm.files import write_bytes
+from mergekit_arm.streaming.evaluation.score import Score
+from mergekit_arm.streaming.state import State, StepRecord
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 _CURRENT, _CHECKPOINT, _BASE = "#0072B2", "#E69F00", "#555555"
@@ -35,8 +37,9 @@ def draw_stream(state: State, path: Path) -> None:
         axes.set_ylim(0, 1.1 * max(value for _, value in points) or 1)
     panels[-1, 0].set_xlabel("step")
     panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    with replacement(path) as unfinished:
-        figure.savefig(unfinished, format="png", dpi=120, metadata={"Software": None})
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=120, metadata={"Software": None})
+    write_bytes(path, drawn.getvalue())
 
 
 def _has(state: State, which: str) -> bool:
@@ -55,7 +58,7 @@ def _moves(records: list[StepRecord]) -> list[tuple[str, list[tuple[int, float]]
 
 def _draw_scores(axes: Axes, state: State, which: str) -> None:
     records = state.steps
-    base = getattr(state.base or Losses(), which)
+    base = getattr(state.base or Score(), which)
     steps = [0, *(record.step for record in records)]
     values = [base, *(getattr(record.current, which) for record in records)]
     axes.axhline(base, color=_BASE, linestyle=":", label="base")

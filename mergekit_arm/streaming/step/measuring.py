@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,10 @@ from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.errors import InputError
 from mergekit_arm.statistics.card import statistics_card
 from mergekit_arm.statistics.format import METADATA_FILE, Metadata, WeightRecord
-from mergekit_arm.statistics.probe import take_probe
+from mergekit_arm.statistics.locate import read_metadata
+from mergekit_arm.statistics.probe import content_hash, take_probe
 from mergekit_arm.statistics.write import PROBES, write_statistics
 from mergekit_arm.streaming.config import section
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Measurement:
     tokens: int
 
 
-def measure(
+def measure_model(
     model: str,
     out: Path,
     step: int,
@@ -44,7 +42,7 @@ def measure(
     merge: MergeOptions,
     *,
     say: Callable[[str], None],
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Measurement:
     """Calibrate ``model`` into ``out``, or find it done there already.
 
@@ -62,7 +60,7 @@ def measure(
         )
         with section("calibration"):
             calibrate(options, progress, say)
-    return Measurement(out, step, read_metadata(out).data.tokens)
+    return Measurement(out, step, read_metadata(str(out), out).data.tokens)
 
 
 def carry_over(earlier: Path, measured_at: int, model: Path, out: Path) -> Measurement:
@@ -76,12 +74,14 @@ def carry_over(earlier: Path, measured_at: int, model: Path, out: Path) -> Measu
         InputError: the model has a weight of which ``earlier`` knows nothing.
     """
     if not (out / METADATA_FILE).is_file():
-        old = read_metadata(earlier)
+        old = read_metadata(str(earlier), earlier)
         current = LazyTensorLoader.from_disk(str(model))
         weights, probes = _bind(old, current)
-        record = old.model.model_copy(
-            update={"content_hash": _content_hash(weights, probes), "revision": None}
+        content = content_hash(
+            (name, weight.shape, weight.dtype, probe)
+            for (name, weight), probe in zip(weights.items(), probes, strict=True)
         )
+        record = old.model.model_copy(update={"content_hash": content, "revision": None})
         new = old.model_copy(update={"model": record, "weights": weights})
         source = LazyTensorLoader.from_disk(str(earlier))
         tensors: dict[str, Tensor] = {
@@ -89,20 +89,15 @@ def carry_over(earlier: Path, measured_at: int, model: Path, out: Path) -> Measu
         }
         tensors[PROBES] = probes
         write_statistics(out, new, tensors, statistics_card(new, out.name))
-    return Measurement(out, measured_at, read_metadata(out).data.tokens)
+    return Measurement(out, measured_at, read_metadata(str(out), out).data.tokens)
 
 
 def provenance(measurement: Measurement) -> dict[str, Any]:
     """Return what the numbers were measured on and with, without the list of weights."""
-    metadata = read_metadata(measurement.path).model_dump(
+    metadata = read_metadata(str(measurement.path), measurement.path).model_dump(
         mode="json", include={"model", "data", "settings", "versions"}, exclude_none=True
     )
     return {"measured_before_step": measurement.measured_at, **metadata}
-
-
-def read_metadata(path: Path) -> Metadata:
-    """Return the metadata of a statistics directory of this stream's own."""
-    return Metadata.model_validate_json((path / METADATA_FILE).read_text(encoding="utf-8"))
 
 
 def _bind(old: Metadata, current: LazyTensorLoader) -> tuple[dict[str, WeightRecord], Tensor]:
@@ -110,7 +105,7 @@ def _bind(old: Metadata, current: LazyTensorLoader) -> tuple[dict[str, WeightRec
     probes: list[Tensor] = []
     for name in sorted(current.index.tensor_paths):
         tensor = current.get_tensor(name)
-        if not tensor.is_floating_point() or not tensor.numel():
+        if not tensor.numel():
             continue
         record = old.weights.get(_known_name(name, old))
         if record is None or record.shape[1:] != list(tensor.shape)[1:]:
@@ -132,11 +127,3 @@ def _known_name(name: str, old: Metadata) -> str:
         return name
     alike = [o for o in old.weights if o.endswith(f".{name}") or name.endswith(f".{o}")]
     return alike[0] if len(alike) == 1 else name
-
-
-def _content_hash(weights: Mapping[str, WeightRecord], probes: Tensor) -> str:
-    digest = hashlib.sha256()
-    for (name, weight), probe in zip(weights.items(), probes, strict=True):
-        digest.update(f"{name} {weight.shape} {weight.dtype} ".encode())
-        digest.update(probe.numpy().tobytes())
-    return digest.hexdigest()

@@ -22,7 +22,7 @@ from mergekit_arm.errors import Failure, first_line
 from mergekit_arm.files import fresh_directory, publish, remove
 from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.statistics.read import forget
-from mergekit_arm.streaming.plan.document import _names
+from mergekit_arm.streaming.plan.document import models_of
 
 
 def merge(document: Mapping[str, Any], text: str, out: Path, options: MergeOptions) -> None:
@@ -40,7 +40,7 @@ def merge(document: Mapping[str, Any], text: str, out: Path, options: MergeOptio
         raise
     except Exception as error:  # mergekit raises whatever its parts raise
         raise Failure(
-            f"mergekit could not merge {_names(document)}: {first_line(error)}"
+            f"mergekit could not merge {models_of(document)}: {first_line(error)}"
         ) from error
     remove(out)
     publish(staging, out)

@@ -1,4 +1,8 @@
-"""One step: measure, merge, compare, judge, and repeat with half the rate if it got worse."""
+"""One step: measure, merge, compare, judge, and repeat with half the rate if it got worse.
+
+Nothing here commits: what a step leaves in its directory counts once the stream has saved the
+record that :func:`take_step` returns.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +16,23 @@ from typing import Any
 
 from mergekit.options import MergeOptions
 
-from mergekit_arm.files import fresh_directory, remove, size_of, write_text
-from mergekit_arm.streaming.config import Evaluation
+from mergekit_arm.files import remove, size_of, write_text
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 from mergekit_arm.streaming.evaluation.score import Score
 from mergekit_arm.streaming.layout import (
     CHECKPOINT_STATISTICS,
-    CONFIG,
     METRICS,
     MODEL,
     PROVENANCE,
-    SCRATCH,
-    STATISTICS,
+    STEP_CONFIG,
+    STEP_STATISTICS,
 )
 from mergekit_arm.streaming.plan.document import by_hand, step_document, to_yaml
 from mergekit_arm.streaming.plan.plan import PlannedStep
-from mergekit_arm.streaming.state import Losses, StepRecord
-from mergekit_arm.streaming.step.measuring import Measurement, carry_over, measure, provenance
+from mergekit_arm.streaming.state import StepRecord
+from mergekit_arm.streaming.step.measuring import Measurement, carry_over, measure_model, provenance
 from mergekit_arm.streaming.step.merge import forgetting, merge, merge_adapter
-from mergekit_arm.streaming.step.movement import Move, measure_move
+from mergekit_arm.streaming.step.movement import measure_move
 from mergekit_arm.streaming.step.workplace import Workplace
 
 HALVINGS = 4
@@ -54,17 +57,6 @@ class _Clock:
             self.seconds[part] = round(self.seconds.get(part, 0.0) + spent, 3)
 
 
-@dataclass(frozen=True)
-class _Attempt:
-    """One merge of a step with one learning rate, and its result."""
-
-    number: int
-    rate: float | None
-    move: Move
-    score: Score
-    accepted: bool
-
-
 def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
     """Do one step and return its record; nothing of it is committed yet.
 
@@ -79,9 +71,9 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
         own = _statistics(place, planned, current)
         others = _checkpoint_statistics(place, planned)
     with clock.time("evaluate"):
-        latest = score_checkpoint(place, checkpoint)
-    rate, written = planned.rate, 0
-    for number in range(1, HALVINGS + 2):
+        latest = _score_checkpoint(place, checkpoint)
+    rate, attempts, written = planned.rate, 0, 0
+    while True:
         document = step_document(
             place.plan.config,
             place.plan.method,
@@ -99,34 +91,34 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
                 move = measure_move(document, merged, merge_options)
         written += size_of(folder / MODEL)
         with clock.time("evaluate"):
-            score = _score(place, merged)
-        worse = _is_worse(place, score)
-        attempt = _Attempt(number, rate, move, score, accepted=not worse)
-        if not worse or number > HALVINGS:
+            score = place.score(merged)
+        attempts += 1
+        accepted = not _is_worse(place, score)
+        if accepted or attempts > HALVINGS:
             break
         assert rate is not None  # the plan refuses to backtrack without one
         place.say(f"step {planned.step}: worse at learning rate {rate:g}; again with {rate / 2:g}")
         rate /= 2
-    if not attempt.accepted:
+    if not accepted:
         remove(folder / MODEL)
     record = StepRecord(
         step=planned.step,
         passed=planned.passed,
         checkpoint=planned.checkpoint.name,
         reference=checkpoint,
-        learning_rate=attempt.rate,
+        learning_rate=rate,
         planned_rate=planned.rate,
-        attempts=attempt.number,
-        accepted=attempt.accepted,
+        attempts=attempts,
+        accepted=accepted,
         statistics_from=own.measured_at if own else None,
         calibration_tokens=own.tokens if own and own.measured_at == planned.step else 0,
         rotation_degrees=move.rotation(),
         update_norm=move.update_norm,
         task_norm=move.task_norm,
-        current=as_losses(score) if attempt.accepted else state.losses_of(state.current),
-        base=state.base or Losses(),
+        current=score if accepted else state.score_of(state.current),
+        base=state.base or Score(),
         latest_checkpoint=latest,
-        best_step=_best(place, planned.step, attempt),
+        best_step=planned.step if accepted and _is_best(place, score) else state.best,
         seconds=clock.seconds,
         bytes=written,
     )
@@ -136,25 +128,6 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
     if own is not None:
         write_text(folder / PROVENANCE, json.dumps(provenance(own), indent=1) + "\n")
     return record
-
-
-def score_base(place: Workplace) -> None:
-    """Score the base and commit that."""
-    place.state.base = as_losses(_score(place, place.plan.config.base_model))
-    place.state.save(place.out)
-
-
-def score_checkpoint(place: Workplace, reference: str) -> Losses:
-    """Return a checkpoint's loss; scored once, however often the stream passes over it."""
-    merge_adapter(reference, place.merge)
-    if reference not in place.state.scores:
-        place.state.scores[reference] = as_losses(_score(place, reference, run_command=False))
-    return place.state.scores[reference]
-
-
-def as_losses(score: Score) -> Losses:
-    """Return a score as the state stores it."""
-    return Losses(loss=score.loss, perplexity=score.perplexity, metric=score.metric)
 
 
 def _options_of(place: Workplace, step: int) -> MergeOptions:
@@ -174,10 +147,10 @@ def _statistics(place: Workplace, planned: PlannedStep, current: str) -> Measure
     calibration = place.plan.calibration
     if calibration is None:
         return None
-    out = place.folder(planned.step) / STATISTICS
+    out = place.folder(planned.step) / STEP_STATISTICS
     if planned.measures:
         merge_adapter(current, place.merge)
-        return measure(
+        return measure_model(
             current,
             out,
             planned.step,
@@ -189,7 +162,7 @@ def _statistics(place: Workplace, planned: PlannedStep, current: str) -> Measure
         )
     last = place.state.steps[-1]
     assert last.statistics_from is not None
-    earlier = place.folder(last.step) / STATISTICS
+    earlier = place.folder(last.step) / STEP_STATISTICS
     return carry_over(earlier, last.statistics_from, Path(current), out)
 
 
@@ -198,12 +171,12 @@ def _checkpoint_statistics(place: Workplace, planned: PlannedStep) -> Path | Non
         return None
     merge_adapter(planned.checkpoint.reference, place.merge)
     out = place.folder(planned.step) / CHECKPOINT_STATISTICS
-    return measure(
+    return measure_model(
         planned.checkpoint.reference,
         out,
         planned.step,
         place.plan.calibration.settings,
-        ("subspace",),
+        (SUBSPACE.name,),
         place.merge,
         say=place.say,
         progress=place.progress,
@@ -216,7 +189,7 @@ def _merge_once(
     """Merge into the step's directory, unless a killed run had finished this very merge."""
     folder = place.folder(planned.step)
     text = to_yaml(document, _comment(place, planned, document, options))
-    config = folder / CONFIG
+    config = folder / STEP_CONFIG
     if (folder / MODEL).is_dir():
         if config.is_file() and config.read_text(encoding="utf-8") == text:
             return
@@ -230,7 +203,7 @@ def _comment(
 ) -> list[str]:
     lines = [
         f"Step {planned.step} of a stream: {planned.checkpoint.name} into the model so far.",
-        f"By hand: {by_hand(place.folder(planned.step) / CONFIG, options, document)}",
+        f"By hand: {by_hand(place.folder(planned.step) / STEP_CONFIG, options, document)}",
     ]
     if place.keep != "all":
         lines.append(
@@ -240,35 +213,25 @@ def _comment(
     return lines
 
 
-def _score(place: Workplace, reference: str, *, run_command: bool = True) -> Score:
-    if place.judge is None:
-        return Score()
-    model = merge_adapter(reference, place.merge)
-    scratch = fresh_directory(place.out / SCRATCH)
-    try:
-        return place.judge.score(model, scratch, run_command=run_command)
-    finally:
-        remove(scratch)
-
-
-def _evaluation(place: Workplace) -> Evaluation | None:
-    return place.plan.config.evaluation
+def _score_checkpoint(place: Workplace, reference: str) -> Score:
+    """Return a checkpoint's loss; scored once, however often the stream passes over it."""
+    merge_adapter(reference, place.merge)
+    if reference not in place.state.scores:
+        place.state.scores[reference] = place.score(reference, run_command=False)
+    return place.state.scores[reference]
 
 
 def _is_worse(place: Workplace, score: Score) -> bool:
-    evaluation = _evaluation(place)
+    """Say whether a step made the model worse, where ``backtrack`` asks."""
+    evaluation = place.plan.config.evaluation
     if evaluation is None or not evaluation.backtrack:
         return False
-    before = place.state.losses_of(place.state.current)
-    return Score(before.loss, before.metric).better_than(score, evaluation)
+    return place.state.score_of(place.state.current).better_than(score, evaluation)
 
 
-def _best(place: Workplace, step: int, attempt: _Attempt) -> int:
-    evaluation = _evaluation(place)
-    if not attempt.accepted:
-        return place.state.best
+def _is_best(place: Workplace, score: Score) -> bool:
+    """Say whether a step is better than all before it; without evaluation the last one is."""
+    evaluation = place.plan.config.evaluation
     if evaluation is None:
-        return step
-    best = place.state.losses_of(place.state.best)
-    better = attempt.score.better_than(Score(best.loss, best.metric), evaluation)
-    return step if better else place.state.best
+        return True
+    return score.better_than(place.state.score_of(place.state.best), evaluation)

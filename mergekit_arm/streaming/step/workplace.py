@@ -1,4 +1,4 @@
-"""The stream's directory: what lies where, and which weights may go."""
+"""The stream's directory and what its steps share: where things lie, and which weights may go."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from pathlib import Path
 
 from mergekit.options import MergeOptions
 
-from mergekit_arm.files import remove, write_text
-from mergekit_arm.streaming.evaluation.score import Judge
-from mergekit_arm.streaming.layout import CHECKPOINT_STATISTICS, JOURNAL, MODEL, STATISTICS
+from mergekit_arm.files import fresh_directory, remove, write_text
+from mergekit_arm.streaming.evaluation.score import Judge, Score
+from mergekit_arm.streaming.layout import (
+    CHECKPOINT_STATISTICS,
+    JOURNAL,
+    MODEL,
+    SCRATCH,
+    STEP_STATISTICS,
+    STEPS,
+)
 from mergekit_arm.streaming.options import Keep
-from mergekit_arm.streaming.plan.plan import Plan
+from mergekit_arm.streaming.plan.plan import StreamPlan
 from mergekit_arm.streaming.state import State
+from mergekit_arm.streaming.step.merge import merge_adapter
 
 
 @dataclass
@@ -22,7 +30,7 @@ class Workplace:
     """``OUT`` and everything that the steps share."""
 
     out: Path
-    plan: Plan
+    plan: StreamPlan
     merge: MergeOptions
     keep: Keep
     state: State
@@ -32,7 +40,7 @@ class Workplace:
 
     def folder(self, step: int) -> Path:
         """Return the directory of a step (from 1)."""
-        return self.out / "steps" / f"{step:03d}"
+        return self.out / STEPS / f"{step:03d}"
 
     def model_of(self, step: int) -> str:
         """Return the reference of the model after ``step``; 0 is the base."""
@@ -45,8 +53,22 @@ class Workplace:
         best = evaluation is not None and evaluation.keep == "best"
         return self.state.best if best else self.state.current
 
-    def prune(self) -> None:
-        """Remove weights and statistics that neither the next step nor the user needs."""
+    def score(self, reference: str, *, run_command: bool = True) -> Score:
+        """Return how good a model is; all None without ``evaluation``."""
+        if self.judge is None:
+            return Score()
+        model = merge_adapter(reference, self.merge)
+        scratch = fresh_directory(self.out / SCRATCH)
+        try:
+            return self.judge.score(model, scratch, run_command=run_command)
+        finally:
+            remove(scratch)
+
+    def prune(self, *, finished: bool = False) -> None:
+        """Remove weights and statistics that neither the next step nor the user needs.
+
+        ``finished``: the final model is there, so that nothing is kept to make it from.
+        """
         running = self.state.stopped is None
         if self.keep == "all":
             kept = {record.step for record in self.state.steps if record.accepted}
@@ -54,19 +76,19 @@ class Workplace:
             kept = {self.state.current, self.chosen}
         else:
             kept = {self.chosen if self.keep == "best" else self.state.current}
-        if self.state.chosen is None:
+        if not finished:
             kept.add(self.chosen)  # the final model is made from it
         newest = len(self.state.steps)
         for record in self.state.steps:
             folder = self.folder(record.step)
             if record.step not in kept:
                 remove(folder / MODEL)
-            for name in (STATISTICS, CHECKPOINT_STATISTICS):
+            for name in (STEP_STATISTICS, CHECKPOINT_STATISTICS):
                 remove(folder / f"{name}.partial")  # of a calibration killed at its very end
             if self.keep == "all":
                 continue
             if record.step < newest or not running:
-                remove(folder / STATISTICS)
+                remove(folder / STEP_STATISTICS)
             remove(folder / CHECKPOINT_STATISTICS)
 
     def write_journal(self) -> None:

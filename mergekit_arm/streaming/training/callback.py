@@ -1,25 +1,41 @@
-"""Merge while training goes on: a callback for transformers' ``Trainer``."""
+"""Merge while training goes on: a callback for transformers' ``Trainer``.
+
+Of a training in many processes the first starts the stream and takes the checkpoints, and tells
+the others how it ended.
+"""
 
 from __future__ import annotations
 
 import atexit
 import logging
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mergekit_arm.errors import Failure
-from mergekit_arm.streaming.config import StreamConfig, load_config, plain_path
-from mergekit_arm.streaming.layout import END_MARKER, INCOMING
+from mergekit_arm.streaming.config import StreamConfig, load_config
+from mergekit_arm.streaming.layout import END_MARKER, INCOMING, MODEL
+from mergekit_arm.streaming.references import plain_path
 from mergekit_arm.streaming.training.watch import take
 
 LOG = logging.getLogger(__name__)
+
+_MEETING = 5.0  # seconds between two meetings of processes that wait for the stream
+
+# What torchrun tells a process of the others. The stream is none of them: with these it would
+# wait for the training's processes to join its calibration.
+_OF_A_RANK = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME")
+_OF_THE_WORLD = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE")
+_OF_THE_LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_")
 
 
 class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
@@ -37,7 +53,8 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         model = callback.check()                        # its directory; raises if it failed
 
     A stream that fails does not end the training: it is logged, and :meth:`check` raises. A
-    training that fails ends the stream; the same training, resumed, goes on with it.
+    training that fails ends the stream; the same training, resumed, goes on with it. Under
+    ``torchrun`` there is one stream, and :meth:`check` answers on every process.
     """
 
     def __init__(
@@ -66,12 +83,16 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         self._wait = wait
         self._scratch = tempfile.TemporaryDirectory(prefix="mergekit-arm-stream-")
         self._child: subprocess.Popen[bytes] | None = None
+        self._began = False
+        self._status: int | None = None
+        """With which the stream ended, once that is known to every process."""
         self._failed = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Start the stream, on the main process."""
+        self._began, self._status = True, None
         if not state.is_world_process_zero:
             return
         run = Path(args.output_dir)
@@ -83,7 +104,9 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         document = {**self._document, "checkpoints": str(run.absolute())}
         file.write_text(yaml.safe_dump(document), encoding="utf-8")
         command = [sys.executable, "-m", "mergekit_arm", "stream", str(file), str(self.out)]
-        self._child = subprocess.Popen([*command, "--watch", *self._arguments])
+        self._child = subprocess.Popen(
+            [*command, "--watch", *self._arguments], env=_alone(os.environ)
+        )
         # A training that fails would leave it waiting, and the next one's stream locked out.
         atexit.register(self._child.terminate)
 
@@ -106,33 +129,65 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Tell the stream that no more checkpoints come, and wait for its end."""
-        if self._child is None:
-            return
-        atexit.unregister(self._child.terminate)
-        (Path(args.output_dir) / END_MARKER).touch()
+        if self._child is not None:
+            atexit.unregister(self._child.terminate)
+            (Path(args.output_dir) / END_MARKER).touch()
         if self._wait:
-            self._child.wait()
+            self._exit_status()
             self._ended()
 
     def check(self) -> Path:
         """Wait for the stream and return its final model's directory.
 
+        With ``wait=False``, all processes of a training must call this: they wait together.
+
         Raises:
             Failure: it ended without one.
         """
-        if self._child is None or self._child.wait() != 0:
-            status = "never began" if self._child is None else f"ended with {self._child.poll()}"
-            raise Failure(f"{self.out}: the stream {status}; its own output says why")
-        return self.out / "model"
+        if not self._began:
+            raise Failure(f"{self.out}: the stream never began; train with this callback first")
+        status = self._exit_status()
+        if status != 0:
+            raise Failure(f"{self.out}: the stream ended with {status}; its own output says why")
+        return self.out / MODEL
+
+    def _exit_status(self) -> int:
+        """Return the stream's exit status once it is over, on every process.
+
+        They meet again and again: in one long wait, a collective operation would time out.
+        """
+        many = dist.is_available() and dist.is_initialized()
+        if self._child is None and not many:
+            raise Failure(f"{self.out}: only the training's first process knows its stream's end")
+        while self._status is None:
+            told: list[int | None] = [None]
+            if self._child is not None:
+                with suppress(subprocess.TimeoutExpired):
+                    told[0] = self._child.wait(_MEETING)
+            if many:
+                dist.broadcast_object_list(told, src=0)
+            self._status = told[0]
+        return self._status
 
     def _ended(self) -> bool:
         """Say whether the stream is over, and log it once if it failed."""
-        assert self._child is not None
+        if self._child is None:
+            return False
         status = self._child.poll()
         if status not in (None, 0) and not self._failed:
             self._failed = True
             LOG.error("the stream in %s ended with status %s; training goes on", self.out, status)
         return status is not None
+
+
+def _alone(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without what makes a process one of many."""
+    others = (*_OF_A_RANK, *_OF_THE_WORLD)
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in others and not name.startswith(_OF_THE_LAUNCHER)
+    }
 
 
 def _document(config: StreamConfig | Mapping[str, Any] | str | Path) -> dict[str, Any]:

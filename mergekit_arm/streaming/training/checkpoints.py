@@ -10,14 +10,14 @@ from pathlib import Path
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.models.contents import is_adapter, missing_part
-from mergekit_arm.streaming.config import absolute_reference, plain_path
+from mergekit_arm.streaming.references import absolute_reference, plain_path
 
 TRAINER_STATE = "trainer_state.json"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class RunCheckpoint:
     """One model to merge in."""
 
     name: str
@@ -28,7 +28,7 @@ class Checkpoint:
 
 def find_checkpoints(
     setting: str | list[str], base_model: str, say: Callable[[str], None]
-) -> list[Checkpoint]:
+) -> list[RunCheckpoint]:
     """Return the checkpoints that ``setting`` means, in the order of training.
 
     Incomplete ones of a Trainer's directory are left out, and ``say`` is told.
@@ -44,7 +44,7 @@ def find_checkpoints(
             f"checkpoints: {setting} is no directory; name a Trainer's output directory, or list "
             "models: [org/model, ./path]"
         )
-    found: list[Checkpoint] = []
+    found: list[RunCheckpoint] = []
     numbered = numbered_checkpoints(folder)
     for path in numbered.values():
         problem = missing_part(path)
@@ -69,13 +69,15 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def trained_checkpoint(path: Path, base_model: str) -> Checkpoint:
+def trained_checkpoint(path: Path, base_model: str) -> RunCheckpoint:
     """Return the checkpoint at a local directory, with ``base_model`` where it is an adapter."""
     reference = plain_path(path)
-    return Checkpoint(path.name, adapted(base_model, reference) if is_adapter(path) else reference)
+    return RunCheckpoint(
+        path.name, adapted(base_model, reference) if is_adapter(path) else reference
+    )
 
 
-def listed_checkpoint(reference: str, base_model: str) -> Checkpoint:
+def listed_checkpoint(reference: str, base_model: str) -> RunCheckpoint:
     """Return the checkpoint that one entry of a list means.
 
     Raises:
@@ -85,8 +87,8 @@ def listed_checkpoint(reference: str, base_model: str) -> Checkpoint:
     if absolute == absolute_reference(base_model):
         raise InputError(f"checkpoints: {reference} is the base_model; remove it from the list")
     if is_adapter(Path(absolute)):
-        return Checkpoint(reference, adapted(base_model, absolute))
-    return Checkpoint(reference, absolute)
+        return RunCheckpoint(reference, adapted(base_model, absolute))
+    return RunCheckpoint(reference, absolute)
 
 
 def adapted(base_model: str, adapter: str) -> str:

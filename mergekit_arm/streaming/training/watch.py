@@ -17,7 +17,7 @@ from mergekit_arm.streaming.layout import END_MARKER
 from mergekit_arm.streaming.options import WatchOptions
 from mergekit_arm.streaming.training.checkpoints import (
     TRAINER_STATE,
-    Checkpoint,
+    RunCheckpoint,
     is_last,
     numbered_checkpoints,
     trained_checkpoint,
@@ -45,7 +45,7 @@ class Watch:
     options: WatchOptions
     say: Callable[[str], None]
 
-    def next(self, after: int) -> tuple[int, Checkpoint] | str:
+    def next(self, after: int) -> tuple[int, RunCheckpoint] | str:
         """Wait for the first complete checkpoint whose number exceeds ``after``.
 
         Where the run has ended, returns what says so: the checkpoint ``after`` was its last,

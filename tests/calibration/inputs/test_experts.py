@@ -14,12 +14,13 @@ from mergekit.merge_methods import merge_state_dicts
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
 from mergekit_arm.cli.calibrate import command
+from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.read import Statistics
 from tests.support.equality import assert_same_statistics
-from tests.support.models import VOCABULARY, perturbed
+from tests.support.models import perturbed, tiny_experts
 
 EXPERTS, STARVED, LAYERS = 4, 2, 2
 
@@ -28,24 +29,7 @@ EXPERTS, STARVED, LAYERS = 4, 2, 2
 def moe(tmp_path_factory: pytest.TempPathFactory, token_file: Path) -> Path:
     """``base`` and ``a``, a Qwen3-MoE whose routers pass expert 2 one token in a hundred."""
     folder = tmp_path_factory.mktemp("moe")
-    torch.manual_seed(3)
-    model = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            moe_intermediate_size=24,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            num_experts=EXPERTS,
-            num_experts_per_tok=1,
-            decoder_sparse_step=1,
-            mlp_only_layers=[],
-            max_position_embeddings=64,
-        )
-    )
+    model = tiny_experts(3, experts=EXPERTS, per_token=1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -110,11 +94,11 @@ def test_every_expert_has_its_own_tokens(moe: Path, token_file: Path, stats: Pat
                 continue
             record = opened.metadata.weights[f"{prefix}.{expert}.gate_proj.weight"]
             expected = x.abs().mean(0)
-            torch.testing.assert_close(opened.importance(record, "mean_abs"), expected)
+            torch.testing.assert_close(IMPORTANCE.values(opened, record, "mean_abs"), expected)
             gate, up = model.get_parameter(f"{prefix}.gate_up_proj")[expert].detach().split(24)
             middle = functional.silu(x @ gate.T) * (x @ up.T)
             record = opened.metadata.weights[f"{prefix}.{expert}.down_proj.weight"]
-            found = opened.importance(record, "rms")
+            found = IMPORTANCE.values(opened, record, "rms")
             torch.testing.assert_close(found, middle.square().mean(0).sqrt(), rtol=1e-4, atol=1e-6)
 
 

@@ -25,7 +25,7 @@ from mergekit_arm.calibration.layerwise.followers import Followers
 from mergekit_arm.calibration.layerwise.hidden import HiddenStates
 from mergekit_arm.calibration.running.progress import SavedProgress
 from mergekit_arm.errors import InputError
-from mergekit_arm.tensors import TensorFiles
+from mergekit_arm.models.tensors import CheckpointTensors
 from tests.support.equality import assert_same_statistics
 from tests.support.models import VOCABULARY, tiny_llama
 
@@ -97,13 +97,13 @@ def test_each_weight_is_read_once(
 ) -> None:
     """And for its values: a probe reads 32 of them."""
     read: Counter[str] = Counter()
-    plain = TensorFiles.get
+    plain = CheckpointTensors.get
 
-    def counting(self: TensorFiles, name: str) -> Tensor:
+    def counting(self: CheckpointTensors, name: str) -> Tensor:
         read[name] += 1
         return plain(self, name)
 
-    monkeypatch.setattr(TensorFiles, "get", counting)
+    monkeypatch.setattr(CheckpointTensors, "get", counting)
     probed = Counter(load_file(family / "base" / "model.safetensors").keys())
     measure(family / "base", tmp_path / "stats", low_memory=True, batch_size=2)
     read.subtract(probed)

@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.streaming import StreamOptions, stream
 from mergekit_arm.streaming.config import Evaluation
-from mergekit_arm.streaming.evaluation.heldout import HeldOut, Sequence, load_heldout
+from mergekit_arm.streaming.evaluation.heldout import HeldOut, ScoredSequence, load_heldout
 from mergekit_arm.streaming.evaluation.score import Judge, mean_loss, run_metric
 from tests.support.models import VOCABULARY, perturbed, tiny_llama
 from tests.support.streams import add_tokenizer, config, weights, write_run, write_tokens
@@ -50,7 +50,7 @@ def test_the_loss_is_that_of_a_plain_loop() -> None:
         ids = torch.randint(VOCABULARY, (length,), generator=generator)
         scored = torch.rand(length, generator=generator) < 0.6
         scored[0], scored[1] = False, True
-        sequences.append(Sequence(ids, scored))
+        sequences.append(ScoredSequence(ids, scored))
     expected: list[float] = []
     with torch.inference_mode():
         for sequence in sequences:
@@ -66,7 +66,7 @@ def test_the_loss_is_that_of_a_plain_loop() -> None:
 
 
 def test_batches_stay_within_their_bound() -> None:
-    sequences = [Sequence(torch.ones(n).long(), torch.ones(n).bool()) for n in range(1, 30)]
+    sequences = [ScoredSequence(torch.ones(n).long(), torch.ones(n).bool()) for n in range(1, 30)]
     batches = list(HeldOut(sequences, False).batches(elements=2000, width=20, batch_size=None))
     assert all(ids.numel() * 20 <= 2000 for ids, _, _ in batches)
     assert sum(int(mask.sum()) for _, mask, _ in batches) == sum(range(1, 30))

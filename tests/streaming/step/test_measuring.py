@@ -10,9 +10,12 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.statistics.kinds.importance import IMPORTANCE
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE
+from mergekit_arm.statistics.locate import read_metadata
 from mergekit_arm.statistics.read import open_statistics
 from mergekit_arm.streaming.config import Calibration
-from mergekit_arm.streaming.step.measuring import carry_over, measure, read_metadata
+from mergekit_arm.streaming.step.measuring import carry_over, measure_model
 from tests.support.models import perturbed, tiny_llama
 from tests.support.streams import write_tokens
 
@@ -25,7 +28,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base.save_pretrained(folder / "base")
     perturbed(base, 1).save_pretrained(folder / "next")
     settings = Calibration.model_validate({"dataset": str(write_tokens(folder / "t.jsonl", 3))})
-    measure(
+    measure_model(
         str(folder / "base"),
         folder / "statistics",
         1,
@@ -51,12 +54,13 @@ def test_carried_over_statistics_belong_to_the_later_model(scene: Path, tmp_path
             old = open_statistics(str(scene / "statistics"))
             original = old.metadata.weights[name]
             importance = [
-                one.importance(entry, "rms")
+                IMPORTANCE.values(one, entry, "rms")
                 for one, entry in ((statistics, record), (old, original))
             ]
             assert torch.equal(*importance)
             bases = [
-                one.subspace(entry, 0.9) for one, entry in ((statistics, record), (old, original))
+                SUBSPACE.basis(one, entry, 0.9)
+                for one, entry in ((statistics, record), (old, original))
             ]
             # The head's input is measured, but not its subspace.
             assert (bases[0] is None) == (bases[1] is None) == (name == "lm_head.weight")
@@ -72,8 +76,8 @@ def test_a_model_with_other_weights_cannot_take_them_over(scene: Path, tmp_path:
 
 
 def test_what_was_measured_is_not_measured_again(scene: Path) -> None:
-    before = read_metadata(scene / "statistics")
-    again = measure(
+    before = read_metadata("scene", scene / "statistics")
+    again = measure_model(
         "no such model", scene / "statistics", 1, {}, ("importance",), MergeOptions(), say=print
     )
     assert again.tokens == before.data.tokens
@@ -81,7 +85,7 @@ def test_what_was_measured_is_not_measured_again(scene: Path) -> None:
 
 def test_subspaces_alone_can_be_read(scene: Path, tmp_path: Path) -> None:
     settings = Calibration.model_validate({"dataset": str(scene / "t.jsonl")})
-    measure(
+    measure_model(
         str(scene / "base"),
         tmp_path / "alone",
         1,
@@ -92,6 +96,6 @@ def test_subspaces_alone_can_be_read(scene: Path, tmp_path: Path) -> None:
     )
     statistics = open_statistics(str(tmp_path / "alone"))
     record = statistics.metadata.weights["model.layers.1.mlp.down_proj.weight"]
-    basis = statistics.subspace(record, 0.9)
+    basis = SUBSPACE.basis(statistics, record, 0.9)
     assert basis is not None
     assert basis.shape[0] == 48

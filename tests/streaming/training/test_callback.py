@@ -14,8 +14,9 @@ import torch
 
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.streaming import StreamCallback
+from mergekit_arm.streaming.training import callback as callback_module
 from tests.support.models import tiny_llama
-from tests.support.streams import config, weights
+from tests.support.streams import config, weights, write_tokens
 
 
 def test_a_trainer_feeds_a_stream(tmp_path: Path) -> None:
@@ -66,19 +67,17 @@ def test_a_failing_stream_does_not_end_training(tmp_path: Path) -> None:
 def test_neither_training_nor_stream_outlives_the_others_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import mergekit_arm.streaming.training.callback as module
-
     sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
     children: list[subprocess.Popen[bytes]] = []
     at_exit: list[Callable[[], None]] = []
 
-    def popen(command: list[str]) -> subprocess.Popen[bytes]:
+    def popen(command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
         children.append(Popen(sleeping))
         return children[-1]
 
     Popen = subprocess.Popen
-    monkeypatch.setattr(module.subprocess, "Popen", popen)
-    monkeypatch.setattr(module.atexit, "register", at_exit.append)
+    monkeypatch.setattr(callback_module.subprocess, "Popen", popen)
+    monkeypatch.setattr(callback_module.atexit, "register", at_exit.append)
     callback = StreamCallback(config(tmp_path), tmp_path / "out")
 
     class Arguments:
@@ -93,6 +92,78 @@ def test_neither_training_nor_stream_outlives_the_others_failure(
     assert "checkpoint-2 cannot be streamed" in caplog.text
     at_exit[0]()
     assert children[0].wait(timeout=20) == -signal.SIGTERM
+
+
+_TRAINING = """
+import sys
+from datasets import Dataset
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+from mergekit_arm.streaming import StreamCallback
+
+folder = sys.argv[1]
+rows = Dataset.from_list([{"input_ids": [i, 1, 2, 3], "labels": [i, 1, 2, 3]} for i in range(16)])
+arguments = TrainingArguments(
+    output_dir=f"{folder}/run", max_steps=2, save_steps=1, per_device_train_batch_size=2,
+    report_to=[], use_cpu=True, disable_tqdm=True,
+)
+document = {
+    "merge_method": "aim",
+    "base_model": f"{folder}/base",
+    "calibration": {"dataset": f"{folder}/tokens.jsonl", "device": "cpu"},
+}
+callback = StreamCallback(document, f"{folder}/out", ["--poll", "0.1", "--quiet"])
+model = LlamaForCausalLM.from_pretrained(f"{folder}/base")
+Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback]).train()
+print("MODEL OF", arguments.process_index, callback.check(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_every_process_of_a_training_learns_how_the_stream_ended(tmp_path: Path) -> None:
+    tiny_llama(0).save_pretrained(tmp_path / "base")
+    write_tokens(tmp_path / "tokens.jsonl", 6)
+    (tmp_path / "training.py").write_text(_TRAINING)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    # With torchrun's variables the stream's calibration would wait for ever for other processes.
+    done = subprocess.run(
+        [*launcher, "--standalone", tmp_path / "training.py", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    for process in (0, 1):
+        assert f"MODEL OF {process} {tmp_path}/out/model" in done.stdout
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
+def test_the_stream_is_none_of_the_trainings_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, str]] = []
+
+    class Child:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            given.append(env)
+
+        def terminate(self) -> None:
+            pass
+
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    launched |= {"MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": "0"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HF_HOME", "/kept")
+    monkeypatch.setattr(callback_module.subprocess, "Popen", Child)
+
+    class Arguments:
+        output_dir = str(tmp_path / "run")
+
+    callback = StreamCallback(config(tmp_path), tmp_path / "out")
+    callback.on_train_begin(Arguments(), State(), None)  # type: ignore[arg-type]
+    assert not launched.keys() & given[0].keys()
+    assert given[0]["HF_HOME"] == "/kept"
 
 
 def test_a_wrong_configuration_is_refused_before_training(tmp_path: Path) -> None:

@@ -17,22 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 import yaml
 from mergekit import merge_methods
+from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
-from mergekit_arm.demo.stream import CONFIG, EARLY, OUT, early_checkpoints, run_stream
+from mergekit_arm.calibration.calibrate import calibrate
+from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.demo.stream import DOMAIN as STREAMED
-from mergekit_arm.demo.text import DOMAINS, Corpus, standard_library
-from mergekit_arm.demo.train import mean_loss, new_model, pack, save, train, train_tokenizer
+from mergekit_arm.demo.stream import EARLY, OUT, RUN, STREAM_CONFIG, early_steps, run_stream
+from mergekit_arm.demo.text import DOMAINS, DomainText, standard_library
+from mergekit_arm.demo.train import new_model, save, token_blocks, train, train_tokenizer
 from mergekit_arm.errors import Failure, InputError
+from mergekit_arm.streaming.config import Evaluation
+from mergekit_arm.streaming.evaluation.score import Judge
 
 BASE_DOMAIN, *SPECIALTIES = DOMAINS
 BASE = "base"
@@ -42,7 +44,7 @@ CALIBRATION = CalibrationOptions(
     model=f"./{BASE}", out="./stats", dataset="calibration.jsonl", samples=128, sequence_length=128
 )
 
-Losses = dict[str, dict[str, float]]
+LossTable = dict[str, dict[str, float]]
 """Model → domain → held-out loss in nats per token."""
 
 
@@ -70,7 +72,7 @@ def merge_configs() -> dict[str, dict[str, Any]]:
     }
 
 
-def run_demo(options: DemoOptions, console: Console) -> Losses:
+def run_demo(options: DemoOptions, console: Console) -> LossTable:
     """Run the whole demo into ``options.out`` and print its table.
 
     Raises:
@@ -82,14 +84,14 @@ def run_demo(options: DemoOptions, console: Console) -> Losses:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         reading = bar.add_task("reading the standard library", total=None)
-        corpora = standard_library(seed=options.seed, characters=options.characters)
-        _prepare(options, corpora)
+        texts = standard_library(seed=options.seed, characters=options.characters)
+        _prepare(options, texts)
         bar.update(reading, total=1, completed=1)
-        _train_models(options, corpora, bar)
+        _train_models(options, texts, bar)
         with _inside(options.out):
             _calibrate_and_merge(bar)
             _stream(bar)
-            losses = _measure(corpora, bar)
+            losses = _measure(bar)
             Path("losses.json").write_text(json.dumps(losses, indent=2) + "\n")
     console.print(_table(losses))
     console.print(
@@ -117,48 +119,44 @@ def _check(options: DemoOptions) -> None:
         )
 
 
-def _prepare(options: DemoOptions, corpora: dict[str, Corpus]) -> None:
+def _prepare(options: DemoOptions, texts: dict[str, DomainText]) -> None:
     out = options.out
     if out.exists():
         shutil.rmtree(out)
     for folder in ("configs", "heldout"):
         (out / folder).mkdir(parents=True)
     (out / MARKER).write_text(json.dumps({"seed": options.seed}) + "\n")
-    _write_texts(out / CALIBRATION.dataset, corpora[BASE_DOMAIN].train)
-    for domain, corpus in corpora.items():
+    _write_texts(out / CALIBRATION.dataset, texts[BASE_DOMAIN].train)
+    for domain, corpus in texts.items():
         _write_texts(out / "heldout" / f"{domain}.jsonl", corpus.heldout)
     for name, config in merge_configs().items():
         (out / "configs" / f"{name}.yml").write_text(yaml.safe_dump(config, sort_keys=False))
 
 
-def _train_models(options: DemoOptions, corpora: dict[str, Corpus], bar: Progress) -> None:
-    tokenizer = train_tokenizer(text for corpus in corpora.values() for text in corpus.train)
+def _train_models(options: DemoOptions, texts: dict[str, DomainText], bar: Progress) -> None:
+    tokenizer = train_tokenizer(text for domain in texts.values() for text in domain.train)
 
-    def run(
+    def train_on(
         model: PreTrainedModel, name: str, domain: str, steps: int, learning_rate: float
     ) -> None:
         task = bar.add_task(f"training {name}", total=steps)
-        keep = early_checkpoints(model, tokenizer, options.out, steps) if name == STREAMED else None
-
-        def on_step(step: int, _loss: float) -> None:
-            bar.update(task, completed=step)
-            if keep:
-                keep(step)
-
         train(
             model,
-            pack(tokenizer, corpora[domain].train),
+            tokenizer,
+            token_blocks(tokenizer, texts[domain].train),
             steps=steps,
             learning_rate=learning_rate,
             seed=options.seed,
-            on_step=on_step,
+            folder=options.out / RUN if name == STREAMED else None,
+            save_at=early_steps(steps) if name == STREAMED else (),
+            on_step=lambda step: bar.update(task, completed=step),
         )
         save(model, tokenizer, options.out / name)
 
     base = new_model(len(tokenizer), seed=options.seed)
-    run(base, BASE, BASE_DOMAIN, options.base_steps, 4e-3)
+    train_on(base, BASE, BASE_DOMAIN, options.base_steps, 4e-3)
     for domain in SPECIALTIES:
-        run(copy.deepcopy(base), domain, domain, options.specialist_steps, 1e-3)
+        train_on(copy.deepcopy(base), domain, domain, options.specialist_steps, 1e-3)
 
 
 def _calibrate_and_merge(bar: Progress) -> None:
@@ -177,17 +175,31 @@ def _stream(bar: Progress) -> None:
     bar.update(task, completed=len(EARLY))
 
 
-def _measure(corpora: dict[str, Corpus], bar: Progress) -> Losses:
+def _measure(bar: Progress) -> LossTable:
     folders = {name: name for name in (BASE, *SPECIALTIES)}
     folders |= {name: f"merged/{name}" for name in merge_configs()}
     folders["stream of checkpoints"] = str(OUT / "model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(BASE)
-    heldout = {domain: pack(tokenizer, corpus.heldout) for domain, corpus in corpora.items()}
-    losses: Losses = {}
+    judges = {domain: _judge(domain) for domain in DOMAINS}
+    losses: LossTable = {}
     for name in bar.track(folders, description="measuring losses"):
-        model = LlamaForCausalLM.from_pretrained(folders[name], dtype=torch.float32)
-        losses[name] = {domain: mean_loss(model, blocks) for domain, blocks in heldout.items()}
+        losses[name] = {}
+        for domain, judge in judges.items():
+            loss = judge.score(f"./{folders[name]}", Path()).loss
+            assert loss is not None  # a judge with data gives one
+            losses[name][domain] = loss
     return losses
+
+
+def _judge(domain: str) -> Judge:
+    """Return what a stream would judge by: all of the domain's held-out text."""
+    settings = Evaluation(
+        dataset=f"heldout/{domain}.jsonl",
+        samples=1_000_000,
+        sequence_length=128,
+        device="cpu",
+        dtype="float32",
+    )
+    return Judge(settings, [CALIBRATION.model], MergeOptions())
 
 
 def _config(
@@ -202,7 +214,7 @@ def _config(
     return config | ({"parameters": dict(shared)} if shared else {})
 
 
-def _table(losses: Losses) -> Table:
+def _table(losses: LossTable) -> Table:
     table = Table(title="Held-out loss, nats per token (lower is better)")
     table.add_column("model")
     for domain in (*DOMAINS, "average"):
@@ -226,7 +238,7 @@ Done in {seconds:.0f} s. To repeat a part of it, or to try other settings:
   mergekit-arm calibrate {CALIBRATION.model} {CALIBRATION.out} --dataset {CALIBRATION.dataset} \\
     --samples {CALIBRATION.samples} --sequence-length {CALIBRATION.sequence_length} --force
   mergekit-yaml configs/aim_ties.yml merged/aim_ties
-  mergekit-arm stream {CONFIG} streamed-again
+  mergekit-arm stream {STREAM_CONFIG} streamed-again
 
 streamed/stream.png shows the stream: the {STREAMED} specialist's early checkpoints, merged one
 after another.

@@ -1,9 +1,11 @@
-"""The tensors of a model or of a statistics directory, read one at a time."""
+"""A checkpoint's tensors, read one at a time.
+
+Statistics have a reader of their own, which keeps its files open and unpickles nothing.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -12,22 +14,19 @@ from safetensors import safe_open
 from torch import Tensor
 
 
-class TensorFiles:
+class CheckpointTensors:
     """Reads tensors from the files that mergekit would read.
 
     A file is open only while one of its tensors is read, and mapped only while one is in use:
     pages of a mapped file count as memory of the process, so that a reader that keeps the files
-    of a large model open ends up with all of it. Opening a file reads all names in it; where
-    they are many and their tensors small, ``keep_open`` saves that.
+    of a large model open ends up with all of it.
 
     mergekit's own ``LazyTensorLoader`` keeps the last file open, and looks through its names
     for every tensor.
     """
 
-    def __init__(self, folder: Path, *, keep_open: bool = False) -> None:
-        """Find the files in ``folder``; with ``keep_open``, which must be safetensors, open them.
-
-        Opening checks that a file is as long as its header says.
+    def __init__(self, folder: Path) -> None:
+        """Find the files in ``folder``.
 
         Raises:
             OSError, RuntimeError, ValueError, SafetensorError: there are none, or one cannot be
@@ -35,10 +34,6 @@ class TensorFiles:
         """
         self._folder = folder
         self._index = ShardedTensorIndex.from_disk(str(folder))
-        self._files: dict[str, Any] = {}
-        if keep_open:
-            shards = self._index.shards
-            self._files = {one.filename: safe_open(folder / one.filename, "pt") for one in shards}
 
     @property
     def names(self) -> list[str]:
@@ -56,9 +51,7 @@ class TensorFiles:
         """
         file_name = self._index.tensor_paths[name]
         stored: Tensor
-        if file_name in self._files:
-            stored = self._files[file_name].get_tensor(name)
-        elif self._index.is_safetensors:
+        if self._index.is_safetensors:
             with safe_open(self._folder / file_name, framework="pt") as file:
                 stored = file.get_tensor(name)
         else:

@@ -1,0 +1,87 @@
+"""What mergekit knows of an output tensor while it plans a merge.
+
+mergekit plans tensor by tensor. It first validates the parameters' values, then makes an
+``ExecuteMergeMethodTask`` of them, and that asks the method whether it can take these inputs,
+giving the output's name only. Values and names would meet again when the tensor is merged, after
+the first files have been written. The task has both, and each input's own name of the tensor,
+which ``slices`` make different from the output's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor of a merge that is being planned."""
+
+    base: ModelReference | None
+    names: Mapping[ModelReference, str]
+    """Each input's own name of the tensor, by model, in the order of the configuration."""
+    parameters: Mapping[str, Any]
+    """Validated values, as ``merge_group`` will get them: a mapping by model, or one value."""
+
+
+def tensor_being_planned() -> PlannedTensor | None:
+    """Return the tensor that mergekit asks its caller's caller about; None where none is planned.
+
+    To be called by a method's ``validate_inputs``, which mergekit gives the output's name alone.
+    Nothing else that mergekit offers links the two without guessing from the order of its calls,
+    which goes wrong when merges fail half-way or share a thread, so this looks at the caller.
+    """
+    caller = sys._getframe(2)  # 0: this function, 1: validate_inputs
+    task = caller.f_locals.get("self")
+    if (
+        caller.f_code.co_name != "validate_configured_inputs"
+        or not isinstance(task, ExecuteMergeMethodTask)
+        or not hasattr(task, "input_parameters")
+    ):
+        return None
+    gathered: Any = task.gather_tensors
+    while not hasattr(gathered, "weight_info") and hasattr(gathered, "gather_tensors"):
+        gathered = gathered.gather_tensors
+    if hasattr(gathered, "weight_info"):
+        names = {model: gathered.weight_info[model].name for model in task.model_order}
+    else:  # mergekit-pytorch, where every input has the output's name
+        names = dict.fromkeys(task.model_order, task.output_weight.name)
+    parameters = dict(task.parameters.items())
+    for model, values in task.input_parameters.items():
+        for name, value in values.items():
+            parameters.setdefault(name, {})[model] = value
+    return PlannedTensor(task.base_model, names, parameters)
+
+
+def stored_tensor(model: ModelReference, name: str) -> Tensor | None:
+    """Return a model's tensor, mapped from its file and not yet read, or None.
+
+    None for what no safetensors file holds under this name: pickled checkpoints, tied weights and
+    tensors that mergekit converts. Reading these takes a whole file or more.
+    """
+    loader = _loader(model)
+    if not loader.index.is_safetensors or name not in loader.index.tensor_paths:
+        return None
+    tensor: Tensor = loader.get_tensor(name)
+    return tensor
+
+
+def _loader(model: ModelReference) -> LazyTensorLoader:
+    if os.path.isfile(model.model.path):  # mergekit-pytorch merges files
+        return _file_loader(model.model.path)
+    return LoaderCache().get(model)
+
+
+@lru_cache(maxsize=4)
+def _file_loader(path: str) -> LazyTensorLoader:
+    return LazyTensorLoader(ShardedTensorIndex.from_file(path))

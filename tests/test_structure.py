@@ -1,0 +1,164 @@
+"""The package's rooms: what may import what, how long a file is, and what a wheel carries.
+
+The files are read, not imported, so that an import which never runs counts as well.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import defaultdict
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+from tests.support.paths import PACKAGE, ROOT
+
+FLOORS = (
+    {"__init__", "errors", "units", "autoload"},
+    {"files", "machine", "tensors"},
+    {"data", "models", "statistics"},
+    {"methods", "calibration"},
+    {"streaming"},
+    {"demo"},
+    {"cli"},
+    {"__main__"},
+)
+"""Rooms from the ground up. A room imports from its own and lower floors."""
+
+NEIGHBOURS = {"models": {"data", "statistics"}, "data": {"statistics"}}
+"""Rooms that may import from others of their floor, where it has rooms and not just files."""
+
+UPWARDS = {("autoload", "methods")}
+"""The one import upwards: what runs at every start of Python waits for mergekit, then registers."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import of a module of this package or of another."""
+
+    file: Path
+    line: int
+    target: str
+    runs: bool
+    """Not only for type checkers."""
+    inside: bool
+    """In a function."""
+
+    @property
+    def where(self) -> str:
+        return f"{self.file.relative_to(ROOT)}:{self.line} imports {self.target}"
+
+
+FILES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def room(module: str) -> str:
+    """The folder or file directly under the package that holds ``module``."""
+    return [*module.split("."), "__init__"][1]
+
+
+def imports_of(path: Path, node: ast.AST, runs: bool = True, inside: bool = False) -> list[Import]:
+    found = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            targets = [alias.name for alias in child.names]
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{path}:{child.lineno}: a relative import"
+            # A name imported from a package is a module of it, or stands in its __init__.
+            names = [f"{child.module}.{alias.name}" for alias in child.names]
+            targets = sorted({name if name in MODULES else str(child.module) for name in names})
+        else:
+            unchecked = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            found += imports_of(path, child, runs and not unchecked, inside or function)
+            continue
+        found += [Import(path, child.lineno, target, runs, inside) for target in targets]
+    return found
+
+
+IMPORTS = [one for path, text in FILES.items() for one in imports_of(path, ast.parse(text))]
+OURS = [one for one in IMPORTS if one.target in MODULES]
+
+
+def test_every_room_has_a_floor() -> None:
+    homeless = {room(module) for module in MODULES}.difference(*FLOORS)
+    assert not homeless, f"give these rooms a floor: {homeless}"
+
+
+def test_no_import_runs_upwards() -> None:
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    wrong = []
+    for one in OURS:
+        source, target = room(module_name(one.file)), room(one.target)
+        if not {source, target} <= floor.keys():
+            continue  # the test before this one names it
+        beside = floor[source] == floor[target] and source != target
+        rooms = (PACKAGE / source).is_dir() and (PACKAGE / target).is_dir()
+        forbidden = beside and rooms and target not in NEIGHBOURS.get(source, ())
+        if (floor[target] > floor[source] or forbidden) and (source, target) not in UPWARDS:
+            wrong.append(one.where)
+    assert not wrong, "imports from a higher floor or a neighbour:\n" + "\n".join(wrong)
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    graph = defaultdict(set)
+    for one in OURS:
+        if one.runs and not one.inside:
+            graph[module_name(one.file)].add(one.target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail("modules import each other: " + " ← ".join(error.args[1]))
+
+
+def test_imports_inside_functions_say_why() -> None:
+    def explained(one: Import) -> bool:
+        lines = FILES[one.file].splitlines()
+        number = one.line - 1
+        while number and lines[number - 1].lstrip().startswith(("import ", "from ")):
+            if "#" in lines[number]:
+                return True
+            number -= 1  # one comment speaks for the imports that follow it
+        return "#" in lines[number] or lines[number - 1].lstrip().startswith("#")
+
+    silent = [one.where for one in IMPORTS if one.inside and one.runs and not explained(one)]
+    assert not silent, "imports inside functions without a comment:\n" + "\n".join(silent)
+
+
+def test_public_classes_have_names_of_their_own() -> None:
+    where = defaultdict(list)
+    for module, path in MODULES.items():
+        for node in ast.parse(FILES[path]).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                where[node.name].append(module)
+    twice = {name: modules for name, modules in where.items() if len(modules) > 1}
+    assert not twice, f"one name for two classes: {twice}"
+
+
+def test_the_wheel_holds_the_package_and_what_starts_it() -> None:
+    builder = WheelBuilder(str(ROOT))
+    files = {Path(one.distribution_path) for one in builder.recurse_included_files()}
+    starters = set(PACKAGE.glob("mergekit_arm.*"))
+    assert starters, "nothing starts the package"
+    package = {path for path in PACKAGE.rglob("*") if path.is_file()} - starters
+    expected = {p.relative_to(ROOT) for p in package if "__pycache__" not in p.parts}
+    at_the_root = {Path(path.name) for path in starters}
+    assert files - at_the_root == expected
+    assert set(map(Path, builder.config.get_force_include().values())) == at_the_root
+
+
+def test_no_file_is_longer_than_300_lines() -> None:
+    lines = {str(path.relative_to(ROOT)): text.count("\n") for path, text in FILES.items()}
+    long = {name: count for name, count in lines.items() if count > 300}
+    assert not long, f"split these by what they do: {long}"
