@@ -9,6 +9,8 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -23,18 +25,30 @@ def write_bytes(path: Path, content: bytes, *, staging: Path | None = None) -> N
     The unfinished file lies in ``staging``, a directory on the same disk; beside ``path`` by
     default.
     """
+    with replacement(path, staging=staging) as unfinished:
+        unfinished.write_bytes(content)
+
+
+@contextmanager
+def replacement(path: Path, *, staging: Path | None = None) -> Iterator[Path]:
+    """Give a file to write in the place of ``path``, which is replaced when the block is through.
+
+    At every moment ``path`` is what it was or what it becomes, after a power failure too. The
+    unfinished file lies in ``staging``, a directory on the same disk; beside ``path`` by
+    default. It is removed should the block fail.
+    """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=staging or path.parent)
+    os.close(descriptor)
+    unfinished = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        yield unfinished
+        unfinished.chmod(0o666 & ~_umask())
+        flush(unfinished)
+        unfinished.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def publish(staging: Path, final: Path) -> None:
@@ -44,10 +58,10 @@ def publish(staging: Path, final: Path) -> None:
     for path in staging.rglob("*"):
         # safetensors makes files that only their owner can read.
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        _flush(path)
-    _flush(staging)
+        flush(path)
+    flush(staging)
     staging.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
 
 
 def fresh_directory(path: Path) -> Path:
@@ -84,14 +98,6 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -105,3 +111,8 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_path(reference: str) -> bool:
+    """Say whether ``reference`` can only mean a path here: a Hub id has one slash at most."""
+    return reference.startswith((".", "/", "~")) or reference.count("/") > 1

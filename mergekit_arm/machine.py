@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import threading
 import time
@@ -13,8 +12,6 @@ import psutil
 import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
-
-
 _POLL = 0.002  # seconds
 
 
@@ -88,7 +85,11 @@ def free_disk(path: Path) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Say whether ``error`` is what torch or Python raises when memory has run out."""
+    """Say whether ``error`` is what torch or Python raises when memory has run out.
+
+    Unlike accelerate's ``should_reduce_batch_size``: that one knows no ``MemoryError``, and takes
+    a shape that cuDNN does not support for a lack of memory.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     # CPU and MPS allocators raise a RuntimeError and nothing more particular.
@@ -96,10 +97,3 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "can't allocate memory" in text or "out of memory" in text
     )
-
-
-def release_memory() -> None:
-    """Give back what the allocators of this process hold without need."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

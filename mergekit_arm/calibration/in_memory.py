@@ -9,16 +9,16 @@ from mergekit_arm.calibration.inputs.coverage import Coverage
 from mergekit_arm.calibration.inputs.discovery import DISCOVERY_TOKENS, discover
 from mergekit_arm.calibration.inputs.readings import ReadingPlan
 from mergekit_arm.calibration.running.estimate import estimate
-from mergekit_arm.calibration.running.session import Session
+from mergekit_arm.calibration.running.session import DryRun, Session
 from mergekit_arm.calibration.sums.batches import Batch, Feeder
 from mergekit_arm.calibration.sums.hooks import Collector, without_logits
 from mergekit_arm.calibration.sums.sites import Site, plan_sites
 from mergekit_arm.data.blocks import Corpus
 from mergekit_arm.machine import Cost
-from mergekit_arm.models.loading import model_arguments
+from mergekit_arm.models.calling import model_arguments
 
 
-def measure(
+def measure_in_memory(
     model: PreTrainedModel, coverage: Coverage, device: torch.device, session: Session
 ) -> list[Site]:
     """Pass the session's corpus through ``model``, which takes inputs on ``device``.
@@ -60,6 +60,8 @@ def measure(
                 done += session.tokens([span])
                 position = {"batches": number + 1, "limit": feeder.limit}
                 session.after_batch(done, total, position, sites)
+            if options.dry_run:  # without a batch: what there is to say, another process says
+                raise DryRun
             session.after_last({"batches": len(spans), "limit": feeder.limit}, sites)
         return sites
 

@@ -3,25 +3,159 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mergekit_arm.calibration.inputs.coverage import Coverage, cover_checkpoint
+from mergekit_arm.calibration.inputs.merge_names import add_asked_names
+from mergekit_arm.calibration.inputs.readings import plan_readings
 from mergekit_arm.calibration.options import CalibrationOptions, parse_part
 from mergekit_arm.calibration.processes import Job
+from mergekit_arm.calibration.records import data_record, fingerprint, settings_record
+from mergekit_arm.calibration.running.progress import SavedProgress
+from mergekit_arm.calibration.running.session import Reports, Session
 from mergekit_arm.data.blocks import Corpus, build_corpus
 from mergekit_arm.data.rows import load_rows
 from mergekit_arm.errors import InputError
+from mergekit_arm.models.checkpoint import fetch_checkpoint, open_checkpoint
 from mergekit_arm.models.loading import (
     Source,
+    check_weights_fit,
+    choose_device,
+    choose_dtype,
+    empty_model,
+    find_model,
+    load_model,
 )
+from mergekit_arm.models.placement import offload, spread
+from mergekit_arm.models.tensors import CheckpointTensors
+from mergekit_arm.models.tokenizer import load_own_tokenizer
+from mergekit_arm.statistics.format import DataRecord, SettingsRecord
+from mergekit_arm.statistics.write import check_destination
+from mergekit_arm.units import parse_duration, parse_size
+
+_SMALLEST_BUDGET = 256_000_000  # bytes of hidden states
 
 
-def check_placement(options: CalibrationOptions, job: Job) -> None:
-    """Refuse options that contradict each other.
+@dataclass(frozen=True)
+class Prepared:
+    """All that the passes through the model need; nothing is left that could be refused."""
+
+    session: Session
+    """Options, corpus, the job's processes, saved progress and reports."""
+    source: Source
+    checkpoint: CheckpointTensors
+    model: PreTrainedModel
+    """With ``low_memory``, without its weights."""
+    coverage: Coverage
+    device: torch.device
+    dtype: torch.dtype
+    data: DataRecord
+    settings: SettingsRecord
+    temporary: ExitStack
+    """Removes what lies on the disk until the run ends."""
+
+    @property
+    def hidden_budget(self) -> int:
+        """Bytes of hidden states that a walk layer by layer may hold in memory."""
+        asked = self.session.options.activation_budget
+        if asked != "auto":
+            return parse_size(asked)
+        return max(_SMALLEST_BUDGET, self.checkpoint.bytes_on_disk() // 25)
+
+
+def prepare(
+    options: CalibrationOptions, job: Job, reports: Reports, temporary: ExitStack
+) -> Prepared:
+    """Check all that can be checked, and load what the passes need.
+
+    What one process of ``job`` refuses, no other begins. ``temporary`` takes what lies on the
+    disk only for this run.
 
     Raises:
-        InputError: they do.
+        InputError: anything that cannot work.
     """
+    _check_options(options, job, reports.say)
+    device = job.device(choose_device(options.device))
+    dtype = choose_dtype(options.dtype, device)
+    # A merged adapter's cache is written once and then read.
+    with job.first_here("model"):
+        source = temporary.enter_context(
+            find_model(
+                options.model,
+                trust_remote_code=options.trust_remote_code,
+                lora_cache=options.lora_merge_cache,
+            )
+        )
+    corpus, tokenizer = _read_corpus(options)
+    _check_corpus(corpus, source, reports.say)
+    fetch_checkpoint(source)
+    checkpoint = open_checkpoint(source)
+    if options.low_memory:
+        model = empty_model(source, dtype)
+    elif options.device_map is None:
+        _check_room(options.model, job, checkpoint, device, dtype)
+        model = load_model(source, device, dtype)
+    else:
+        placement = spread(options.device_map, temporary, Path(options.out))
+        model = load_model(source, device, dtype, placement)
+    coverage = _cover(model, checkpoint, source)
+    data = data_record(options, corpus, tokenizer)
+    settings = settings_record(options, device, dtype)
+    facts = fingerprint(data, settings, coverage.content_hash())
+    facts["batch size"] = str(options.batch_size or "automatic")
+    facts["low memory"] = "on" if options.low_memory else "off"
+    job.agree(facts)
+    progress = SavedProgress(
+        _progress_folder(options),
+        facts,
+        every=parse_duration(options.save_every),
+        process=job.process,
+        processes=job.processes,
+    )
+    progress.check(options.force)
+    job.wait("ready")
+    return Prepared(
+        session=Session(options, corpus, job, progress, reports),
+        source=source,
+        checkpoint=checkpoint,
+        model=model,
+        coverage=coverage,
+        device=device,
+        dtype=dtype,
+        data=data,
+        settings=settings,
+        temporary=temporary,
+    )
+
+
+def keep_weights_on_disk(prepared: Prepared) -> Prepared:
+    """Return the same with the model loaded whole, its weights read from the disk when used."""
+    out = Path(prepared.session.options.out)
+    placement = offload(prepared.device, prepared.temporary, out)
+    model = load_model(prepared.source, prepared.device, prepared.dtype, placement)
+    # The coverage refers to the modules of the model that it was made for.
+    coverage = _cover(model, prepared.checkpoint, prepared.source)
+    return replace(prepared, model=model, coverage=coverage)
+
+
+def _check_options(options: CalibrationOptions, job: Job, say: Callable[[str], None]) -> None:
+    """Refuse what can be refused without a look at model and data.
+
+    Raises:
+        InputError: a destination that exists, options that contradict each other or cannot be
+            read.
+    """
+    try:
+        check_destination(Path(options.out), options.force)
+    except InputError as error:
+        if not options.dry_run:
+            raise
+        say(f"This dry run writes nothing, but: {error.message}")
     if options.device_map is not None:
         if options.low_memory:
             raise InputError("--device-map and --low-memory exclude each other: choose one")
@@ -34,25 +168,46 @@ def check_placement(options: CalibrationOptions, job: Job) -> None:
             )
     if options.activation_budget != "auto" and not options.low_memory:
         raise InputError("--activation-budget belongs to --low-memory: add that, or leave it out")
+    parse_duration(options.save_every)
+    if options.activation_budget != "auto":
+        parse_size(options.activation_budget)
 
 
-def _read_corpus(options: CalibrationOptions, tokenizer: PreTrainedTokenizerBase | None) -> Corpus:
+def _read_corpus(options: CalibrationOptions) -> tuple[Corpus, PreTrainedTokenizerBase | None]:
+    """Return the token blocks, and the tokenizer that has made them where the data is text."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    broken: InputError | None = None
+    try:
+        tokenizer = load_own_tokenizer(options.model, options.trust_remote_code)
+    except InputError as error:
+        broken = error  # no harm where the data is token ids
     rows, split = load_rows(options.dataset, options.subset, options.split)
     if len(rows) == 0:
         raise InputError(f"data set {options.dataset!r} is empty")
-    return build_corpus(
-        rows,
-        tokenizer,
-        split=split,
-        column=options.text_column,
-        samples=options.samples,
-        sequence_length=options.sequence_length,
-        seed=options.seed,
-        part=parse_part(options.part),
-    )
+    try:
+        corpus = build_corpus(
+            rows,
+            tokenizer,
+            split=split,
+            column=options.text_column,
+            samples=options.samples,
+            sequence_length=options.sequence_length,
+            seed=options.seed,
+            part=parse_part(options.part),
+        )
+    except InputError:
+        if broken is not None:
+            raise broken from None
+        raise
+    return corpus, tokenizer
 
 
 def _check_corpus(corpus: Corpus, source: Source, say: Callable[[str], None]) -> None:
+    """Refuse tokens that the model does not take.
+
+    Raises:
+        InputError: sequences that are too long, or ids beyond the vocabulary.
+    """
     if len(corpus.blocks) < corpus.requested:
         say(
             f"{len(corpus.blocks)} sequences, not {corpus.requested}: the data holds no more. "
@@ -74,3 +229,32 @@ def _check_corpus(corpus: Corpus, source: Source, say: Callable[[str], None]) ->
             f"token ids from {lowest} to {highest}, but {source.reference} has a vocabulary of "
             f"{vocabulary}: the data was made with another tokenizer"
         )
+
+
+def _check_room(
+    name: str, job: Job, checkpoint: CheckpointTensors, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Refuse to load weights into memory that does not hold them, for all processes of the host.
+
+    Raises:
+        InputError: with the options that help.
+    """
+    with job.first_here("room"):  # before anyone here has taken any
+        sharing = job.sharing(device)
+        if sharing == 1 or job.local_process == 0:
+            size = checkpoint.size(dtype)
+            # What is no wider than its file is mapped from it, once for all.
+            copies = sharing if size > checkpoint.bytes_on_disk() else 1
+            check_weights_fit(size, device, dtype, name, copies)
+
+
+def _cover(model: PreTrainedModel, checkpoint: CheckpointTensors, source: Source) -> Coverage:
+    """Return what is to be measured, or why not, of every tensor that a merge may ask for."""
+    coverage = cover_checkpoint(model, checkpoint, plan_readings(model))
+    add_asked_names(coverage, model, checkpoint, source.config)
+    return coverage
+
+
+def _progress_folder(options: CalibrationOptions) -> Path:
+    out = Path(options.out).absolute()
+    return out.with_name(f"{out.name}.{'dry-run' if options.dry_run else 'partial'}")

@@ -1,9 +1,11 @@
 """Many processes on one job: who takes part, sums over all of them, and what when one dies.
 
 Started by ``torchrun`` (or anything that sets its environment variables), every process measures
-its own batches. Each shows the others a heartbeat in the job's key-value store, so that a death
-is noticed by name, wherever the others are; only then would a collective operation hang, and
-none starts before all are known to have arrived.
+its own batches. A death is noticed by the heartbeats, wherever the others are; only a collective
+operation would hang, so none starts before all processes are known to have arrived.
+
+torch's ``gather_object`` and ``broadcast_object_list`` are not used: they unpickle what they
+receive, and wait for a dead process until they time out. Small things go through the store.
 """
 
 from __future__ import annotations
@@ -11,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,16 +23,15 @@ import click
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # documented all the same
 from torch.distributed.rendezvous import rendezvous
 
+from mergekit_arm.calibration import heartbeat
+from mergekit_arm.calibration.heartbeat import FAILED, Heartbeat
 from mergekit_arm.errors import Failure, InputError, first_line
 from mergekit_arm.statistics.kinds.base import Operation
 
-_BEAT = 2.0  # seconds
-_DEAD_AFTER = 60.0  # seconds without a heartbeat; loading a library can hold one up for some
 _POLL = 0.1  # seconds
-_FAILED = "failed"
 _TIMEOUT = timedelta(minutes=10)  # of one collective, all processes being there
 
 
@@ -48,8 +48,8 @@ class Job:
     def __init__(self) -> None:
         self.processes = int(os.environ.get("WORLD_SIZE", "1"))
         self.process = int(os.environ.get("RANK", "0")) if self.processes > 1 else 0
-        self._lost: str | None = None
-        self._over = threading.Event()
+        self._name = f"rank {self.process} on {socket.gethostname()}"
+        self._heartbeat = Heartbeat(self.process, self.processes, self._name)
 
     @property
     def main(self) -> bool:
@@ -73,11 +73,11 @@ class Job:
     def __enter__(self) -> Job:
         if self.processes == 1:
             return self
-        self._name = f"rank {self.process} on {socket.gethostname()}"
         # A launcher that restarts the job keeps the store: an old failure must not be read again.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store, _, _ = next(rendezvous("env://", timeout=_TIMEOUT))
-        self._store = PrefixStore(f"mergekit-arm/{attempt}", store)
+        prefix = f"mergekit-arm/{attempt}"
+        self._store = PrefixStore(prefix, store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(
             backend,
@@ -86,16 +86,8 @@ class Job:
             world_size=self.processes,
             timeout=_TIMEOUT,
         )
-        # A connection of its own: a heartbeat must not wait for the main thread's requests.
-        own = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=False,
-            timeout=_TIMEOUT,
-        )
-        watch = PrefixStore(f"mergekit-arm/{attempt}", own)
-        watch.set(f"name/{self.process}", self._name)
-        threading.Thread(target=self._watch, args=(watch,), daemon=True).start()
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._heartbeat.start(address, port, prefix, _TIMEOUT)
         return self
 
     def __exit__(
@@ -106,14 +98,13 @@ class Job:
     ) -> None:
         if self.processes == 1:
             return
+        self._heartbeat.stop()
         if error is None:
-            self._over.set()
             self._store.set(f"left/{self.process}", "")
-            self._host_store("left", _DEAD_AFTER)
+            self._host_store("left", heartbeat.DEAD_AFTER)
             dist.destroy_process_group()
-            return
-        self._over.set()
-        self._report(error)
+        else:
+            self._report(error)
 
     def check(self) -> None:
         """Stop when another process has failed or died.
@@ -121,8 +112,8 @@ class Job:
         Raises:
             PeerLost: naming it.
         """
-        if self._lost is not None:
-            raise PeerLost(self._lost)
+        if self._heartbeat.lost is not None:
+            raise PeerLost(self._heartbeat.lost)
 
     def wait(self, stage: str, meanwhile: Callable[[], None] | None = None) -> None:
         """Wait until every process has arrived at ``stage``, however long that takes.
@@ -140,14 +131,20 @@ class Job:
             (meanwhile or self.check)()
             time.sleep(_POLL)
 
-    def tell(self, name: str, value: str) -> str:
-        """Return the first process's ``value``, on all of them."""
+    def gather(self, name: str, value: str) -> list[str]:
+        """Return every process's ``value``, in their order, on all of them.
+
+        Every process must call this, once for each ``name``.
+
+        Raises:
+            PeerLost: another process died on the way.
+        """
         if self.processes == 1:
-            return value
-        if self.main:
-            self._store.set(f"told/{name}", value)
-        self.wait(f"telling {name}")
-        return self._store.get(f"told/{name}").decode()
+            return [value]
+        self._store.set(f"{name}/of/{self.process}", value)
+        self.wait(name)
+        keys = [f"{name}/of/{process}" for process in range(self.processes)]
+        return [self._store.get(key).decode() for key in keys]
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Make sure that every process measures the same thing.
@@ -155,17 +152,13 @@ class Job:
         Raises:
             InputError: one has another model, data set or setting; the first is named.
         """
-        if self.processes == 1:
-            return
-        self._store.set(f"facts/of/{self.process}", json.dumps(dict(facts)))
-        self.wait("facts")
         # Everybody compares all, and so refuses: nobody starts to measure.
-        for other in range(1, self.processes):
-            theirs = json.loads(self._store.get(f"facts/of/{other}"))
-            for name, first in json.loads(self._store.get("facts/of/0")).items():
-                if theirs[name] != first:
+        first, *others = map(json.loads, self.gather("facts", json.dumps(dict(facts))))
+        for number, other in enumerate(others, 1):
+            for name, fact in first.items():
+                if other[name] != fact:
                     raise InputError(
-                        f"{name} of rank {other} is {theirs[name]}, but that of rank 0 is {first}: "
+                        f"{name} of rank {number} is {other[name]}, but that of rank 0 is {fact}: "
                         "all processes must measure the same model on the same data"
                     )
 
@@ -247,45 +240,18 @@ class Job:
         try:
             yield
         except RuntimeError as error:
-            self._over.wait(_DEAD_AFTER + 2 * _BEAT)  # until it is known who
+            self._heartbeat.wait_for_news()
             self.check()
             raise PeerLost(
                 f"the connection to another process broke ({first_line(error)})"
             ) from error
-
-    def _watch(self, store: Store) -> None:
-        """Beat, and look after the next process in the ring, until the job is over."""
-        peer = (self.process + 1) % self.processes
-        heard, beats = time.monotonic(), -1
-        try:
-            while not self._over.wait(_BEAT):
-                store.add(f"beat/{self.process}", 1)
-                found = store.add(f"beat/{peer}", 0)
-                if found != beats:
-                    heard, beats = time.monotonic(), found
-                elif time.monotonic() - heard > _DEAD_AFTER and not store.check([f"left/{peer}"]):
-                    name = store.get(f"name/{peer}").decode() if beats else f"rank {peer}"
-                    store.set(_FAILED, f"{name} died: no sign of life for {_DEAD_AFTER:.0f} s")
-                if store.check([_FAILED]):
-                    self._lost = store.get(_FAILED).decode()
-                    store.set(f"heard/{self.process}", "")
-                    break
-        except RuntimeError:
-            if not self._over.is_set():
-                self._no_store()
-        self._over.set()
-
-    def _no_store(self) -> None:
-        """Note the loss of the process that holds the store, unless another was lost before."""
-        gone = f"rank 0 on {os.environ['MASTER_ADDR']} cannot be reached: it died"
-        self._lost = self._lost or gone
 
     def _stored(self, keys: list[str]) -> bool:
         """Say whether others have set ``keys``; note it when nobody can ask any more."""
         try:
             return self._store.check(keys)
         except RuntimeError:
-            self._no_store()
+            self._heartbeat.lost_store()
             return False
 
     def _keys(self, stage: str) -> list[str]:
@@ -301,12 +267,12 @@ class Job:
         """Tell the others of this process's failure, and name it in the message for the user."""
         text = error.message if isinstance(error, click.ClickException) else _describe(error)
         try:
-            if not isinstance(error, PeerLost) and not self._store.check([_FAILED]):
-                self._store.set(_FAILED, f"{self._name} failed: {text}")
+            if not isinstance(error, PeerLost) and not self._store.check([FAILED]):
+                self._store.set(FAILED, f"{self._name} failed: {text}")
             self._store.set(f"error/{self.process}", text)
             said = isinstance(error, InputError) and not self.main and self._said_by_main(text)
             self._store.set(f"heard/{self.process}", "")
-            self._host_store("heard", 3 * _BEAT)
+            self._host_store("heard", 3 * heartbeat.BEAT)
             if said:
                 # A launcher stops everybody when the first has gone: let rank 0 speak.
                 time.sleep(1)

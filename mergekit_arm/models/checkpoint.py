@@ -1,65 +1,18 @@
-"""A checkpoint's tensors, read one at a time."""
+"""A found model's checkpoint: brought here from the Hub, and opened."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from zipfile import is_zipfile
 
-import torch
-from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
-from safetensors import safe_open
-from torch import Tensor
+import huggingface_hub
+from safetensors import SafetensorError
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from mergekit_arm.errors import InputError, first_line
-from mergekit_arm.models.loading import Source
+from mergekit_arm.models.loading import Source, unloadable
+from mergekit_arm.models.tensors import CheckpointTensors
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
-
-
-class BriefLoader:
-    """Reads tensors of a checkpoint; a file is mapped only while a tensor of it is in use.
-
-    Pages of a mapped file count as memory of the process: a loader that keeps its file open
-    ends up with all of it.
-    """
-
-    def __init__(self, index: ShardedTensorIndex) -> None:
-        self.index = index
-
-    def get_tensor(self, name: str) -> Tensor:
-        """Return a tensor of the checkpoint, mapped where the file allows it.
-
-        Raises:
-            KeyError: it has no such tensor.
-        """
-        path = Path(self.index.base_path, self.index.tensor_paths[name])
-        if self.index.is_safetensors:
-            with safe_open(path, framework="pt") as file:
-                stored: Tensor = file.get_tensor(name)
-            return stored
-        # Files of torch before 1.6 are no archives, and cannot be mapped.
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-        unpacked: Tensor = saved.get("state_dict", saved)[name]
-        return unpacked
-
-    def size(self, dtype: torch.dtype) -> int:
-        """Return the bytes that all weights take in ``dtype``; reads headers only."""
-        if not self.index.is_safetensors:
-            stored = self.get_tensor(next(iter(self.index.tensor_paths))).itemsize
-            return self.bytes_on_disk() * dtype.itemsize // stored
-        count = 0
-        for shard in self.index.shards:
-            with safe_open(Path(self.index.base_path, shard.filename), framework="pt") as file:
-                for name in shard.contained_keys:
-                    count += torch.Size(file.get_slice(name).get_shape()).numel()
-        return count * dtype.itemsize
-
-    def bytes_on_disk(self) -> int:
-        """Return the size of the checkpoint's files."""
-        return sum(
-            Path(self.index.base_path, shard.filename).stat().st_size for shard in self.index.shards
-        )
 
 
 def fetch_checkpoint(source: Source) -> None:
@@ -91,3 +44,22 @@ def fetch_checkpoint(source: Source) -> None:
     except OSError as error:
         raise InputError(f"model {source.reference}: {first_line(error)}") from error
     raise InputError(f"model {source.reference} has neither {' nor '.join(_FILES)}")
+
+
+def open_checkpoint(source: Source) -> CheckpointTensors:
+    """Open the model's checkpoint, in the files that mergekit would read.
+
+    Raises:
+        InputError: no checkpoint file that mergekit can read.
+    """
+    try:
+        folder = source.name
+        if not Path(folder).is_dir():
+            # transformers has fetched the weights already; mergekit's own download would list
+            # the repository first, which fails offline even where everything is cached.
+            folder = huggingface_hub.snapshot_download(
+                folder, revision=source.commit or source.revision, local_files_only=True
+            )
+        return CheckpointTensors(Path(folder))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise InputError(unloadable(source.reference, error)) from error

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import huggingface_hub
 from mergekit.common import ModelReference
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from safetensors import SafetensorError, safe_open
 
 from mergekit_arm.errors import InputError, first_line
-from mergekit_arm.files import hash_file
-from mergekit_arm.statistics.probe import take_probe
+from mergekit_arm.files import hash_file, is_path
+from mergekit_arm.models.tensors import CheckpointTensors, dtype_name
+from mergekit_arm.statistics.probe import content_hash, take_probe
 
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -32,7 +32,7 @@ class Contents:
     """Empty for an adapter, and for pickled weights on the Hub."""
     parameters: int
     fingerprint: str
-    """The Hub's commit, or a hash over configuration and every tensor's name, shape and probe."""
+    """The Hub's commit, or a hash over the configuration and the content hash."""
 
 
 def describe(reference: str) -> Contents:
@@ -127,18 +127,19 @@ def _describe_part(path: str, revision: str | None) -> Contents:
         for file in weight_files(folder):
             digest.update(hash_file(file).encode())
         return Contents({}, 0, digest.hexdigest())
-    loader = LazyTensorLoader.from_disk(str(folder))
-    for name in sorted(loader.index.tensor_paths):
-        tensor = loader.get_tensor(name)
+    files = CheckpointTensors(folder)
+    probed = []
+    for name in files.names:
+        tensor = files.get(name)
         shapes[name] = tuple(tensor.shape)
-        digest.update(f"{name} {shapes[name]} {tensor.dtype} ".encode())
-        if tensor.is_floating_point() and tensor.numel():
-            digest.update(take_probe(tensor).numpy().tobytes())
+        if tensor.numel():
+            probed.append((name, shapes[name], dtype_name(tensor.dtype), take_probe(tensor)))
+    digest.update(content_hash(probed).encode())
     return Contents(shapes, sum(math.prod(shape) for shape in shapes.values()), digest.hexdigest())
 
 
 def _describe_remote(path: str, revision: str | None) -> Contents:
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+    if is_path(path):
         raise InputError(f"model {path}: no such directory")
     try:
         commit = huggingface_hub.HfApi().model_info(path, revision=revision).sha

@@ -15,13 +15,13 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub.errors import HFValidationError
 from mergekit.common import ModelReference, get_auto_cls
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from mergekit_arm.errors import InputError, first_line
+from mergekit_arm.files import is_path
 from mergekit_arm.machine import free_memory
+from mergekit_arm.models.calling import set_up
 from mergekit_arm.units import size_text
 
 DTYPES = {
@@ -71,6 +71,9 @@ def find_model(
     with TemporaryDirectory(prefix="mergekit-arm-lora-") as temporary:
         try:
             parsed = ModelReference.parse(reference)
+            for part in (parsed.model, parsed.lora):
+                if part and is_path(part.path) and not Path(part.path).is_dir():
+                    raise InputError(f"model {reference}: {part.path} is no such directory")
             merged = parsed.merged(
                 cache_dir=lora_cache or temporary, trust_remote_code=trust_remote_code
             )
@@ -88,17 +91,6 @@ def find_model(
                 f"{config.architectures}; mergekit asks for the same"
             )
         yield Source(reference, merged.model.path, merged.model.revision, config, trust_remote_code)
-
-
-def load_tokenizer(source: Source) -> transformers.PreTrainedTokenizerBase | None:
-    """Return the model's tokenizer, or None where it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(
-            source.name, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        # transformers has no one error for "no tokenizer files here".
-        return None
 
 
 def choose_device(name: str) -> torch.device:
@@ -171,22 +163,13 @@ def load_model(
             f"model {source.reference} lacks {len(absent)} weights of a {type(model).__name__}, "
             f"first {min(absent)}; transformers would make them up: complete the checkpoint"
         )
-    model = prepare(model)
+    model = set_up(model)
     return model if placement else model.to(device)
 
 
 def _of_the_head(model: PreTrainedModel, parameter: str) -> bool:
     base = model.base_model_prefix
     return model.base_model is not model and not parameter.startswith(f"{base}.")
-
-
-def prepare(model: PreTrainedModel) -> PreTrainedModel:
-    """Set a model up for forward passes whose every product can be seen."""
-    model.config.use_cache = False
-    if any(hasattr(module, "is_transposed") for module in model.modules()):
-        # Fused kernels hide which token goes to which expert; written out, every product shows.
-        model.set_experts_implementation("eager")
-    return model.eval().requires_grad_(False)
 
 
 def model_class(source: Source) -> Any:
@@ -197,65 +180,6 @@ def model_class(source: Source) -> Any:
     if named is not None and named.config_class is type(source.config):
         return named
     return get_auto_cls(architecture)
-
-
-def model_arguments(
-    model: PreTrainedModel, ids: Tensor, extra: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Return what ``model`` is called with for token ids (sequences, length), on their device.
-
-    An encoder–decoder reads the first half of every sequence in its encoder, and its decoder
-    the second: text that continues what the encoder has read. ``extra`` holds images or audio
-    as the model's processor made them, and may hold ``decoder_input_ids``.
-
-    Raises:
-        InputError: the model needs something that the data has not.
-    """
-    given = {
-        name: value.to(ids.device, model.dtype if value.is_floating_point() else value.dtype)
-        for name, value in extra.items()
-    }
-    if model.main_input_name not in ("input_ids", *given):
-        raise InputError(
-            f"{type(model).__name__} reads {model.main_input_name}, and the data has none: give "
-            f"rows with the columns {model.main_input_name} and input_ids, made by its processor"
-        )
-    if not model.config.is_encoder_decoder:
-        multiple_choice = type(model).__name__.endswith("ForMultipleChoice")
-        return {"input_ids": ids[:, None] if multiple_choice else ids, **given}
-    if model.main_input_name != "input_ids":
-        return {"decoder_input_ids": ids, **given}
-    if "decoder_input_ids" in given:
-        return {"input_ids": ids, **given}
-    half = ids.shape[1] // 2
-    if half == 0:
-        raise InputError("an encoder–decoder model needs sequences of at least two tokens")
-    start = model.config.decoder_start_token_id
-    first = ids.new_full((len(ids), 1), start if start is not None else model.config.pad_token_id)
-    return {
-        "input_ids": ids[:, :half],
-        "decoder_input_ids": torch.cat([first, ids[:, half:-1]], dim=1),
-        **given,
-    }
-
-
-def open_checkpoint(source: Source) -> LazyTensorLoader:
-    """Open the model's checkpoint as mergekit does, lazily.
-
-    Raises:
-        InputError: no checkpoint file that mergekit can read.
-    """
-    try:
-        local = source.name
-        if not Path(local).is_dir():
-            # transformers has fetched the weights already; mergekit's own download would list
-            # the repository first, which fails offline even where everything is cached.
-            local = huggingface_hub.snapshot_download(
-                local, revision=source.commit or source.revision, local_files_only=True
-            )
-        return LazyTensorLoader.from_disk(local)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(unloadable(source.reference, error)) from error
 
 
 def unloadable(reference: str, error: BaseException) -> str:
@@ -290,7 +214,7 @@ def empty_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
     except (ValueError, KeyError, ImportError, OSError) as error:
         raise InputError(unloadable(source.reference, error)) from error
     model.tie_weights()  # what was tied has become separate on the way
-    return prepare(model)
+    return set_up(model)
 
 
 def check_weights_fit(
@@ -310,16 +234,3 @@ def check_weights_fit(
             f"{model} takes {size_text(size)} in {name}{times}, and {size_text(free)} are free on "
             f"{device}: use --low-memory, --device-map auto{narrower}"
         )
-
-
-def load_own_tokenizer(reference: str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """Return a model's tokenizer, an adapter's own before its base's; None where there is none."""
-    parsed = ModelReference.parse(reference)
-    # A trainer saves the tokenizer beside the adapter.
-    for part in (parsed.lora, parsed.model):
-        if part is not None:
-            source = Source(reference, part.path, part.revision, None, trust_remote_code)
-            tokenizer = load_tokenizer(source)
-            if tokenizer is not None:
-                return tokenizer
-    return None

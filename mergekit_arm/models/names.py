@@ -17,7 +17,7 @@ from transformers.core_model_loading import (
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """A floating-point tensor of the checkpoint and where transformers put it."""
+    """A tensor of the checkpoint, of any dtype, and where transformers puts it."""
 
     name: str
     parameter: str | None
@@ -26,10 +26,6 @@ class CheckpointTensor:
     """What made it a part of ``parameter`` (fused experts, …), where it was not only renamed."""
     pattern: str = ""
     """Which of the converter's sources it is."""
-
-    @property
-    def converted(self) -> bool:
-        return self.converter is not None
 
 
 def map_checkpoint(model: PreTrainedModel, names: list[str]) -> list[CheckpointTensor]:

@@ -14,7 +14,8 @@ from mergekit_arm.data.rows import load_rows
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.files import size_of
 from mergekit_arm.machine import free_disk
-from mergekit_arm.models.loading import choose_device, find_model, load_own_tokenizer
+from mergekit_arm.models.loading import choose_device, find_model
+from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.streaming.config import section
 from mergekit_arm.streaming.evaluation.score import Judge
 from mergekit_arm.streaming.options import Keep

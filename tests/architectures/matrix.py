@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
-from mergekit_arm.models.loading import model_arguments
+from mergekit_arm.models.calling import model_arguments
 from mergekit_arm.statistics.format import LEFT_AS_MERGED, NOT_LOADED, Metadata
 from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.read import Statistics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import re
@@ -15,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergekit_arm.calibration import processes as job
+import torch
+
+from mergekit_arm.calibration import heartbeat, processes
 from mergekit_arm.calibration.running.session import Session
 from mergekit_arm.cli.main import main
 
@@ -59,52 +62,90 @@ def run_ranks(
     commands: Sequence[Sequence[str]], folder: Path, death: Death | None = None
 ) -> list[Ended]:
     """Run one ``mergekit-arm`` command in each process of a job."""
+    return run_jobs([commands], folder, death)[0]
+
+
+def run_jobs(
+    jobs: Sequence[Sequence[Sequence[str]]], folder: Path, death: Death | None = None
+) -> list[list[Ended]]:
+    """Run jobs one after the other, each a command for every one of its processes.
+
+    All within ``LIMIT``. The processes are the same ones for all jobs, which saves starting
+    them; a job ends when its processes have.
+    """
     # Forked from a server that has imported everything, a process starts at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama"])
-    job_environment = {
-        "WORLD_SIZE": str(len(commands)),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+    logs = {
+        (job, rank): folder / f"job-{job}-rank-{rank}.log"
+        for job, commands in enumerate(jobs)
+        for rank in range(len(commands))
     }
-    logs = [folder / f"rank-{number}.log" for number in range(len(commands))]
-    processes = [
-        context.Process(
-            target=_take_part,
-            args=({**job_environment, "RANK": str(number)}, list(command), logs[number], death),
-        )
-        for number, command in enumerate(commands)
-    ]
-    for process in processes:
+    ports = [_free_port() for _ in jobs]
+    started = []
+    for rank in range(max(map(len, jobs))):
+        tasks = [
+            _Task(
+                {
+                    "WORLD_SIZE": str(len(commands)),
+                    "RANK": str(rank),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(ports[job]),
+                },
+                list(commands[rank]),
+                logs[job, rank],
+            )
+            for job, commands in enumerate(jobs)
+            if rank < len(commands)
+        ]
+        started.append(context.Process(target=_take_part, args=(tasks, death)))
+    for process in started:
         process.start()
     until = time.monotonic() + LIMIT
     try:
-        for process in processes:
+        for process in started:
             process.join(max(until - time.monotonic(), 0))
     finally:
-        hanging = [number for number, process in enumerate(processes) if process.is_alive()]
+        hanging = [number for number, process in enumerate(started) if process.is_alive()]
         for number in hanging:
-            processes[number].kill()
-            processes[number].join()
-    outputs = [log.read_text() for log in logs]
-    for log in logs:
-        log.unlink()
-    assert not hanging, (hanging, outputs)
-    return [
-        # The console breaks lines where a terminal would end.
-        Ended(process.exitcode or 0, re.sub(r"\s+", " ", output))
-        for process, output in zip(processes, outputs, strict=True)
-    ]
+            started[number].kill()
+            started[number].join()
+    outputs = {key: log.read_text() if log.exists() else None for key, log in logs.items()}
+    for log in logs.values():
+        log.unlink(missing_ok=True)
+    if hanging:
+        stuck = min(job for (job, _), output in outputs.items() if "STATUS" not in (output or ""))
+        raise AssertionError(f"job {stuck} hangs: {jobs[stuck][0]}: {_of_job(stuck, outputs)}")
+    ended: list[list[Ended]] = []
+    for job, commands in enumerate(jobs):
+        ended.append([])
+        for rank, output in zip(range(len(commands)), _of_job(job, outputs), strict=True):
+            status = re.search(r"^STATUS (\d+)$", output or "", re.M)
+            code = int(status[1]) if status else started[rank].exitcode or 0
+            text = re.sub(r"^STATUS \d+$", "", output or "", flags=re.M)
+            # The console breaks lines where a terminal would end.
+            ended[-1].append(Ended(code, re.sub(r"\s+", " ", text)))
+    return ended
 
 
-def _take_part(
-    environment: Mapping[str, str], command: list[str], log: Path, death: Death | None
-) -> None:
-    os.environ.update(environment)
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    job._BEAT, job._DEAD_AFTER = 0.5, 5.0  # nobody wants to wait a minute for a test
+@dataclass(frozen=True)
+class _Task:
+    """One command of one process, as a launcher would start it."""
+
+    environment: Mapping[str, str]
+    command: list[str]
+    log: Path
+
+
+def _of_job(job: int, outputs: Mapping[tuple[int, int], str | None]) -> list[str | None]:
+    return [output for (number, _), output in sorted(outputs.items()) if number == job]
+
+
+def _take_part(tasks: Sequence[_Task], death: Death | None) -> None:
+    # Nobody wants to wait a minute for a test.
+    torch.set_num_threads(1)  # several processes share the cores
+    faulthandler.dump_traceback_later(LIMIT - 5, file=2)  # where one that hangs does
+    heartbeat.BEAT, heartbeat.DEAD_AFTER, processes._POLL = 0.5, 5.0, 0.02
     plain, count = Session.after_batch, 0
 
     def after_batch(self: Session, *arguments: Any) -> None:
@@ -120,8 +161,19 @@ def _take_part(
         plain(self, *arguments)
 
     Session.after_batch = after_batch  # type: ignore[method-assign]
-    sys.argv = ["mergekit-arm", *command]
-    main()
+    for task in tasks:
+        os.environ.update(task.environment)
+        descriptor = os.open(task.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
+        sys.argv = ["mergekit-arm", *task.command]
+        try:
+            main()
+        except SystemExit as end:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os.write(2, f"\nSTATUS {end.code or 0}\n".encode())
 
 
 def _free_port() -> int:

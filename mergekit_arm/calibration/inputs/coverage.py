@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
-from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mergekit_arm.calibration.inputs.readings import Reading, ReadingPlan
 from mergekit_arm.errors import InputError
 from mergekit_arm.models.conversion import Part, trace_parts
+from mergekit_arm.models.tensors import CheckpointTensors, dtype_name
 from mergekit_arm.statistics.format import BIAS, BUFFER, NOT_FLOATING, NOT_LOADED
 from mergekit_arm.statistics.probe import content_hash, take_probe
-
-
-class Checkpoint(Protocol):
-    """What opens a model's tensors one at a time."""
-
-    index: ShardedTensorIndex
-
-    def get_tensor(self, name: str, /) -> Tensor:
-        """Return one tensor."""
 
 
 @dataclass
@@ -74,10 +64,8 @@ class Coverage:
 
     def content_hash(self) -> str:
         """Return a hash over names, shapes, dtypes and probes; independent of sharding."""
-        return content_hash(
-            (weight.name, weight.shape, weight.dtype, probe)
-            for weight, probe in zip(self.weights, self.taken, strict=False)
-        )
+        probed = zip(self.weights, self.taken, strict=False)
+        return content_hash((one.name, one.shape, one.dtype, probe) for one, probe in probed)
 
     def settle(self) -> None:
         """Give every tensor its input axis or its reason, now that the plan is complete.
@@ -98,7 +86,9 @@ class Coverage:
             )
 
 
-def cover_checkpoint(model: PreTrainedModel, checkpoint: Checkpoint, plan: ReadingPlan) -> Coverage:
+def cover_checkpoint(
+    model: PreTrainedModel, checkpoint: CheckpointTensors, plan: ReadingPlan
+) -> Coverage:
     """Find the parameters that every tensor of ``checkpoint`` went into.
 
     Integer and boolean tensors too: mergekit casts them where a merge sets ``dtype``. Reads
@@ -111,8 +101,8 @@ def cover_checkpoint(model: PreTrainedModel, checkpoint: Checkpoint, plan: Readi
     buffers = {name for name, _ in model.named_buffers()}
     coverage = Coverage(type(model).__name__, plan)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in sorted(checkpoint.index.tensor_paths):
-        tensor = checkpoint.get_tensor(name)
+    for name in checkpoint.names:
+        tensor = checkpoint.get(name)
         shapes[name] = tuple(tensor.shape)
         if tensor.numel():
             weight = CoveredWeight(name, shapes[name], dtype_name(tensor.dtype), ())
@@ -157,8 +147,3 @@ def _place(part: Part, reading: Reading) -> tuple[int | None, int | None]:
     if reading.experts == 1 and reading.matrix and row is None and len(part.axes) == 2:
         row = 0
     return part.axes[reading.input_axis], row
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return ``float32`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")

@@ -27,6 +27,9 @@ from mergekit_arm.calibration.inputs.readings import (
 from mergekit_arm.errors import InputError
 from mergekit_arm.statistics.format import NEVER_USED
 
+DISCOVERY_TOKENS = 16
+"""Enough to see every product; their inputs are all held at once."""
+
 
 def discover(
     model: nn.Module,
@@ -64,7 +67,7 @@ def discover(
 
 
 class _Watch:
-    """Hooks and a ``ProductMode`` that fill a plan's readings and calls."""
+    """Hooks and a ``ProductMode`` that fill in a plan's ``readings`` and ``handed``."""
 
     def __init__(self, model: nn.Module, plan: ReadingPlan) -> None:
         self.ran = {id(model)}
@@ -174,6 +177,3 @@ class _Watch:
         if not any(known is user for known in reading.users):
             reading.users.append(user)
         self._note(product.parameter, ("product", product.parameter))
-
-
-DISCOVERY_TOKENS = 16

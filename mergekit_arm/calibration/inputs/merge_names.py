@@ -17,15 +17,16 @@ from mergekit.architecture.conversion import convert_checkpoint_tensors
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mergekit_arm.calibration.inputs.coverage import Checkpoint, Coverage, CoveredWeight, dtype_name
+from mergekit_arm.calibration.inputs.coverage import Coverage, CoveredWeight
 from mergekit_arm.models.conversion import Part
+from mergekit_arm.models.tensors import CheckpointTensors, dtype_name
 from mergekit_arm.statistics.probe import take_probe
 
 LOG = logging.getLogger(__name__)
 
 
 def add_asked_names(
-    coverage: Coverage, model: PreTrainedModel, checkpoint: Checkpoint, config: Any
+    coverage: Coverage, model: PreTrainedModel, checkpoint: CheckpointTensors, config: Any
 ) -> None:
     """Add to ``coverage`` the aliases and the converted tensors that a merge may ask for.
 
@@ -42,7 +43,7 @@ def add_asked_names(
                 whole.setdefault(part.parameter, weight.name)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         own = first_name[id(parameter)]
-        if name in checkpoint.index.tensor_paths:
+        if name in checkpoint:
             continue
         if own in whole:
             coverage.aliases[name] = whole[own]
@@ -58,13 +59,13 @@ def add_asked_names(
 
 def _add_converted(
     coverage: Coverage,
-    checkpoint: Checkpoint,
+    checkpoint: CheckpointTensors,
     model_type: str,
     name: str,
     pieces: list[CoveredWeight],
 ) -> None:
     def load(piece: str) -> Callable[[], Tensor]:
-        return lambda: checkpoint.get_tensor(piece)
+        return lambda: checkpoint.get(piece)
 
     sources = {piece.name: load(piece.name) for piece in pieces}
     tensor = convert_checkpoint_tensors(model_type, sources, name)

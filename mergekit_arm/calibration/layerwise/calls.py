@@ -23,7 +23,7 @@ class _Hidden:
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """A layer's arguments, but for the hidden states."""
 
     args: tuple[Any, ...]
@@ -39,7 +39,7 @@ class Call:
             name: tree_map(fill, value) for name, value in self.kwargs.items()
         }
 
-    def difference(self, other: Call) -> str | None:
+    def difference(self, other: LayerCall) -> str | None:
         """Return the name of an argument that differs between two calls, None if none does."""
         ours, theirs = ({**dict(enumerate(c.args)), **c.kwargs} for c in (self, other))
         for name in {**ours, **theirs}:
@@ -54,7 +54,7 @@ class Recorder:
     def __init__(self) -> None:
         self._pool: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
 
-    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Call, Tensor]:
+    def record(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[LayerCall, Tensor]:
         """Take apart what a layer was handed: the call, and the hidden states.
 
         Raises:
@@ -69,7 +69,7 @@ class Recorder:
                 return _Hidden
             return self._shared(leaf) if isinstance(leaf, Tensor) else leaf
 
-        call = Call(
+        call = LayerCall(
             tuple(tree_map(take, arg) for arg in args),
             {name: tree_map(take, value) for name, value in kwargs.items()},
         )

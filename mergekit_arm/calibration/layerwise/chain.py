@@ -1,4 +1,9 @@
-"""A model's forward with its layers taken out: what is called around them, and how they are."""
+"""A model's own forward, with something else in the place of every layer.
+
+The model runs as always: embeddings, masks, what follows the layers. Only where it would call a
+layer, a function of ours is called instead, which decides what that layer returns. Weights
+outside the layers are read when the forward comes to them.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +18,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mergekit_arm.calibration.inputs.readings import Parameter, ReadingPlan
-from mergekit_arm.calibration.layerwise.calls import Call, Form, NotWalkable, Recorder
+from mergekit_arm.calibration.layerwise.calls import Form, LayerCall, NotWalkable, Recorder
 from mergekit_arm.calibration.layerwise.weights import LayerWeights
 from mergekit_arm.errors import first_line
 from mergekit_arm.machine import out_of_memory
-from mergekit_arm.models.loading import model_arguments
+from mergekit_arm.models.calling import model_arguments
 
-Visit = Callable[[int, Call, Tensor, Callable[..., Any]], Any]
+Visit = Callable[[int, LayerCall, Tensor, Callable[..., Any]], Any]
 """Stands in a layer's place: its number, how it is called, with which hidden states, and its own
 forward. Returns what the model gets for the layer's output."""
 
@@ -129,7 +134,7 @@ class Chain:
 
     def record(
         self, ids: Tensor, arrived: Callable[[], None] = lambda: None
-    ) -> tuple[list[Call], Tensor]:
+    ) -> tuple[list[LayerCall], Tensor]:
         """Return how each layer is called for ``ids``, and the first layer's hidden states.
 
         ``arrived`` is called at the first layer: from there on nothing is real.
@@ -137,10 +142,10 @@ class Chain:
         Raises:
             NotWalkable: layers are not called one after the other on each other's results.
         """
-        calls: list[Call] = []
+        calls: list[LayerCall] = []
         states: list[Tensor] = []
 
-        def hand_on(index: int, call: Call, hidden: Tensor, _forward: object) -> Any:
+        def hand_on(index: int, call: LayerCall, hidden: Tensor, _forward: object) -> Any:
             if not calls:
                 arrived()
                 states.append(hidden)
@@ -170,7 +175,7 @@ class Chain:
         ``passed`` is called at the last layer: before it nothing is real.
         """
 
-        def hand_on(index: int, _call: Call, hidden: Tensor, _forward: object) -> Any:
+        def hand_on(index: int, _call: LayerCall, hidden: Tensor, _forward: object) -> Any:
             if index < len(self) - 1:
                 return self.form.wrap(hidden)
             passed()

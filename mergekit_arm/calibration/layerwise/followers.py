@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 
-from mergekit_arm.calibration.layerwise.calls import Call
+from mergekit_arm.calibration.layerwise.calls import LayerCall
 from mergekit_arm.calibration.layerwise.chain import Chain
 from mergekit_arm.calibration.layerwise.hidden import HiddenStates, Key
-from mergekit_arm.calibration.sums.batches import Batch, Feeder, Span
-from mergekit_arm.calibration.sums.batches import Call as CountedCall
+from mergekit_arm.calibration.sums.batches import Batch, Call, Feeder, Span
 from mergekit_arm.calibration.sums.hooks import Collector
 from mergekit_arm.calibration.sums.sites import Site
 from mergekit_arm.machine import Cost
@@ -29,8 +28,8 @@ class _Follower:
     """One batch, and how it must be handed to each layer."""
 
     span: Span
-    calls: list[Call]
-    counted: Mapping[CountedCall, int] = field(default_factory=dict)
+    calls: list[LayerCall]
+    counted: Mapping[Call, int] = field(default_factory=dict)
 
     def key(self, passed: int) -> Key:
         return f"{self.span.first}-{self.span.count}", passed
@@ -47,15 +46,12 @@ class Followers:
         self._feeder = feeder
         self._device = device
         self._batches: list[_Follower] = []
+        self.begun = False
+        """Whether it is known how the batches come to the layers, of which there may be none."""
         self.stage = 0
         """Where they are."""
         self.done = 0
         """How many have passed it."""
-
-    @property
-    def begun(self) -> bool:
-        """Whether it is known how the batches come to the layers."""
-        return bool(self._batches)
 
     def spans(self) -> list[Span]:
         """Return the blocks of every batch; smaller ones once memory has run out."""
@@ -93,6 +89,7 @@ class Followers:
                 if not resumed:
                     self._hidden.put(follower.key(0), hidden)
         self._chain.drop_embeddings()
+        self.begun = True
 
     def through_layer(
         self, forward: Callable[..., Any], sites: list[Site], passed: Callable[[Cost | None], None]

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mergekit_arm.calibration.running.progress import Progress
+from mergekit_arm.calibration.running.progress import SavedProgress
 from mergekit_arm.files import flush
 
 Key = tuple[str, int]
@@ -25,7 +25,7 @@ class HiddenStates:
     the next one is saved.
     """
 
-    def __init__(self, progress: Progress, budget: int) -> None:
+    def __init__(self, progress: SavedProgress, budget: int) -> None:
         """Start empty; ``budget`` is in bytes."""
         self._progress = progress
         self._budget = budget

@@ -14,8 +14,7 @@ and at every layer what was recorded must equal what really arrives, bit for bit
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,19 +23,18 @@ from torch import Tensor, nn
 from mergekit_arm.calibration.inputs.coverage import Coverage
 from mergekit_arm.calibration.inputs.discovery import DISCOVERY_TOKENS, discover
 from mergekit_arm.calibration.inputs.readings import SitePlan
-from mergekit_arm.calibration.layerwise.calls import Call, Form, NotWalkable
+from mergekit_arm.calibration.layerwise.calls import Form, LayerCall, NotWalkable
 from mergekit_arm.calibration.layerwise.chain import Chain
+from mergekit_arm.calibration.layerwise.estimate import FirstLayer, estimate_by_layer
 from mergekit_arm.calibration.layerwise.followers import Followers
 from mergekit_arm.calibration.layerwise.hidden import HiddenStates, Key
-from mergekit_arm.calibration.running.estimate import estimate
-from mergekit_arm.calibration.running.preflight import Preflight
+from mergekit_arm.calibration.layerwise.parts import Parts
 from mergekit_arm.calibration.running.progress import Snapshot
-from mergekit_arm.calibration.running.session import Session
-from mergekit_arm.calibration.running.size import directory_bytes, parameter_bytes
+from mergekit_arm.calibration.running.session import DryRun, Session
 from mergekit_arm.calibration.sums.batches import Feeder, Span
 from mergekit_arm.calibration.sums.hooks import without_logits
 from mergekit_arm.calibration.sums.sites import Site, plan_sites
-from mergekit_arm.calibration.sums.totals import MeasuredSite, add_up
+from mergekit_arm.calibration.sums.totals import MeasuredSite
 from mergekit_arm.errors import first_line
 from mergekit_arm.machine import Cost
 
@@ -72,12 +70,7 @@ class _Walk:
     """The leader's way through the model, and what is measured on it."""
 
     def __init__(
-        self,
-        chain: Chain,
-        coverage: Coverage,
-        device: torch.device,
-        session: Session,
-        budget: int,
+        self, chain: Chain, coverage: Coverage, device: torch.device, session: Session, budget: int
     ) -> None:
         self._chain = chain
         self._coverage = coverage
@@ -86,20 +79,21 @@ class _Walk:
         self._hidden = HiddenStates(session.progress, budget)
         self._feeder = Feeder(session.corpus, session.sample, session.reports.say)
         self._leader = session.corpus.blocks[0][None, :DISCOVERY_TOKENS]
-        self._leader_calls: list[Call] = []
+        self._leader_calls: list[LayerCall] = []
         self._arriving: Tensor | None = None
         """The hidden states with which the leader comes to the stage."""
         self._spans = session.spans()
         if session.options.dry_run:
             del self._spans[1:]
         self._followers = Followers(chain, self._hidden, self._feeder, device)
+        self._called_before: set[nn.Module] = set()
+        """Modules outside the layers that the leader has called on its way to the first."""
         self._before: set[str] = set()
         """Parameters that are read before the layers."""
         self._start = 0
         """Where the walk began: not at 0 if an earlier run had come further."""
         self._snapshot: Snapshot | None = None
-        # What is finished comes in parts: before the layers, each layer, behind them.
-        self._finished = int(session.job.tell("finished", str(session.progress.finished())))
+        self._parts = Parts(session, device)
 
     def run(self) -> list[MeasuredSite]:
         self._resume()
@@ -111,14 +105,15 @@ class _Walk:
             # What torch says of a weight that was used without its module being called.
             raise NotWalkable(f"it uses weights outside its layers: {first_line(error)}") from error
         self._measure_behind()
-        if not self._session.job.main:
-            return []
-        parts = range(len(self._chain) + 2)
-        return [site for part in parts for site in self._session.progress.read_finished(part)]
+        return self._parts.sites(len(self._chain) + 2)
 
-    def _lead(self, index: int, call: Call, hidden: Tensor, forward: Callable[..., Any]) -> Any:
+    def _lead(
+        self, index: int, call: LayerCall, hidden: Tensor, forward: Callable[..., Any]
+    ) -> Any:
         """Take the leader, and after it everybody, through layer ``index``."""
         chain = self._chain
+        if index == 0:
+            self._called_before = chain.called()
         if index < self._start:  # an earlier run has been here
             if index == self._start - 1:
                 hidden = self._arriving = self._hidden.get((_LEADER, self._start)).to(self._device)
@@ -159,16 +154,17 @@ class _Walk:
         def passed(cost: Cost | None) -> None:
             if index == 0 and cost:
                 states = self._followers.bytes_of_first()
+                first = FirstLayer(sites, cost, reading.seconds, size, states)
                 self._session.preflight(
-                    estimate_by_layer(
-                        chain, self._coverage, sites, cost, reading, size, states, self._session
-                    )
+                    estimate_by_layer(first, chain, self._coverage, self._session)
                 )
             self._passed(sites)
 
         self._followers.through_layer(forward, sites, passed)
+        if self._session.options.dry_run:  # without a batch: another process says what there is
+            raise DryRun
         self._check_memory(index, call, hidden, forward, form.unwrap(outputs[0]))
-        self._close(self._followers.stage + 1, sites)
+        self._parts.close(self._followers.stage + 1, sites, self._position())
         chain.weights.unload(chain.layer(index), inner=True)
         self._hidden.drop((_LEADER, index))
         self._arriving = form.unwrap(outputs[0])
@@ -176,7 +172,12 @@ class _Walk:
         return outputs[0]
 
     def _check_memory(
-        self, index: int, call: Call, hidden: Tensor, forward: Callable[..., Any], output: Tensor
+        self,
+        index: int,
+        call: LayerCall,
+        hidden: Tensor,
+        forward: Callable[..., Any],
+        output: Tensor,
     ) -> None:
         """Let the leader through the layer again, behind everybody else.
 
@@ -190,14 +191,13 @@ class _Walk:
 
     def _begin(self) -> None:
         """Record how the leader and every batch come to the layers."""
-        called = self._chain.called()
         plan = self._coverage.plan
         self._before = set()
         for name, parameter in plan.parameters.items():
             # A tied embedding is read where the head is.
             known = plan.readings.get(name)
             layers = known.layers if known else [holder for holder, _ in parameter.holders]
-            if not self._chain.holds(name) and not called.isdisjoint(layers):
+            if not self._chain.holds(name) and not self._called_before.isdisjoint(layers):
                 self._before.add(name)
         plans = self._discover(
             self._chain.model,
@@ -207,10 +207,10 @@ class _Walk:
         sites = plan_sites(self._chain.model, plans, self._session.options)
         self._followers.begin(
             self._spans,
-            sites if self._finished == 0 else [],
+            sites if not self._parts.has(0) else [],
             resumed=(self._followers.stage, self._followers.done) != (0, 0),
         )
-        self._close(0, sites)
+        self._parts.close(0, sites, self._position())
 
     def _measure_behind(self) -> None:
         """Let every block through what follows the layers: the last norm, the head's input."""
@@ -231,28 +231,15 @@ class _Walk:
         )
         sites = self._sites(plans)
         self._followers.leave(sites, lambda _: self._passed(sites))
-        self._close(self._followers.stage + 1, sites)
+        self._parts.close(self._followers.stage + 1, sites, self._position())
 
     def _passed(self, sites: list[Site]) -> None:
         """Report a batch, and save progress if it is time."""
         self._session.after_batch(*self._tokens(), self._position(), sites)
 
-    def _close(self, part: int, sites: list[Site]) -> None:
-        """Add up a part's sums over all processes and put its results on the disk."""
-        if part < self._finished:
-            return
-        session = self._session
-        wait = partial(session.wait, position=self._position(), sites=sites)
-        wait(f"part {part}")
-        measured = add_up(sites, session.job, self._device)
-        if session.job.main:
-            session.progress.finish(part, measured)
-        # Nobody may go on, and lose these sums, before they are in the finished part.
-        wait(f"finished part {part}")
-
     def _sites(self, plans: list[SitePlan]) -> list[Site]:
         """Return the sites of the stage; none where an earlier run has finished it."""
-        if self._followers.stage + 1 < self._finished:
+        if self._parts.has(self._followers.stage + 1):
             return []
         sites = plan_sites(self._chain.model, plans, self._session.options)
         if self._snapshot and self._followers.stage == self._start:
@@ -305,53 +292,8 @@ class _Walk:
         return [(_LEADER, self._followers.stage), *self._followers.needed(behind=behind)]
 
     def _tokens(self) -> tuple[int, int]:
-        """Return tokens done and tokens in all; every layer counts."""
-        session, layers = self._session, len(self._chain)
-        everything = session.tokens(self._spans)
-        done = session.tokens(self._followers.spans()[: self._followers.done])
-        return min(
-            self._followers.stage * everything + done, layers * everything
-        ), layers * everything
-
-
-def estimate_by_layer(
-    chain: Chain,
-    coverage: Coverage,
-    sites: list[Site],
-    first: Cost,
-    reading: Cost,
-    layer: int,
-    states: int,
-    session: Session,
-) -> Preflight:
-    """Extrapolate from the first block's way through the first layer.
-
-    Args:
-        sites: of the first layer.
-        first: what the block took there.
-        reading: what reading the layer's weights took.
-        layer: their bytes.
-        states: bytes of the block's hidden states.
-    """
-    one = estimate(chain.model, coverage, sites, first, session)
-    states = states * one.tokens // session.tokens(session.spans()[:1])
-    output = directory_bytes(
-        sites,
-        coverage,
-        session.corpus,
-        session.options,
-        repeated=len(chain),
-        beyond=parameter_bytes(
-            chain.unlike_first(coverage.plan), coverage, chain.model, session.options
-        ),
-    )
-    return replace(
-        one,
-        seconds=len(chain) * (reading.seconds + one.seconds),
-        weights=layer + sum(chain.loaded.values()),
-        output=output,
-        # What was saved stays until the new is written; each process saves its own, and
-        # the first one also every layer's results.
-        disk=2 * (states + one.sums) * session.job.local_processes + output,
-        low_memory=True,
-    )
+        """Return tokens done and tokens in all; each layer is an equal share of every token."""
+        everything = self._session.tokens(self._spans)
+        here = self._session.tokens(self._followers.spans()[: self._followers.done])
+        passed = self._followers.stage * everything + here
+        return min(passed // len(self._chain), everything), everything

@@ -1,4 +1,4 @@
-"""The checkpoint's tensors: fetched, sized, and read one at a time."""
+"""The weights of one part of a model at a time, loaded as transformers would load them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from mergekit_arm.calibration.layerwise.calls import NotWalkable
-from mergekit_arm.models.checkpoint import BriefLoader
 from mergekit_arm.models.names import map_checkpoint
+from mergekit_arm.models.tensors import CheckpointTensors
 
 
 class LayerWeights:
@@ -29,7 +29,7 @@ class LayerWeights:
     def __init__(
         self,
         model: PreTrainedModel,
-        checkpoint: BriefLoader,
+        checkpoint: CheckpointTensors,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
@@ -39,7 +39,7 @@ class LayerWeights:
         # Loading replaces parameters; these come back, so that what is tied stays tied.
         self._empty = dict(model.named_parameters(remove_duplicate=False))
         self._sources: dict[str, list[str]] = defaultdict(list)
-        for entry in map_checkpoint(model, sorted(checkpoint.index.tensor_paths)):
+        for entry in map_checkpoint(model, checkpoint.names):
             if entry.parameter is not None:
                 self._sources[entry.parameter].append(entry.name)
         self._settings = LoadStateDictConfig(
@@ -103,12 +103,12 @@ class LayerWeights:
 class _Unread:
     """A tensor that is read when transformers takes it, by ``[...]``."""
 
-    def __init__(self, checkpoint: BriefLoader, name: str) -> None:
+    def __init__(self, checkpoint: CheckpointTensors, name: str) -> None:
         self._checkpoint = checkpoint
         self._name = name
 
     def __getitem__(self, everything: object) -> Tensor:
-        return self._checkpoint.get_tensor(self._name)
+        return self._checkpoint.get(self._name)
 
 
 @contextmanager

@@ -18,11 +18,13 @@ class Preflight:
     weights: int
     """Held at once."""
     sums: int
+    """Held by the sites, for as long as they are measured."""
     activations: int
-    """Of a whole batch."""
+    """What a whole batch takes beside weights and sums while it passes the model."""
     batch_size: int
     free: int
-    """Memory that is left for the activations; weights and sums are there already."""
+    """Memory free on the device after the first block, when weights and sums are in it: what is
+    left for activations."""
     device: str
     output: int
     """Of the statistics directory, at most."""

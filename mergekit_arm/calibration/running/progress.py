@@ -23,7 +23,7 @@ from torch import Tensor
 from mergekit_arm.calibration.sums.sites import Site
 from mergekit_arm.calibration.sums.totals import PARTS, MeasuredSite, pack, unpack
 from mergekit_arm.errors import InputError, first_line
-from mergekit_arm.files import flush
+from mergekit_arm.files import replacement
 
 _RECORD = "progress"
 _SUMS, _FINISHED = "sums", "finished"
@@ -35,8 +35,6 @@ class Snapshot:
 
     position: Mapping[str, Any]
     """Where it was, in the terms of the loop that saved it."""
-    plans: Mapping[str, list[str]]
-    """Site → the parameters that read there."""
     states: Mapping[str, dict[str, Tensor]]
 
     def restore(self, sites: Iterable[Site]) -> None:
@@ -45,32 +43,29 @@ class Snapshot:
             site.load_state(self.states[site.name])
 
 
-class Progress:
-    """The progress of this process."""
+class SavedProgress:
+    """What this process has saved of a run, and saves."""
 
     def __init__(
         self,
-        out: Path,
+        folder: Path,
         fingerprint: Mapping[str, str],
         *,
         every: float,
         process: int = 0,
         processes: int = 1,
-        suffix: str = "partial",
     ) -> None:
         """Prepare; touches nothing.
 
         Args:
-            out: where the statistics will be written.
+            folder: where progress is saved, by all processes of this host.
             fingerprint: what decides the run's numbers, by its name; a run continues only
                 where all of it is the same.
             every: seconds between two savings.
             process: number of this process among ``processes``.
             processes: how many there are.
-            suffix: of the directory, after the name of ``out``.
         """
-        out = out.absolute()
-        self.folder = out.parent / f"{out.name}.{suffix}"
+        self.folder = folder
         self._prefix = f"process-{process}."
         self._fingerprint = {**fingerprint, "number of processes": str(processes)}
         self._every = every
@@ -113,7 +108,7 @@ class Progress:
         for key, value in _read_tensors(path).items():
             site, _, entry = key.partition(PARTS)
             states[site][entry] = value.clone()
-        return Snapshot(record["position"], record["sites"], states)
+        return Snapshot(record["position"], states)
 
     def due(self) -> bool:
         """Say whether it is time to save."""
@@ -121,10 +116,10 @@ class Progress:
 
     def save(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
         """Replace what was saved before; flushed, so that it outlives a power failure."""
-        names: dict[str, list[str]] = {}
+        names: list[str] = []
         tensors: dict[str, Tensor] = {}
         for site in sites:
-            names[site.name] = [reading.parameter for reading in site.plan.readings]
+            names.append(site.name)
             for key, value in site.state().items():
                 tensors[f"{site.name}{PARTS}{key}"] = value
         self._write(_SUMS, tensors, {"position": position, "sites": names})
@@ -157,23 +152,20 @@ class Progress:
 
     def discard(self) -> None:
         """Remove what this process has saved, and the directory with the last of it."""
-        for path in self.folder.glob(f"{self._prefix}*"):
-            path.unlink(missing_ok=True)
+        for name in (f"{self._prefix}*", f".{self._prefix}*"):  # whole, and half-written
+            for path in self.folder.glob(name):
+                path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty: other processes' progress
             self.folder.rmdir()
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.path(name)
-        temporary = path.with_suffix(".writing")
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-            temporary,
-            metadata={_RECORD: json.dumps({"fingerprint": self._fingerprint, **record})},
-        )
-        flush(temporary)
-        temporary.replace(path)
-        flush(self.folder)
+        with replacement(self.path(name)) as unfinished:
+            save_file(
+                {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+                unfinished,
+                metadata={_RECORD: json.dumps({"fingerprint": self._fingerprint, **record})},
+            )
 
     @staticmethod
     def _read_record(path: Path) -> dict[str, Any]:

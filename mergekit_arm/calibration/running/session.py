@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.calibration.processes import Job, PeerLost
 from mergekit_arm.calibration.running.preflight import Preflight
-from mergekit_arm.calibration.running.progress import Progress, Snapshot
+from mergekit_arm.calibration.running.progress import SavedProgress, Snapshot
 from mergekit_arm.calibration.sums.batches import Span, plan_spans
 from mergekit_arm.calibration.sums.sites import Site
 from mergekit_arm.data.blocks import Corpus
@@ -36,6 +36,19 @@ class Reports:
     progress: ProgressReport
     preflight: Callable[[Preflight], None]
 
+    @staticmethod
+    def of(
+        say: Callable[[str], None] | None = None,
+        progress: ProgressReport | None = None,
+        preflight: Callable[[Preflight], None] | None = None,
+    ) -> Reports:
+        """Return reports that go to what is given, and otherwise nowhere."""
+        return Reports(
+            say or (lambda note: None),
+            progress or (lambda done, total: None),
+            preflight or (lambda estimate: None),
+        )
+
 
 class SavedBeside(Protocol):
     """Files that saved progress refers to."""
@@ -51,6 +64,19 @@ class DryRun(Exception):
     """The preflight is done and nothing more was asked for."""
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl-C does, so that what lies on the disk for a time is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread only
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 @dataclass
 class Session:
     """One measurement on one process; both ways of walking through a model use it."""
@@ -58,7 +84,7 @@ class Session:
     options: CalibrationOptions
     corpus: Corpus
     job: Job
-    progress: Progress
+    progress: SavedProgress
     reports: Reports
     beside: SavedBeside | None = None
     """What else the saved position refers to."""

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from mergekit_arm.data.blocks import Corpus
 from mergekit_arm.data.sample import TokenSample
 from mergekit_arm.errors import Failure
-from mergekit_arm.machine import out_of_memory, release_memory
+from mergekit_arm.machine import out_of_memory
 
 Call = tuple[str, str]
 """A site and one of its statistics."""
@@ -144,7 +145,7 @@ class Feeder:
             if not out_of_memory(error):
                 raise
         # Only here, with the exception gone, do the failed pass's tensors let go of their memory.
-        release_memory()
+        clear_device_cache(garbage_collection=True)
         return False
 
 

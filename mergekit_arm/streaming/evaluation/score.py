@@ -23,8 +23,8 @@ from mergekit_arm.models.loading import (
     choose_dtype,
     find_model,
     load_model,
-    load_own_tokenizer,
 )
+from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.streaming.config import Evaluation
 from mergekit_arm.streaming.evaluation.heldout import IGNORED, HeldOut, load_heldout
 

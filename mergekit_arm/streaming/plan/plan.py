@@ -12,7 +12,8 @@ from mergekit.options import MergeOptions
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.files import hash_file
 from mergekit_arm.models.contents import Contents, describe
-from mergekit_arm.models.loading import choose_device, load_own_tokenizer
+from mergekit_arm.models.loading import choose_device
+from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 from mergekit_arm.streaming.config import FINAL_DTYPES, Calibration, StreamConfig
 from mergekit_arm.streaming.options import WatchOptions

@@ -20,7 +20,7 @@ from mergekit.plan import MergePlanner
 
 from mergekit_arm.errors import Failure, first_line
 from mergekit_arm.files import fresh_directory, publish, remove
-from mergekit_arm.models.loading import load_own_tokenizer
+from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.statistics.read import forget
 from mergekit_arm.streaming.plan.document import models_of
 

@@ -23,9 +23,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
 from mergekit_arm.calibration.layerwise.followers import Followers
 from mergekit_arm.calibration.layerwise.hidden import HiddenStates
-from mergekit_arm.calibration.running.progress import Progress
+from mergekit_arm.calibration.running.progress import SavedProgress
 from mergekit_arm.errors import InputError
-from mergekit_arm.models.checkpoint import BriefLoader
+from mergekit_arm.models.tensors import CheckpointTensors
 from tests.support.equality import assert_same_statistics
 from tests.support.models import VOCABULARY, tiny_llama
 
@@ -97,13 +97,13 @@ def test_each_weight_is_read_once(
 ) -> None:
     """And for its values: a probe reads 32 of them."""
     read: Counter[str] = Counter()
-    plain = BriefLoader.get_tensor
+    plain = CheckpointTensors.get
 
-    def counting(self: BriefLoader, name: str) -> Tensor:
+    def counting(self: CheckpointTensors, name: str) -> Tensor:
         read[name] += 1
         return plain(self, name)
 
-    monkeypatch.setattr(BriefLoader, "get_tensor", counting)
+    monkeypatch.setattr(CheckpointTensors, "get", counting)
     probed = Counter(load_file(family / "base" / "model.safetensors").keys())
     measure(family / "base", tmp_path / "stats", low_memory=True, batch_size=2)
     read.subtract(probed)
@@ -160,7 +160,7 @@ def test_hidden_states_beyond_the_budget_are_on_the_disk(
 
 
 def test_files_that_saved_progress_needs_stay(tmp_path: Path) -> None:
-    states = HiddenStates(Progress(tmp_path / "out", {}, every=0), budget=0)
+    states = HiddenStates(SavedProgress(tmp_path / "out.partial", {}, every=0), budget=0)
     states.put(("a", 0), torch.ones(3))
     states.persist([("a", 0)])
     states.settle([("a", 0)])
@@ -345,7 +345,7 @@ def test_a_device_map(family: Path, tmp_path: Path, measure: Callable[..., Path]
 def test_a_device_map_that_needs_the_disk(
     family: Path, tmp_path: Path, measure: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mergekit_arm.calibration import calibrate as run
+    from mergekit_arm.calibration import prepare as run
 
     size = (family / "base" / "model.safetensors").stat().st_size
     plain = run.spread

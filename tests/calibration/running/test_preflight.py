@@ -12,14 +12,15 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from mergekit_arm.calibration import calibrate as run
+from mergekit_arm import machine
+from mergekit_arm.calibration import prepare as run
 from mergekit_arm.calibration.calibrate import calibrate
 from mergekit_arm.calibration.running import estimate as estimates
-from mergekit_arm.calibration.running import preflight
 from mergekit_arm.calibration.running.preflight import Preflight
 from mergekit_arm.cli.calibrate import command
 from mergekit_arm.errors import InputError
 from mergekit_arm.machine import free_memory
+from mergekit_arm.models import loading
 from tests.support.calibrations import WAYS, options
 from tests.support.models import VOCABULARY
 
@@ -117,7 +118,10 @@ def test_one_block_goes_through_first(
     calibrate(given, lambda done, total: events.append(done), preflight=events.append)
     estimate = events.pop(0)
     assert isinstance(estimate, Preflight)
-    assert events[0] == 32
+    # The bar counts the tokens of the data: a layer is its share of each, two here.
+    assert events[0] == (16 if low_memory else 32)
+    assert events == sorted(events)
+    assert events[-1] == 384
     assert len(events) == 4 * (3 if low_memory else 1)  # 1 + 5 + 5 + 1 blocks
     assert (estimate.tokens, estimate.batch_size) == (384, 5)
     weights = load_file(family / "base" / "model.safetensors")
@@ -198,7 +202,7 @@ def test_experts_without_tokens_yet_are_in_the_estimate(
 def test_weights_that_do_not_fit_are_not_loaded(
     family: Path, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
     monkeypatch.setattr(run, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(InputError, match=r"1.0 kB are free on cpu: use --low-memory") as error:
         calibrate(options(family, tmp_path / "s", token_file, device="cpu"))
@@ -207,10 +211,10 @@ def test_weights_that_do_not_fit_are_not_loaded(
 
 
 def test_processes_that_share_memory_must_all_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight, "free_memory", lambda device: 1000)
-    preflight.check_weights_fit(400, CPU, torch.float32, "model", 2)
+    monkeypatch.setattr(loading, "free_memory", lambda device: 1000)
+    loading.check_weights_fit(400, CPU, torch.float32, "model", 2)
     with pytest.raises(InputError, match=r"600 B in float32, in each of 2 processes, and 1\.0 kB"):
-        preflight.check_weights_fit(600, CPU, torch.float32, "model", 2)
+        loading.check_weights_fit(600, CPU, torch.float32, "model", 2)
 
 
 def test_memory_that_is_short_is_warned_of_before_the_run(
@@ -226,9 +230,8 @@ def test_memory_that_is_short_is_warned_of_before_the_run(
 
 def test_free_memory_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cached files count as used there, and go as soon as memory is wanted."""
-    monkeypatch.setattr(preflight, "_CGROUP", tmp_path)
-    machine = free_memory(CPU)
-    assert machine > 100_000
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    assert free_memory(CPU) > 100_000
     (tmp_path / "memory.max").write_text("70000\n")
     (tmp_path / "memory.current").write_text("50000\n")
     (tmp_path / "memory.stat").write_text("anon 20000\ninactive_file 30000\nactive_file 9\n")

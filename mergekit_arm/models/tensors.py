@@ -1,0 +1,83 @@
+"""A checkpoint's tensors, read one at a time.
+
+Statistics have a reader of their own, which keeps its files open and unpickles nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from zipfile import is_zipfile
+
+import torch
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
+from safetensors import safe_open
+from torch import Tensor
+
+
+class CheckpointTensors:
+    """Reads tensors from the files that mergekit would read.
+
+    A file is open only while one of its tensors is read, and mapped only while one is in use:
+    pages of a mapped file count as memory of the process, so that a reader that keeps the files
+    of a large model open ends up with all of it.
+
+    mergekit's own ``LazyTensorLoader`` keeps the last file open, and looks through its names
+    for every tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Find the files in ``folder``.
+
+        Raises:
+            OSError, RuntimeError, ValueError, SafetensorError: there are none, or one cannot be
+                read.
+        """
+        self._folder = folder
+        self._index = ShardedTensorIndex.from_disk(str(folder))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._index.tensor_paths)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._index.tensor_paths
+
+    def get(self, name: str) -> Tensor:
+        """Return a tensor on the CPU, mapped where its file allows it.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        file_name = self._index.tensor_paths[name]
+        stored: Tensor
+        if self._index.is_safetensors:
+            with safe_open(self._folder / file_name, framework="pt") as file:
+                stored = file.get_tensor(name)
+        else:
+            path = self._folder / file_name
+            # Files of torch before 1.6 are no archives, and cannot be mapped.
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+            stored = saved.get("state_dict", saved)[name]
+        return stored
+
+    def size(self, dtype: torch.dtype) -> int:
+        """Return the bytes that all tensors take in ``dtype``; reads headers only."""
+        if not self._index.is_safetensors:
+            stored = self.get(next(iter(self._index.tensor_paths))).itemsize
+            return self.bytes_on_disk() * dtype.itemsize // stored
+        count = 0
+        for shard in self._index.shards:
+            with safe_open(self._folder / shard.filename, framework="pt") as file:
+                for name in shard.contained_keys:
+                    count += torch.Size(file.get_slice(name).get_shape()).numel()
+        return count * dtype.itemsize
+
+    def bytes_on_disk(self) -> int:
+        """Return the size of the files."""
+        return sum((self._folder / shard.filename).stat().st_size for shard in self._index.shards)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return ``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
