@@ -48,6 +48,8 @@ def regression_step(
     """
     solution.check(len(checkpoints), weight, input_axis)
     solution = solution.to(weight.device, working_dtype(weight, *checkpoints))
+    if scale == 0:
+        return weight.clone(memory_format=torch.contiguous_format)
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for rows in row_blocks(result, weight, checkpoints, input_axis=input_axis):
         update = solution.of_expert(rows.expert).solve(rows.tasks, out=rows.spares[0])

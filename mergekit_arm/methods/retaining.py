@@ -109,7 +109,7 @@ def retaining_step(
         here = solution.of_expert(rows.expert)
         for item, task in zip(incoming, rows.tasks, strict=True):
             here.solve([copy.copy_(task)], out=goal)
-            ahead, across, kept = _turned(task, goal, gains[rows.expert], turn)
+            ahead, across, kept = _turned(task, goal, copy, gains[rows.expert], turn)
             count += int(kept.sum())
             update.addcmul_(task, (item.learning_rate * ahead).to(task.dtype)[:, None])
             update.addcmul_(goal, (item.learning_rate * across).to(task.dtype)[:, None])
@@ -117,36 +117,44 @@ def retaining_step(
     return result, count
 
 
-def _turned(task: Tensor, goal: Tensor, gain: Tensor, turn: float) -> tuple[Tensor, Tensor, Tensor]:
+def _turned(
+    task: Tensor, goal: Tensor, spare: Tensor, gain: Tensor, turn: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return a and b of τ' = a τ + b d for every row, and which rows have nothing left.
 
     With θ the angle between them, a = sin((1 − s) θ) / sin θ and b = ‖τ‖/‖d‖ · sin(s θ) / sin θ.
     """
-    length, reach, product = _products(task, goal)
+    length, reach, cosine = _angles(task, goal, spare, needed=turn < 1)
     nothing = reach <= NOTHING_LEFT * gain * length
     straight = nothing | (length == 0)
-    angle = (product / (length * reach)).clamp(-1, 1).arccos()
     # Through sin x = x · sinc(x/π): no 0/0 at θ = 0. An error in cos θ is as small in both.
-    sinc = torch.sinc(angle / math.pi)
-    rest = 1 - turn
-    ahead = rest * torch.sinc(rest * angle / math.pi) / sinc
-    across = turn * torch.sinc(turn * angle / math.pi) / sinc * length / reach
+    angle = cosine.clamp(-1, 1).arccos() / math.pi
+    sinc, rest = torch.sinc(angle), 1 - turn
+    ahead = rest * torch.sinc(rest * angle) / sinc
+    across = turn * torch.sinc(turn * angle) / sinc * length / reach
     ahead, across = torch.where(straight, 1.0, ahead), torch.where(straight, 0.0, across)
     return ahead, across, nothing & (length > 0)
 
 
-def _products(task: Tensor, goal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ‖τ‖, ‖d‖ and τ·d of every row, in float64."""
+def _angles(
+    task: Tensor, goal: Tensor, spare: Tensor, *, needed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ‖τ‖, ‖d‖ and cos θ of every row, in float64; 1 for the last where it isn't needed."""
 
-    def products(one: Tensor, other: Tensor) -> list[Tensor]:
-        lengths = [torch.linalg.vector_norm(row, dim=1).double() for row in (one, other)]
-        return [*lengths, torch.linalg.vecdot(one, other).double()]
+    def measure(one: Tensor, other: Tensor, spare: Tensor) -> list[Tensor]:
+        length, reach = (torch.linalg.vector_norm(row, dim=1).double() for row in (one, other))
+        if not needed:
+            return [length, reach, torch.ones_like(length)]
+        product = torch.mul(one, other, out=spare).sum(1).double()
+        return [length, reach, product / (length * reach)]
 
-    found = products(task, goal)
+    found = measure(task, goal, spare)
     # Squares of small numbers underflow in float32. A few rows at a time, as float64 is large.
     small = (torch.minimum(found[0], found[1]) < SMALLEST).nonzero()[:, 0]
     for rows in torch.split(small, len(task) // 8 + 1):
-        precise = products(task[rows].double(), goal[rows].double())
-        for one, again in zip(found, precise, strict=True):
+        wide = task[rows].double()
+        for one, again in zip(
+            found, measure(wide, goal[rows].double(), torch.empty_like(wide)), strict=True
+        ):
             one[rows] = again
     return found[0], found[1], found[2]

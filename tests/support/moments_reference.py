@@ -195,3 +195,10 @@ def turned(
 def full_rank(rng: np.random.Generator, width: int, tokens: int = 80) -> Stored:
     """A whole second moment, well conditioned."""
     return of_data(rng.standard_normal((tokens, width)) @ orthonormal(rng, width, width), width)
+
+
+def wide_moment(seed: int, width: int = 1536, rank: int = 64) -> SecondMoment:
+    """A moment of a real layer's size, in the precision of stored ones."""
+    basis = tensor(orthonormal(np.random.default_rng(seed), width, rank), torch.float32)
+    eigenvalues = torch.linspace(9, 1, rank)
+    return second_moment(1 + basis.square() @ eigenvalues, basis, eigenvalues, alpha=0.9)
