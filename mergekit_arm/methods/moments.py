@@ -30,6 +30,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_arm.methods.rows import few_rows
+
 SMALLEST_REMAINDER = 2.0**-20
 """A smaller part of a channel's energy outside the leading eigenvectors is rounding, and none."""
 
@@ -148,9 +150,13 @@ class LeastSquares:
         Overwrites ``tasks``; x goes into ``out``, no task, where it is given. Linear, and exactly
         zero where all tasks are. Two products of rows × in × K; holds x and rows × K.
         """
-        x = torch.mul(tasks[0], self.shares[0], out=out)
-        for task, share in zip(tasks[1:], self.shares[1:], strict=True):
-            x.addcmul_(task, share)
+        x = torch.empty_like(tasks[0]) if out is None else out
+        for few in few_rows(x):
+            mean = torch.mul(tasks[0][few], self.shares[0], out=x[few])
+            for task, share in zip(tasks[1:], self.shares[1:], strict=True):
+                mean.addcmul_(task[few], share)
+            for task in tasks if self.back is not None else ():
+                task[few].sub_(mean)
         if self.back is None:
             return x
         coordinates = x.new_empty(x.shape[0], self.back.shape[0])
@@ -161,7 +167,7 @@ class LeastSquares:
             part = coordinates[:, start : start + factor.shape[1]]
             start += factor.shape[1]
             if index < len(tasks):
-                torch.mm(tasks[index].sub_(x), factor, out=part)
+                torch.mm(tasks[index], factor, out=part)
             else:
                 torch.mm(x, factor, out=part).neg_()
         return x.addmm_(coordinates, self.back)

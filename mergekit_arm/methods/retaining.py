@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mergekit_arm.methods.moments import LeastSquares, SecondMoment, least_squares
 from mergekit_arm.methods.rotation import SMALLEST, Incoming, arm_step
-from mergekit_arm.methods.rows import row_blocks, working_dtype
+from mergekit_arm.methods.rows import few_rows, row_blocks, working_dtype
 
 NOTHING_LEFT = 1e-6
 """A row keeps its direction where less than this part of what is usually left of one is left."""
@@ -109,10 +109,13 @@ def retaining_step(
         here = solution.of_expert(rows.expert)
         for item, task in zip(incoming, rows.tasks, strict=True):
             here.solve([copy.copy_(task)], out=goal)
-            ahead, across, kept = _turned(task, goal, copy, gains[rows.expert], turn)
-            count += int(kept.sum())
-            update.addcmul_(task, (item.learning_rate * ahead).to(task.dtype)[:, None])
-            update.addcmul_(goal, (item.learning_rate * across).to(task.dtype)[:, None])
+            rate, gain = item.learning_rate, gains[rows.expert]
+            for few in few_rows(task):
+                ahead, across, kept = _turned(task[few], goal[few], copy[few], gain, turn)
+                count += int(kept.sum())
+                update[few].addcmul_(goal[few], (rate * across).to(task.dtype)[:, None])
+                if bool(ahead.any()):
+                    update[few].addcmul_(task[few], (rate * ahead).to(task.dtype)[:, None])
         rows.write(update)
     return result, count
 

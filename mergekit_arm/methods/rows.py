@@ -30,8 +30,9 @@ class Rows:
         Where ``update`` is zero that is W, bit for bit: W − (+0) is W for every W, −0 included,
         as W + (+0) is not. That is why task vectors are negated.
         """
-        current = self.tasks[0].copy_(self._weight)
-        self._result.copy_(current.sub_(update, alpha=scale))
+        for few in few_rows(update):
+            current = self.tasks[0][few].copy_(self._weight[few])
+            self._result[few] = current.sub_(update[few], alpha=scale)
 
 
 def row_blocks(
@@ -77,10 +78,20 @@ def row_blocks(
             into, current, *others = [one[expert, start : start + step] for one in views]
             copies = list(scratch[:, : len(current)])
             free, tasks = copies[:spares], copies[spares:]
-            free[0].copy_(current)
-            for task, other in zip(tasks, others, strict=True):
-                torch.sub(free[0], task.copy_(other), out=task)
+            for few in few_rows(free[0]):
+                here = free[0][few].copy_(current[few])
+                for task, other in zip(tasks, others, strict=True):
+                    torch.sub(here, task[few].copy_(other[few]), out=task[few])
             yield Rows(expert, tasks, free, current, into)
+
+
+def few_rows(matrix: Tensor) -> Iterator[slice]:
+    """Split rows into parts that stay in a processor's cache from one operation to the next.
+
+    Products want many rows at once; everything else waits for memory where it takes as many.
+    """
+    step = max((1 << 17) // max(matrix.shape[1], 1), 1)
+    return (slice(start, start + step) for start in range(0, matrix.shape[0], step))
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
