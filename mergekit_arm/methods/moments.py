@@ -107,8 +107,8 @@ class LeastSquares:
     ``factors``: B_i, in the order of the tasks, then the base's; None where there is none.
     ``back``: K × in, the products (w_i A⁻¹ B_i)ᵀ, one below the other; None where K = 0.
 
-    Weights that read the same input share one: making it costs about as much as it costs to apply
-    it to K + in/2 rows in float64.
+    Weights that read the same input can share one. Making it takes as many operations, in
+    float64, as applying it to K rows does in float32.
     """
 
     shares: Tensor

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from mergekit_arm.methods.moments import LeastSquares, SecondMoment, least_squares
-from mergekit_arm.methods.rotation import SMALLEST, Incoming, arm_step
+from mergekit_arm.methods.rotation import SMALLEST
 from mergekit_arm.methods.rows import few_rows, row_blocks, working_dtype
+from mergekit_arm.methods.step import Incoming, arm_step
 
 NOTHING_LEFT = 1e-6
 """A row keeps its direction where less than this part of what is usually left of one is left."""
