@@ -308,6 +308,36 @@ def kernel(shop: Workshop) -> list[Row]:
     return found
 
 
+def regmean_kernel(shop: Workshop) -> list[Row]:
+    """RegMean of two models on one weight against the products it cannot do without."""
+    rows, width, rank = (64, 96, 8) if shop.quick else (4096, 11008, 256)
+    found = []
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        label = f"regmean-kernel {dtype}"
+
+        def run(what: str, dtype: str = dtype) -> Measured:
+            return shop.launch(
+                "regmean_kernel", what=what, rows=rows, width=width, rank=rank, dtype=dtype
+            )
+
+        for what in ("step", "prepare"):
+            found += compare(
+                label,
+                Side(what, lambda run=run, what=what: run(what)),
+                Side("products with U", lambda run=run: run("products")),
+                {TIME: None, PROCESSOR: None},
+                rounds=shop.rounds,
+            )
+        found += compare(
+            label,
+            Side("step", lambda run=run: run("step")),
+            Side("the weight", lambda size=size: {EXTRA: float(rows * width * size)}),
+            {EXTRA: 2.0},
+            rounds=shop.rounds,
+        )
+    return found
+
+
 BENCHMARKS: dict[str, Callable[[Workshop], list[Row]]] = {
     "calibrate-importance": calibrate_importance,
     "calibrate-all": calibrate_all,
@@ -323,6 +353,7 @@ BENCHMARKS: dict[str, Callable[[Workshop], list[Row]]] = {
     "growth-parameters": growth_parameters,
     "start-up": start_up,
     "kernel": kernel,
+    "regmean-kernel": regmean_kernel,
     "merge-every-aim": merge_every_aim,
 }
 ON_REQUEST = ("merge-every-aim",)

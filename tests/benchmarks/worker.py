@@ -207,6 +207,48 @@ def kernel(what: str, rows: int, width: int, rank: int, dtype: str) -> dict[str,
     return {TIME: statistics.median(seconds), EXTRA: float(_peak_bytes() - before)}
 
 
+def regmean_kernel(what: str, rows: int, width: int, rank: int, dtype: str) -> dict[str, float]:
+    """RegMean of two models on a weight, or the products of its task vectors that it must make.
+
+    ``what`` is ``step`` (the rows, their least squares ready), ``prepare`` (those, once for all
+    weights of a site) or ``products``. The products are of float32, as the step's are.
+    """
+    import torch
+
+    from mergekit_arm.methods.moments import least_squares, second_moment
+    from mergekit_arm.methods.regression import regression_step
+
+    generator = torch.Generator().manual_seed(0)
+    kind = getattr(torch, dtype)
+    weight, *models = (
+        torch.empty(rows, width, dtype=kind).normal_(generator=generator) for _ in range(3)
+    )
+    values = torch.linspace(100, 1, rank)
+    bases = [torch.linalg.qr(torch.randn(width, rank, generator=generator)).Q for _ in models]
+    moments = [second_moment(1 + one.square() @ values, one, values) for one in bases]
+    solution = least_squares(moments, [1.0, 1.0])
+    tasks = [one.float() - weight.float() for one in models] if what == "products" else models
+    back = solution.back
+    assert back is not None
+    runs: dict[str, Callable[[slice], Any]] = {
+        "step": lambda part: regression_step(weight[part], [m[part] for m in models], solution),
+        "prepare": lambda part: least_squares(moments, [1.0, 1.0]),
+        "products": lambda part: (
+            torch.cat([t[part] @ one for t, one in zip(tasks, bases, strict=True)], 1) @ back
+        ),
+    }
+    run = runs[what]
+    run(slice(16))  # the libraries' own start-up
+    before = _peak_bytes()
+    took = []
+    for _ in range(5):
+        clock = Clock()
+        run(slice(None))
+        took.append(clock.read())
+    middle = {key: statistics.median(one[key] for one in took) for key in took[0]}
+    return {**middle, EXTRA: float(_peak_bytes() - before)}
+
+
 def _config(model: str) -> Any:
     from transformers import AutoConfig
 
@@ -230,6 +272,7 @@ TASKS: dict[str, Callable[..., Any]] = {
         merge,
         methods,
         kernel,
+        regmean_kernel,
     )
 }
 
