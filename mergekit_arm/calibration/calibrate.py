@@ -33,6 +33,7 @@ from mergekit_arm.calibration.running.progress import Progress
 from mergekit_arm.calibration.running.session import DryRun, ProgressReport, Reports, Session
 from mergekit_arm.calibration.sums.hooks import NotFinite
 from mergekit_arm.calibration.sums.totals import MeasuredSite, add_up
+from mergekit_arm.data.blocks import Corpus
 from mergekit_arm.models.checkpoint import BriefLoader, fetch_checkpoint
 from mergekit_arm.models.loading import (
     Source,
@@ -42,7 +43,6 @@ from mergekit_arm.models.loading import (
     empty_model,
     find_model,
     load_model,
-    load_tokenizer,
     open_checkpoint,
 )
 from mergekit_arm.models.placement import offload, spread
@@ -65,7 +65,7 @@ class CalibrationResult:
 
     out: Path
     metadata: Metadata
-    requested_sequences: int
+    corpus: Corpus
     seconds: float
 
 
@@ -127,8 +127,7 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
                     lora_cache=options.lora_merge_cache,
                 )
             )
-        tokenizer = load_tokenizer(source)
-        corpus = _read_corpus(options, tokenizer)
+        corpus, tokenizer = _read_corpus(options, source, reports.say)
         _check_corpus(corpus, source, reports.say)
         fetch_checkpoint(source)
         checkpoint = BriefLoader(open_checkpoint(source).index)
@@ -194,7 +193,7 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
             card = statistics_card(metadata, out.name)
             tensors = results.tensors | sketch_matrices(results.tensors, options.seed)
             write_statistics(out, metadata, tensors, card, force=options.force)
-            result = CalibrationResult(out, metadata, corpus.requested, session.seconds)
+            result = CalibrationResult(out, metadata, corpus, session.seconds)
         job.wait("written")
         saved.discard()
     return result

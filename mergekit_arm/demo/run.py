@@ -124,7 +124,7 @@ def _prepare(options: DemoOptions, corpora: dict[str, Corpus]) -> None:
     for folder in ("configs", "heldout"):
         (out / folder).mkdir(parents=True)
     (out / MARKER).write_text(json.dumps({"seed": options.seed}) + "\n")
-    _write_texts(out / CALIBRATION.dataset, corpora[BASE_DOMAIN].train)
+    _write_texts(out / str(CALIBRATION.dataset), corpora[BASE_DOMAIN].train)
     for domain, corpus in corpora.items():
         _write_texts(out / "heldout" / f"{domain}.jsonl", corpus.heldout)
     for name, config in merge_configs().items():

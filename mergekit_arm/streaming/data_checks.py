@@ -10,8 +10,9 @@ from typing import get_args
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_arm.data.blocks import build_corpus
-from mergekit_arm.data.rows import load_rows
+from mergekit_arm.calibration.options import CalibrationOptions
+from mergekit_arm.calibration.prepare import choose_tokenizer
+from mergekit_arm.data.corpus import read_corpus
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.files import size_of
 from mergekit_arm.models.loading import (
@@ -54,25 +55,14 @@ def _collect(check: Callable[[], None], problems: list[str]) -> None:
 def _check_calibration(plan: Plan, merge: MergeOptions) -> None:
     if plan.calibration is None:
         return
-    settings = plan.calibration.settings
+    options = CalibrationOptions(model="", out="", **plan.calibration.settings)
     # Without its adapter, which would be merged for nothing, and by a dry run into OUT.
     base = str(ModelReference.parse(plan.config.base_model).model)
     with find_model(base, trust_remote_code=merge.trust_remote_code):
-        tokenizer = load_own_tokenizer(plan.config.base_model, merge.trust_remote_code)
+        own = load_own_tokenizer(plan.config.base_model, merge.trust_remote_code)
     with section("calibration"):
-        choose_device(settings["device"])
-        rows, split = load_rows(settings["dataset"], settings["subset"], settings["split"])
-        if len(rows) == 0:
-            raise InputError(f"data set {settings['dataset']!r} is empty")
-        build_corpus(
-            rows,
-            tokenizer,
-            split=split,
-            column=settings["text_column"],
-            samples=settings["samples"],
-            sequence_length=settings["sequence_length"],
-            seed=settings["seed"],
-        )
+        choose_device(options.device)
+        read_corpus(options.data(), choose_tokenizer(options, lambda: own))
 
 
 def _check_evaluation(plan: Plan, judge: Judge | None) -> None:
