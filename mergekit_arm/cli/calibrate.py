@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mergekit_arm.calibration.options import STATISTICS, CalibrationOptions, parse_part
-from mergekit_arm.data.settings import RECIPES
+from mergekit_arm.data.settings import DEFAULT_DATASET, RECIPES
 from mergekit_arm.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def _checked(parse: Callable[[str], object]) -> Callable[..., str]:
     "dataset",
     metavar="NAME[:WEIGHT]",
     multiple=True,
+    default=(DEFAULT_DATASET,),
     callback=lambda _context, _option, names: names[0] if len(names) == 1 else names,
     help="Name on the Hub, or a local .jsonl .json .txt .csv .parquet file (also .gz .zst .bz2 "
     ".xz), pattern or directory. Several are mixed by weight.",

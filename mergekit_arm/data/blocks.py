@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mergekit_arm.data.counts import LeftOut, RowCounts
 from mergekit_arm.data.formats import RowFormat, Unusable, find_format
-from mergekit_arm.data.masks import MODEL_INPUTS, read_ids
+from mergekit_arm.data.masks import MASKS, MODEL_INPUTS, read_ids
 from mergekit_arm.data.packing import pack
-from mergekit_arm.data.rows import columns_of, in_order
+from mergekit_arm.data.rows import columns_of, first_rows, in_order
 from mergekit_arm.data.tokens import (
     check_tokenizer,
     numbered_rows,
@@ -168,7 +168,7 @@ def recognise(rows: Dataset | IterableDataset, column: str | None, seed: int) ->
     names = columns_of(rows)
     # Pixels and the like say nothing of the format, and take long to read.
     candidates = [name for name in names if name not in MODEL_INPUTS or name == column]
-    first = list(islice(in_order(rows, seed, candidates), _ROWS_LOOKED_AT))
+    first = first_rows(rows, seed, candidates, _ROWS_LOOKED_AT)
     if not first:
         raise InputError("the data set is empty: give another --dataset")
     return find_format(first, names, column)
@@ -194,11 +194,11 @@ def _ready_corpus(
     for row in in_order(rows, seed, columns):
         if len(found) == requested:
             break
-        number = row_hash([row[name] for name in columns])
-        if number % part[1] != part[0]:
-            continue
         try:
             ids, extra = read_ids(row, column)
+            number = _ready_hash(row, columns, ids)
+            if number % part[1] != part[0]:
+                continue
             if limit and len(ids) > limit:
                 if extra:  # an image's tokens cannot be cut from the image
                     raise Unusable(f"longer than {limit} tokens")
@@ -228,6 +228,13 @@ def _ready_corpus(
         notes=(f"{counts} ({form})",),
         incomplete=not counts.complete,
     )
+
+
+def _ready_hash(row: Mapping[str, Any], columns: Sequence[str], ids: Tensor) -> int:
+    """Return a hash of a row; how it was padded makes no difference."""
+    if all(row.get(mask) is None for mask in MASKS):
+        return row_hash([row[name] for name in columns])
+    return row_hash([ids.tolist(), *(row[name] for name in columns[1:] if name not in MASKS)])
 
 
 def row_tensor(hashes: Iterable[int]) -> Tensor:

@@ -26,7 +26,7 @@ class RowCounts:
         return not self.cut and not self.left_out
 
     def __str__(self) -> str:
-        parts = [f"{self.used:,} rows used"]
+        parts = [f"{self.used:,} row{'s' * (self.used != 1)} used"]
         if self.cut:
             parts.append(f"{self.cut:,} longer than {self.limit:,} tokens and not to their end")
         text = ", ".join(parts)

@@ -30,6 +30,8 @@ MODEL_INPUTS = (
 But the masks: what they hide is taken out instead, so that padding never counts.
 """
 
+MASKS = ("attention_mask", "decoder_attention_mask")
+
 _BESIDE_TOKENS = ("token_type_ids", "mm_token_type_ids")
 """Columns that have one number for each token."""
 

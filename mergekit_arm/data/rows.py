@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,16 @@ def columns_of(rows: Dataset | IterableDataset) -> list[str]:
     """Return the names of the columns; reads a stream's first row where it does not say."""
     with _reading("the data"):
         return list(rows.column_names or next(iter(rows), {}))
+
+
+def first_rows(
+    rows: Dataset | IterableDataset, seed: int, columns: list[str], count: int
+) -> list[dict[str, Any]]:
+    """Return some rows to look at: the first of a stream, so that little of it is read twice."""
+    if not hasattr(rows, "__len__"):
+        with _reading("the data"):
+            return list(rows.select_columns(columns).take(count))
+    return list(islice(in_order(rows, seed, columns), count))
 
 
 def in_order(
