@@ -20,8 +20,9 @@ from mergekit_arm.calibration.layerwise.chain import Chain
 from mergekit_arm.calibration.layerwise.walk import measure_by_layer
 from mergekit_arm.calibration.layerwise.weights import LayerWeights
 from mergekit_arm.calibration.options import CalibrationOptions
-from mergekit_arm.calibration.prepare import _check_corpus, _read_corpus, check_placement
+from mergekit_arm.calibration.prepare import check_placement
 from mergekit_arm.calibration.processes import Job
+from mergekit_arm.calibration.reading import read_data
 from mergekit_arm.calibration.records import (
     collect_results,
     data_record,
@@ -127,8 +128,7 @@ def _calibrate(options: CalibrationOptions, job: Job, reports: Reports) -> Calib
                     lora_cache=options.lora_merge_cache,
                 )
             )
-        corpus, tokenizer = _read_corpus(options, source, reports.say)
-        _check_corpus(corpus, source, reports.say)
+        corpus, tokenizer = read_data(options, source, reports.say)
         fetch_checkpoint(source)
         checkpoint = BriefLoader(open_checkpoint(source).index)
         if options.low_memory:

@@ -31,6 +31,7 @@ def read_corpus(
     tokens that the model takes: rows of token ids are cut there. Holds the token ids only.
 
     Raises:
+        NeedsTokenizer: text, and no ``tokenizer``.
         InputError: data that cannot be read or used; see
             :func:`~mergekit_arm.data.rows.load_rows` and
             :func:`~mergekit_arm.data.blocks.build_corpus`.
@@ -45,7 +46,7 @@ def read_corpus(
             try:
                 parts.append(_read_one(settings, share.name, count, tokenizer, longest))
             except InputError as error:
-                raise InputError(f"of the mixture, {share.name}: {error.message}") from error
+                raise type(error)(f"of the mixture, {share.name}: {error.message}") from error
         corpus = _mix(shares, parts)
     if tokenizer is not None:
         beginning = corpus.blocks[0][:_EXCERPT_TOKENS].tolist()

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 64
 
 
+class NeedsTokenizer(InputError):
+    """The data is text and there is no tokenizer."""
+
+
 def row_hash(row: Any) -> int:
     """Return a hash of a row's content: 63 bits, the same on every machine."""
     content = json.dumps(row, sort_keys=True, default=str).encode()
@@ -30,10 +34,11 @@ def check_tokenizer(form: RowFormat, tokenizer: PreTrainedTokenizerBase | None) 
     """Refuse text without a tokenizer, and chats without a template.
 
     Raises:
-        InputError: with the options that help.
+        NeedsTokenizer: with the options that help.
+        InputError: likewise.
     """
     if tokenizer is None:
-        raise InputError(
+        raise NeedsTokenizer(
             f"column {form.column!r} needs a tokenizer and the model has none; name another "
             "model's with --tokenizer MODEL_OR_DIR, or give rows of input_ids"
         )

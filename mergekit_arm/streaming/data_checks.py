@@ -11,14 +11,13 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_arm.calibration.options import CalibrationOptions
-from mergekit_arm.calibration.prepare import choose_tokenizer
+from mergekit_arm.calibration.reading import choose_tokenizer
 from mergekit_arm.data.corpus import read_corpus
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.files import size_of
 from mergekit_arm.models.loading import (
     choose_device,
     find_model,
-    load_own_tokenizer,
 )
 from mergekit_arm.streaming.config import section
 from mergekit_arm.streaming.evaluation.score import Judge
@@ -55,14 +54,17 @@ def _collect(check: Callable[[], None], problems: list[str]) -> None:
 def _check_calibration(plan: Plan, merge: MergeOptions) -> None:
     if plan.calibration is None:
         return
-    options = CalibrationOptions(model="", out="", **plan.calibration.settings)
+    options = CalibrationOptions(
+        plan.config.base_model,
+        out="",
+        trust_remote_code=merge.trust_remote_code,
+        **plan.calibration.settings,
+    )
     # Without its adapter, which would be merged for nothing, and by a dry run into OUT.
     base = str(ModelReference.parse(plan.config.base_model).model)
-    with find_model(base, trust_remote_code=merge.trust_remote_code):
-        own = load_own_tokenizer(plan.config.base_model, merge.trust_remote_code)
-    with section("calibration"):
+    with find_model(base, trust_remote_code=merge.trust_remote_code), section("calibration"):
         choose_device(options.device)
-        read_corpus(options.data(), choose_tokenizer(options, lambda: own))
+        read_corpus(options.data(), choose_tokenizer(options))
 
 
 def _check_evaluation(plan: Plan, judge: Judge | None) -> None:

@@ -194,6 +194,16 @@ def test_a_dry_run_shows_text_that_looks_like_markup(tmp_path: Path) -> None:
     assert "[/INST]" in done.output
 
 
+def test_sequences_longer_than_the_model_takes(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    data = write(tmp_path / "data.jsonl", ["a" * 300])
+    tokenizer = ["--tokenizer", str(tmp_path / "tokenizer"), "--sequence-length", "200"]
+    done = run(tmp_path, "--dataset", data, *tokenizer)
+    assert done.exit_code == 2
+    assert "sequences of 200 tokens, but" in done.output
+    assert "use --sequence-length 128" in done.output
+
+
 def test_existing_data_gets_no_new_fields(family: Path) -> None:
     record = json.loads((family / "stats" / "activation_stats.json").read_text())["data"]
     assert set(record) == {"dataset", "column", "seed", "sequences", "tokens", "content_hash"}
