@@ -38,7 +38,7 @@ def read_data(
         corpus = read_corpus(options.data(), tokenizer, longest=longest)
     except NeedsTokenizer as error:
         raise broken or error from error
-    if corpus.incomplete or corpus.mixture or options.dry_run:
+    if corpus.noteworthy or options.dry_run:
         for note in corpus.notes:
             say(note)
     if len(corpus.blocks) < corpus.requested:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mergekit_arm.data.counts import LeftOut, RowCounts
-from mergekit_arm.data.formats import RowFormat, Unusable, find_format
+from mergekit_arm.data.formats import USUAL_COLUMNS, RowFormat, Unusable, find_format
 from mergekit_arm.data.masks import MASKS, MODEL_INPUTS, read_ids
 from mergekit_arm.data.packing import pack
 from mergekit_arm.data.rows import columns_of, first_rows, in_order
@@ -58,8 +58,8 @@ class Corpus:
     """What each of several data sets gave; empty for one."""
     notes: tuple[str, ...] = ()
     """For people: how rows were read, how many were used, and why others were not."""
-    incomplete: bool = False
-    """Whether some rows were left out or cut."""
+    noteworthy: bool = False
+    """Whether rows were left out, token ids cut, or the format is not a usual one."""
     excerpt: str = ""
     """The beginning of the first block as text; empty without a tokenizer."""
 
@@ -159,7 +159,7 @@ def build_corpus(
         ready_ids=False,
         rows=row_tensor(used),
         notes=(f"{counts} ({form})",),
-        incomplete=not counts.complete,
+        noteworthy=bool(left_out) or form.column not in USUAL_COLUMNS,
     )
 
 
@@ -226,7 +226,7 @@ def _ready_corpus(
         rows=row_tensor(hashes),
         extras=[extra for _, extra in found] if any(extra for _, extra in found) else [],
         notes=(f"{counts} ({form})",),
-        incomplete=not counts.complete,
+        noteworthy=bool(left_out or cut),
     )
 
 

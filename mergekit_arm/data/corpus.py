@@ -109,7 +109,7 @@ def _mix(shares: list[Share], parts: list[Corpus]) -> Corpus:
             for share, part in zip(shares, parts, strict=True)
         ),
         notes=tuple(notes),
-        incomplete=any(part.incomplete for part in parts),
+        noteworthy=True,
     )
 
 

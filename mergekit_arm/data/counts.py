@@ -20,11 +20,6 @@ class RowCounts:
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Rows that were not used, by the reason."""
 
-    @property
-    def complete(self) -> bool:
-        """Whether all that was read was used in full."""
-        return not self.cut and not self.left_out
-
     def __str__(self) -> str:
         parts = [f"{self.used:,} row{'s' * (self.used != 1)} used"]
         if self.cut:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from mergekit_arm.errors import InputError, did_you_mean
 
 TOKEN_COLUMN, CHAT_COLUMN, TEXT_COLUMN = "input_ids", "messages", "text"
+USUAL_COLUMNS = (TOKEN_COLUMN, CHAT_COLUMN, TEXT_COLUMN)
+"""In the order in which they are chosen."""
 _CHAT_COLUMNS = (CHAT_COLUMN, "conversations", "conversation", "chat", "dialog", "dialogue")
 _QUESTIONS = ("prompt", "question", "query", "problem")
 _ANSWERS = ("completion", "response", "answer", "solution", "output")
@@ -75,7 +77,7 @@ def find_format(first: Sequence[Row], names: Sequence[str], column: str | None) 
                 f"{did_you_mean(column, names)}"
             )
         return _by_value(column, _first_value(first, column))
-    for known in (TOKEN_COLUMN, CHAT_COLUMN, TEXT_COLUMN):
+    for known in USUAL_COLUMNS:
         if known in names:
             return _by_value(known, _first_value(first, known))
     for known in _CHAT_COLUMNS:

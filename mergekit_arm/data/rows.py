@@ -51,7 +51,10 @@ def load_rows(
     if path.is_dir():
         return _of_directory(name, path, subset, split)
     wanted = split or ("validation" if name == DEFAULT_DATASET else None)
-    return _chosen(name, _from_hub(name, subset, wanted, whole), wanted)
+    # Without a network the library takes what it has in its cache.
+    with _reading(f"data set {name!r}"):
+        loaded = datasets.load_dataset(name, subset, split=wanted, streaming=not whole)
+    return _chosen(name, loaded, wanted)
 
 
 def _of_directory(
@@ -63,22 +66,6 @@ def _of_directory(
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return _chosen(name, datasets.load_from_disk(str(path)), split)
         return _chosen(name, datasets.load_dataset(str(path), subset, split=split), split)
-
-
-def _from_hub(name: str, subset: str | None, split: str | None, whole: bool) -> Any:
-    import datasets  # as above
-
-    with _reading(f"data set {name!r}"):
-        if whole:
-            return datasets.load_dataset(name, subset, split=split)
-        try:
-            return datasets.load_dataset(name, subset, split=split, streaming=True)
-        except ConnectionError:
-            # What an earlier run of the library has downloaded can be read without a network.
-            loaded = datasets.load_dataset(name, subset, split=split)
-        if isinstance(loaded, datasets.Dataset):
-            return loaded.to_iterable_dataset()
-        return {name: part.to_iterable_dataset() for name, part in loaded.items()}
 
 
 def _chosen(

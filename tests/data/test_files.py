@@ -88,17 +88,6 @@ def test_a_directory_laid_out_like_the_default_data_set(tmp_path: Path) -> None:
     assert split == "validation"
 
 
-def test_a_data_set_in_the_cache_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def cached(*_: object, streaming: bool = False, **__: object) -> datasets.Dataset:
-        if streaming:
-            raise ConnectionError("Couldn't reach the Hub")
-        return datasets.Dataset.from_dict({"text": TEXTS})
-
-    monkeypatch.setattr(datasets, "load_dataset", cached)
-    loaded, _ = load_rows("org/data", None, "train")
-    assert sorted(row["text"] for row in in_order(loaded, 1)) == sorted(TEXTS)
-
-
 def test_only_what_is_used_of_a_large_file_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
