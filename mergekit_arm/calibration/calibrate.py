@@ -31,6 +31,7 @@ from mergekit_arm.calibration.running.session import (
 from mergekit_arm.calibration.sums.hooks import NotFinite
 from mergekit_arm.calibration.sums.sites import chosen_kinds
 from mergekit_arm.calibration.sums.totals import MeasuredSite, add_up
+from mergekit_arm.data.blocks import Corpus
 from mergekit_arm.statistics.card import statistics_card
 from mergekit_arm.statistics.format import Metadata, ModelRecord
 from mergekit_arm.statistics.write import write_statistics
@@ -46,7 +47,7 @@ class CalibrationResult:
 
     out: Path
     metadata: Metadata
-    requested_sequences: int
+    corpus: Corpus
     seconds: float
 
 
@@ -155,7 +156,7 @@ def write(prepared: Prepared, sums: Sums) -> CalibrationResult | None:
         )
         card = statistics_card(metadata, out.name)
         write_statistics(out, metadata, results.tensors, card, force=options.force)
-        result = CalibrationResult(out, metadata, session.corpus.requested, session.seconds)
+        result = CalibrationResult(out, metadata, session.corpus, session.seconds)
     session.job.wait("written")
     session.progress.discard()
     return result

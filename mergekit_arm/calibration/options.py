@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from mergekit_arm.data.rows import DEFAULT_DATASET
+from mergekit_arm.data.settings import DEFAULT_DATASET, RECIPES, DataSettings
 from mergekit_arm.errors import InputError
 
 
@@ -15,7 +15,7 @@ class CalibrationOptions:
 
     model: str
     out: str
-    dataset: str = DEFAULT_DATASET
+    dataset: str | tuple[str, ...] = DEFAULT_DATASET
     subset: str | None = None
     split: str | None = None
     text_column: str | None = None
@@ -23,6 +23,10 @@ class CalibrationOptions:
     samples: int = 256
     sequence_length: int = 512
     batch_size: int | None = None
+    max_tokens_per_row: int | None = None
+    recipe: str = RECIPES[0]
+    tokenizer: str | None = None
+    chat_template: str | None = None
     seed: int = 42
     device: str = "auto"
     device_map: str | None = None
@@ -42,6 +46,26 @@ class CalibrationOptions:
     trust_remote_code: bool = False
     lora_merge_cache: str | None = None
     force: bool = False
+    quiet: bool = False
+
+    def data(self) -> DataSettings:
+        """Return what is asked of the data.
+
+        Raises:
+            InputError: these options contradict each other.
+        """
+        return DataSettings(
+            datasets=(self.dataset,) if isinstance(self.dataset, str) else self.dataset,
+            subset=self.subset,
+            split=self.split,
+            text_column=self.text_column,
+            part=parse_part(self.part),
+            samples=self.samples,
+            sequence_length=self.sequence_length,
+            seed=self.seed,
+            max_tokens_per_row=self.max_tokens_per_row,
+            recipe=self.recipe,
+        )
 
 
 def parse_part(text: str | None) -> tuple[int, int]:

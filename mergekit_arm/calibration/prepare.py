@@ -8,18 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from mergekit_arm.calibration.inputs.coverage import Coverage, cover_checkpoint
 from mergekit_arm.calibration.inputs.merge_names import add_asked_names
 from mergekit_arm.calibration.inputs.readings import plan_readings
-from mergekit_arm.calibration.options import CalibrationOptions, parse_part
+from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.calibration.processes import Job
+from mergekit_arm.calibration.reading import read_data
 from mergekit_arm.calibration.records import data_record, fingerprint, settings_record
 from mergekit_arm.calibration.running.progress import SavedProgress
 from mergekit_arm.calibration.running.session import Reports, Session
-from mergekit_arm.data.blocks import Corpus, build_corpus
-from mergekit_arm.data.rows import load_rows
 from mergekit_arm.errors import InputError
 from mergekit_arm.models.checkpoint import fetch_checkpoint, open_checkpoint
 from mergekit_arm.models.loading import (
@@ -33,7 +32,6 @@ from mergekit_arm.models.loading import (
 )
 from mergekit_arm.models.placement import offload, spread
 from mergekit_arm.models.tensors import CheckpointTensors
-from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.statistics.format import DataRecord, SettingsRecord
 from mergekit_arm.statistics.write import check_destination
 from mergekit_arm.units import parse_duration, parse_size
@@ -91,8 +89,7 @@ def prepare(
                 lora_cache=options.lora_merge_cache,
             )
         )
-    corpus, tokenizer = _read_corpus(options)
-    _check_corpus(corpus, source, reports.say)
+    corpus, tokenizer = read_data(options, source, reports.say)
     fetch_checkpoint(source)
     checkpoint = open_checkpoint(source)
     if options.low_memory:
@@ -171,64 +168,6 @@ def _check_options(options: CalibrationOptions, job: Job, say: Callable[[str], N
     parse_duration(options.save_every)
     if options.activation_budget != "auto":
         parse_size(options.activation_budget)
-
-
-def _read_corpus(options: CalibrationOptions) -> tuple[Corpus, PreTrainedTokenizerBase | None]:
-    """Return the token blocks, and the tokenizer that has made them where the data is text."""
-    tokenizer: PreTrainedTokenizerBase | None = None
-    broken: InputError | None = None
-    try:
-        tokenizer = load_own_tokenizer(options.model, options.trust_remote_code)
-    except InputError as error:
-        broken = error  # no harm where the data is token ids
-    rows, split = load_rows(options.dataset, options.subset, options.split)
-    if len(rows) == 0:
-        raise InputError(f"data set {options.dataset!r} is empty")
-    try:
-        corpus = build_corpus(
-            rows,
-            tokenizer,
-            split=split,
-            column=options.text_column,
-            samples=options.samples,
-            sequence_length=options.sequence_length,
-            seed=options.seed,
-            part=parse_part(options.part),
-        )
-    except InputError:
-        if broken is not None:
-            raise broken from None
-        raise
-    return corpus, tokenizer
-
-
-def _check_corpus(corpus: Corpus, source: Source, say: Callable[[str], None]) -> None:
-    """Refuse tokens that the model does not take.
-
-    Raises:
-        InputError: sequences that are too long, or ids beyond the vocabulary.
-    """
-    if len(corpus.blocks) < corpus.requested:
-        say(
-            f"{len(corpus.blocks)} sequences, not {corpus.requested}: the data holds no more. "
-            "Give more data, or fewer --samples."
-        )
-    config = source.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    longest = max(len(block) for block in corpus.blocks)
-    if limit and longest > limit:
-        remedy = "shorter rows" if corpus.ready_ids else f"--sequence-length {limit}"
-        raise InputError(
-            f"sequences of {longest} tokens, but {source.reference} takes {limit}: use {remedy}"
-        )
-    highest = max(int(block.max()) for block in corpus.blocks)
-    lowest = min(int(block.min()) for block in corpus.blocks)
-    vocabulary = getattr(config, "vocab_size", None)
-    if lowest < 0 or (vocabulary and highest >= vocabulary):
-        raise InputError(
-            f"token ids from {lowest} to {highest}, but {source.reference} has a vocabulary of "
-            f"{vocabulary}: the data was made with another tokenizer"
-        )
 
 
 def _check_room(

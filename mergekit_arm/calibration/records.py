@@ -15,6 +15,7 @@ from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.calibration.sums.sites import chosen_kinds
 from mergekit_arm.calibration.sums.totals import MeasuredSite
 from mergekit_arm.data.blocks import Corpus
+from mergekit_arm.data.settings import RECIPES, parse_share
 from mergekit_arm.errors import InputError
 from mergekit_arm.statistics.format import (
     NEVER_USED,
@@ -102,7 +103,8 @@ def data_record(
 ) -> DataRecord:
     """Return what the data was and how it was cut."""
     return DataRecord(
-        dataset=options.dataset,
+        dataset=" + ".join(one.dataset for one in corpus.mixture)
+        or parse_share(options.data().datasets[0]).name,
         subset=options.subset,
         split=corpus.split,
         part=options.part,
@@ -114,6 +116,10 @@ def data_record(
         sequences=len(corpus.blocks),
         tokens=corpus.tokens,
         content_hash=corpus.content_hash(),
+        max_tokens_per_row=options.max_tokens_per_row,
+        recipe=None if options.recipe == RECIPES[0] else options.recipe,
+        tokenizer=options.tokenizer,
+        mixture=list(corpus.mixture) or None,
     )
 
 

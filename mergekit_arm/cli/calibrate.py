@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mergekit_arm.calibration.options import CalibrationOptions, parse_part
+from mergekit_arm.data.settings import DEFAULT_DATASET, RECIPES
 from mergekit_arm.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ _EPILOG = """\b
 Examples:
   mergekit-arm calibrate meta-llama/Llama-3.2-1B ./llama-stats
   mergekit-arm calibrate ./my-model ./stats --dataset ./chats.jsonl --samples 128
+  mergekit-arm calibrate ./base ./stats --dataset ./chats.jsonl --tokenizer ./my-chat-model
+  mergekit-arm calibrate ./my-model ./stats --dataset ./code.jsonl:3 --dataset ./text.txt:1
   mergekit-arm calibrate org/model@main+org/lora ./stats --dataset ./text.txt
   mergekit-arm calibrate meta-llama/Llama-3.1-70B ./stats --low-memory
   torchrun --nproc-per-node 8 -m mergekit_arm calibrate meta-llama/Llama-3.1-8B ./stats
@@ -51,14 +54,19 @@ def _checked(parse: Callable[[str], object]) -> Callable[..., str]:
 @click.argument("out", type=click.Path())
 @_option(
     "dataset",
-    metavar="NAME_OR_PATH",
-    help="Name on the Hub, or a local .jsonl .json .txt .csv .parquet file or directory.",
+    metavar="NAME[:WEIGHT]",
+    multiple=True,
+    default=(DEFAULT_DATASET,),
+    callback=lambda _context, _option, names: names[0] if len(names) == 1 else names,
+    help="Name on the Hub, or a local .jsonl .json .txt .csv .parquet file (also .gz .zst .bz2 "
+    ".xz), pattern or directory. Several are mixed by weight.",
 )
 @_option("subset", help="Configuration of the data set.")
 @_option("split", help="Split of the data set.")
 @_option(
     "text_column",
-    help="Column with text, chat messages or token ids. [default: input_ids, messages or text]",
+    help="Column with text, chats or token ids. [default: input_ids, messages, text, or what else "
+    "is recognised: ShareGPT, Alpaca, prompt and completion]",
 )
 @_option(
     "part",
@@ -68,6 +76,28 @@ def _checked(parse: Callable[[str], object]) -> Callable[..., str]:
 )
 @_option("samples", type=click.IntRange(1), help="Sequences to measure.")
 @_option("sequence_length", type=click.IntRange(1), help="Tokens in each sequence.")
+@_option(
+    "max_tokens_per_row",
+    type=click.IntRange(1),
+    help="Use no more of one row, unless the others do not suffice. [default: one sequence; all "
+    "of a row of token ids]",
+)
+@_option(
+    "recipe",
+    type=click.Choice(RECIPES),
+    help="aim is the AIM authors' own rule: leave out texts longer than a sequence, take as many "
+    "texts as --samples says, and shuffle the whole data set, which is read to its end.",
+)
+@_option(
+    "tokenizer",
+    metavar="MODEL_OR_DIR",
+    help="Tokenise with another model's tokenizer (and chat template), such as a fine-tune's.",
+)
+@_option(
+    "chat_template",
+    metavar="FILE_OR_TEXT",
+    help="Render chats with this template. [default: the tokenizer's; base models often have none]",
+)
 @_option("batch_size", type=click.IntRange(1), help="Sequences at once. [default: ~4096 tokens]")
 @_option("seed", type=click.IntRange(0), help="Decides which rows and tokens are used.")
 @_option(
@@ -128,6 +158,7 @@ def _checked(parse: Callable[[str], object]) -> Callable[..., str]:
 @_option("lora_merge_cache", type=click.Path(), help="Keep the merged model of model+lora here.")
 @_option("trust_remote_code", help="Run code that comes with the model (danger).")
 @_option("force", help="Replace statistics that exist at OUT.")
+@_option("quiet", help="Hide the bars of downloads.")
 def command(**values: Any) -> None:
     """Measure MODEL's activations on calibration text and write statistics to OUT.
 
@@ -135,17 +166,25 @@ def command(**values: Any) -> None:
 
     Progress is kept in OUT.partial while it runs. Under torchrun, processes share the work.
     """
+    # Imported when there is work, so that --help is instant.
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     with console.status("Loading libraries"):
+        # Imported under a spinner: these take seconds.
+        import datasets
         import transformers
+        from huggingface_hub.utils.tqdm import enable_progress_bars
 
         from mergekit_arm.calibration.calibrate import calibrate
         from mergekit_arm.cli.tables.calibration import calibration_summary
 
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # which also silences downloads
+    if values["quiet"]:
+        datasets.disable_progress_bars()
+    else:
+        enable_progress_bars()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -161,7 +200,7 @@ def command(**values: Any) -> None:
             bar.update(task, completed=done, total=total, visible=True, rate=rate)
 
         def say(note: str) -> None:
-            console.print(note, style="yellow", highlight=False)
+            console.print(note, style="yellow", highlight=False, markup=False)
 
         def preflight(estimate: Preflight) -> None:
             for line in estimate.lines():
@@ -172,7 +211,5 @@ def command(**values: Any) -> None:
         result = calibrate(CalibrationOptions(**values), progress, say, preflight)
     if result:
         console.print(
-            calibration_summary(
-                result.metadata, result.out, result.requested_sequences, result.seconds
-            )
+            calibration_summary(result.metadata, result.out, result.corpus, result.seconds)
         )

@@ -32,6 +32,7 @@ def command(directories: tuple[str, ...], out: Path, force: bool) -> None:
 
     console = Console(stderr=True)
     with console.status("Adding"):
+        # Imported under a spinner: these take seconds.
         from mergekit_arm.statistics.combine import combine
 
         metadata = combine(directories, out, force=force)

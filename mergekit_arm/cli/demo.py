@@ -35,6 +35,7 @@ def command(out: Path, seed: int, force: bool) -> None:
 
     console = Console()
     with console.status("Loading libraries"):
+        # Imported under a spinner: these take seconds.
         import transformers
 
         from mergekit_arm.demo.demo import DemoOptions, run_demo

@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.data.counts import LeftOut, RowCounts
+from mergekit_arm.data.formats import USUAL_COLUMNS, RowFormat, Unusable, find_format
+from mergekit_arm.data.masks import MASKS, MODEL_INPUTS, read_ids
+from mergekit_arm.data.packing import pack
+from mergekit_arm.data.rows import columns_of, first_rows, in_order
+from mergekit_arm.data.tokens import (
+    check_tokenizer,
+    numbered_rows,
+    row_hash,
+    short_rows,
+    tokenised_rows,
+)
+from mergekit_arm.errors import InputError
+from mergekit_arm.statistics.format import MixtureRecord
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-_TOKEN_COLUMN, _CHAT_COLUMN, _TEXT_COLUMN = "input_ids", "messages", "text"
-_ROWS_AT_ONCE = 64
-
-MODEL_INPUTS = (
-    "pixel_values",
-    "pixel_values_videos",
-    "image_grid_thw",
-    "video_grid_thw",
-    "image_sizes",
-    "aspect_ratios",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "input_features",
-    "attention_mask",
-    "decoder_input_ids",
-)
-"""Columns that, beside ``input_ids``, are passed to the model as its processor made them."""
+_ROWS_LOOKED_AT = 256
+"""Rows by which the format is recognised: the first of them may be empty."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,14 @@ class Corpus:
     """
     extras: list[dict[str, Tensor]] = field(default_factory=list)
     """What the model is given beside each block: images, audio. Empty where rows had none."""
+    mixture: tuple[MixtureRecord, ...] = ()
+    """What each of several data sets gave; empty for one."""
+    notes: tuple[str, ...] = ()
+    """For people: how rows were read, how many were used, and why others were not."""
+    noteworthy: bool = False
+    """Whether rows were left out, token ids cut, or the format is not a usual one."""
+    excerpt: str = ""
+    """The beginning of the first block as text; empty without a tokenizer."""
 
     @property
     def tokens(self) -> int:
@@ -88,7 +94,7 @@ class Corpus:
 
 
 def build_corpus(
-    rows: Dataset,
+    rows: Dataset | IterableDataset,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     split: str | None,
@@ -97,157 +103,145 @@ def build_corpus(
     sequence_length: int,
     seed: int,
     part: tuple[int, int] = (0, 1),
+    max_tokens_per_row: int | None = None,
+    longest: int | None = None,
+    recipe: str = "packed",
 ) -> Corpus:
     """Shuffle ``rows`` by ``seed`` and cut up to ``samples`` blocks from them.
 
-    Texts and chats are tokenised, concatenated and cut every ``sequence_length`` tokens, as
-    the AIM authors do; the last, shorter piece is dropped. Rows of ``input_ids`` are used as
-    they are. Holds the token ids only.
+    Texts and chats are tokenised, concatenated and cut every ``sequence_length`` tokens; the last,
+    shorter piece is dropped. Of a longer row only the first ``max_tokens_per_row`` (one sequence)
+    are used unless the others do not suffice. ``recipe`` "aim" is the AIM authors' own rule: texts
+    longer than a sequence are left out, and ``samples`` texts are taken, whatever blocks they make.
+
+    Rows of ``input_ids`` are used as they are, without padding; at most ``max_tokens_per_row`` of
+    each, and ``longest``, which is what the model takes. Holds the token ids only.
 
     Of ``part`` (i, n) only rows whose content belongs to the i-th of n parts are used (i from
     0): equal rows fall into one part, so that parts share nothing.
 
     Raises:
-        InputError: no usable column, no tokenizer or chat template where one is needed, or
-            not one whole block.
+        InputError: no usable column, no tokenizer or chat template where one is needed, a mask
+            that does not fit its row, or not one whole block.
     """
-    column = _choose_column(rows, column)
-    rows = rows.shuffle(seed=seed)
-    sample = rows[0][column] if len(rows) else None
-    while isinstance(sample, list) and sample and isinstance(sample[0], list):
-        sample = sample[0]  # a processor returns a batch of one
-    if isinstance(sample, list) and sample and isinstance(sample[0], int):
-        return _ready_corpus(rows, column, split, samples, part)
-
-    if tokenizer is None:
+    form = recognise(rows, column, seed)
+    if form.kind == "ids":
+        limit = min((n for n in (max_tokens_per_row, longest) if n), default=None)
+        return _ready_corpus(rows, form, split, samples, seed, part, limit)
+    check_tokenizer(form, tokenizer)
+    assert tokenizer is not None
+    left_out: LeftOut = Counter()
+    texts = numbered_rows(in_order(rows, seed, list(form.columns)), form, part, left_out)
+    tokenised = tokenised_rows(texts, tokenizer, form, left_out)
+    if recipe == "aim":
+        limit, wanted = sequence_length, samples * sequence_length
+        packed = pack(islice(short_rows(tokenised, limit, left_out), samples), wanted, limit)
+        requested = min(samples, max(1, len(packed.stream) // sequence_length))
+    else:
+        limit = max_tokens_per_row or sequence_length
+        packed = pack(tokenised, samples * sequence_length, limit)
+        requested = samples
+    blocks = packed.blocks(samples, sequence_length)
+    if not blocks:
         raise InputError(
-            f"column {column!r} needs a tokenizer and the model has none; "
-            "give rows of input_ids instead"
+            f"the data has {len(packed.stream)} tokens, less than one block of {sequence_length}: "
+            f"give more data or a smaller --sequence-length{_reasons(left_out)}"
         )
-    chat = not isinstance(sample, str)
-    stream: list[int] = []
-    starts: list[tuple[int, int]] = []
-    """Hash of every row, and where it begins in the stream."""
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        texts = [
-            (_hash(text), text)
-            for text in map(partial(_clean, chat=chat), rows[start : start + _ROWS_AT_ONCE][column])
-            if text
-        ]
-        texts = [(number, text) for number, text in texts if number % part[1] == part[0]]
-        tokenised = _tokenise([text for _, text in texts], tokenizer, chat=chat, column=column)
-        for (number, _), ids in zip(texts, tokenised, strict=True):
-            starts.append((number, len(stream)))
-            stream.extend(ids)
-        if len(stream) >= samples * sequence_length:
-            break
-    count = min(samples, len(stream) // sequence_length)
-    if count == 0:
-        raise InputError(
-            f"the data has {len(stream)} tokens, less than one block of {sequence_length}: "
-            "give more data or a smaller --sequence-length"
-        )
-    cut = torch.tensor(stream[: count * sequence_length], dtype=torch.int64)
-    template = hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest() if chat else None
+    used = packed.rows(len(blocks) * sequence_length)
+    counts = RowCounts(len(used), packed.cut, limit, left_out)
+    template = str(tokenizer.chat_template).encode() if form.kind == "chat" else None
     return Corpus(
-        list(cut.view(count, sequence_length)),
-        column,
+        blocks,
+        form.column,
         split,
-        samples,
-        template,
+        requested,
+        hashlib.sha256(template).hexdigest() if template is not None else None,
         ready_ids=False,
-        rows=_row_tensor(number for number, start in starts if start < len(cut)),
+        rows=row_tensor(used),
+        notes=(f"{counts} ({form})",),
+        noteworthy=bool(left_out) or form.column not in USUAL_COLUMNS,
     )
 
 
+def recognise(rows: Dataset | IterableDataset, column: str | None, seed: int) -> RowFormat:
+    """Return what the rows are; see :func:`~mergekit_arm.data.formats.find_format`."""
+    names = columns_of(rows)
+    # Pixels and the like say nothing of the format, and take long to read.
+    candidates = [name for name in names if name not in MODEL_INPUTS or name == column]
+    first = first_rows(rows, seed, candidates, _ROWS_LOOKED_AT)
+    if not first:
+        raise InputError("the data set is empty: give another --dataset")
+    return find_format(first, names, column)
+
+
 def _ready_corpus(
-    rows: Dataset, column: str, split: str | None, requested: int, part: tuple[int, int]
+    rows: Dataset | IterableDataset,
+    form: RowFormat,
+    split: str | None,
+    requested: int,
+    seed: int,
+    part: tuple[int, int],
+    limit: int | None,
 ) -> Corpus:
     """Use rows of token ids, and what stands beside them, as they are."""
-    beside = [name for name in MODEL_INPUTS if name in rows.column_names and name != column]
+    column = form.column
+    names = columns_of(rows)
+    columns = [column, *(name for name in MODEL_INPUTS if name in names and name != column)]
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
-    hashes: list[int] = []
-    for row in rows.select_columns([column, *beside]):
+    hashes: set[int] = set()
+    left_out: LeftOut = Counter()
+    cut = 0
+    for row in in_order(rows, seed, columns):
         if len(found) == requested:
             break
-        ids = torch.tensor(row[column] or [], dtype=torch.int64).flatten()
-        number = _hash([row[name] for name in (column, *beside)])
-        if len(ids) and number % part[1] == part[0]:
-            extra = {name: torch.tensor(row[name]) for name in beside if row[name] is not None}
-            found.append((ids, extra))
-            hashes.append(number)
+        try:
+            ids, extra = read_ids(row, column)
+            number = _ready_hash(row, columns, ids)
+            if number % part[1] != part[0]:
+                continue
+            if limit and len(ids) > limit:
+                if extra:  # an image's tokens cannot be cut from the image
+                    raise Unusable(f"longer than {limit} tokens")
+                ids = ids[:limit]
+                cut += 1
+        except Unusable as reason:
+            left_out[str(reason)] += 1
+            continue
+        found.append((ids, extra))
+        hashes.add(number)
     if not found:
-        raise InputError(f"column {column!r} holds no token ids: nothing to measure")
+        raise InputError(
+            f"column {column!r} holds no token ids: nothing to measure{_reasons(left_out)}"
+        )
     # Equal lengths side by side make full batches; sums do not mind the order.
     found.sort(key=lambda pair: len(pair[0]))
-    extras = [extra for _, extra in found] if any(extra for _, extra in found) else []
-    blocks = [ids for ids, _ in found]
+    counts = RowCounts(len(found), cut, limit, left_out)
     return Corpus(
-        blocks,
+        [ids for ids, _ in found],
         column,
         split,
         requested,
         None,
         ready_ids=True,
-        rows=_row_tensor(hashes),
-        extras=extras,
+        rows=row_tensor(hashes),
+        extras=[extra for _, extra in found] if any(extra for _, extra in found) else [],
+        notes=(f"{counts} ({form})",),
+        noteworthy=bool(left_out or cut),
     )
 
 
-def _hash(row: Any) -> int:
-    """Return a hash of a row's content: 63 bits, the same on every machine."""
-    content = json.dumps(row, sort_keys=True, default=str).encode()
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> 1
+def _ready_hash(row: Mapping[str, Any], columns: Sequence[str], ids: Tensor) -> int:
+    """Return a hash of a row; how it was padded makes no difference."""
+    if all(row.get(mask) is None for mask in MASKS):
+        return row_hash([row[name] for name in columns])
+    return row_hash([ids.tolist(), *(row[name] for name in columns[1:] if name not in MASKS)])
 
 
-def _row_tensor(hashes: Iterable[int]) -> Tensor:
+def row_tensor(hashes: Iterable[int]) -> Tensor:
+    """Return hashes as a statistics directory stores them: (rows,) int64, rising."""
     return torch.tensor(sorted(set(hashes)), dtype=torch.int64)
 
 
-def _clean(row: Any, *, chat: bool) -> Any:
-    """Return a row's text without blanks around it, or its chat; None or empty for none."""
-    if chat:
-        return row
-    return row.strip() if isinstance(row, str) else None
-
-
-def _choose_column(rows: Dataset, column: str | None) -> str:
-    names: list[str] = list(rows.column_names)
-    if column is not None:
-        if column not in names:
-            raise InputError(
-                f"--text-column {column}: the data has {', '.join(names)}"
-                f"{did_you_mean(column, names)}"
-            )
-        return column
-    for known in (_TOKEN_COLUMN, _CHAT_COLUMN, _TEXT_COLUMN):
-        if known in names:
-            return known
-    strings = [name for name in names if getattr(rows.features[name], "dtype", None) == "string"]
-    if len(strings) == 1:
-        return strings[0]
-    raise InputError(f"which column holds the text? choose with --text-column: {', '.join(names)}")
-
-
-def _tokenise(
-    rows: list[Any], tokenizer: PreTrainedTokenizerBase, *, chat: bool, column: str
-) -> list[list[int]]:
-    if not rows:
-        return []
-    if not chat:
-        found: list[list[int]] = tokenizer(rows, verbose=False)["input_ids"]
-        return found
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"column {column!r} holds chats and the model's tokenizer has no chat template; "
-            "give rows of text instead"
-        )
-    try:
-        rendered = [tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
-    except Exception as error:  # a template is a program of its own and may raise anything
-        raise InputError(f"column {column!r}: the chat template refuses a row: {error}") from error
-    # The template has written its own special tokens.
-    chats: list[list[int]] = tokenizer(rendered, add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
-    return chats
+def _reasons(left_out: LeftOut) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+    return f" (rows left out: {reasons})" if reasons else ""

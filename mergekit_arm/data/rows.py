@@ -2,60 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergekit_arm.data.files import data_files
+from mergekit_arm.data.settings import DEFAULT_DATASET
 from mergekit_arm.errors import InputError, did_you_mean, first_line
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-_BUILDERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".txt": "text",
-    ".csv": "csv",
-    ".parquet": "parquet",
-}
+    from datasets import Dataset, IterableDataset
 
 
-def load_rows(name: str, subset: str | None, split: str | None) -> tuple[Dataset, str | None]:
-    """Load one split of a data set: a local file or directory, or a name on the Hub.
+SHUFFLE_BUFFER = 2048
+"""Rows of a stream that are held and drawn from; the order of the files is shuffled as well."""
 
-    Text files are read paragraph by paragraph. Returns the rows and the split's name (None
-    for a single file).
+
+def load_rows(
+    name: str, subset: str | None, split: str | None, *, whole: bool = False
+) -> tuple[Dataset | IterableDataset, str | None]:
+    """Open one split of a data set: a local file or directory, or a name on the Hub.
+
+    Text files are read paragraph by paragraph. What is on the Hub, and local files of a gigabyte
+    and more, are read as a stream: only as much of them as is used, unless ``whole``. Returns the
+    rows and the split's name (None for single files).
 
     Raises:
-        InputError: no such file, data set, subset or split, or no network.
+        InputError: no such file, data set, subset or split, nothing in it, or no network.
     """
-    import datasets
+    import datasets  # half a second, which --help need not take
 
-    datasets.disable_progress_bars()
-    path = Path(name).expanduser()
-    if path.is_file():
-        builder = _BUILDERS.get(path.suffix.lower())
-        if builder is None:
-            raise InputError(
-                f"--dataset {name}: cannot read {path.suffix or 'a file without suffix'}; "
-                f"use one of {' '.join(_BUILDERS)}, or a directory"
-            )
+    files = data_files(name)
+    if files is not None:
         if split not in (None, "train"):  # what the library calls all of a file
             raise InputError(f"--split {split}: {name} is one file, without splits; leave it out")
-        extra: dict[str, Any] = {"sample_by": "paragraph"} if builder == "text" else {}
-        loaded = _loading(
-            name, lambda: datasets.load_dataset(builder, data_files=str(path), **extra)
-        )
+        by_paragraph = {"sample_by": "paragraph"} if files.builder == "text" else {}
+        with _reading(f"data set {name!r}"), _without_bars():
+            loaded = datasets.load_dataset(
+                files.builder,
+                data_files=files.patterns,
+                streaming=files.large and not whole,
+                **by_paragraph,
+            )
         return loaded["train"], None
-    if not path.is_dir() and (path.suffix.lower() in _BUILDERS or name.startswith((".", "/", "~"))):
-        raise InputError(f"--dataset {name}: no such file or directory")
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        loaded = _loading(name, lambda: datasets.load_from_disk(str(path)))
-    else:
-        source = str(path) if path.is_dir() else name
-        wanted = split or ("validation" if name == DEFAULT_DATASET else None)
-        loaded = _loading(name, lambda: datasets.load_dataset(source, subset, split=wanted))
-        split = wanted
-    if isinstance(loaded, datasets.Dataset):
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _of_directory(name, path, subset, split)
+    wanted = split or ("validation" if name == DEFAULT_DATASET else None)
+    # Without a network the library takes what it has in its cache.
+    with _reading(f"data set {name!r}"):
+        loaded = datasets.load_dataset(name, subset, split=wanted, streaming=not whole)
+    return _chosen(name, loaded, wanted)
+
+
+def _of_directory(
+    name: str, path: Path, subset: str | None, split: str | None
+) -> tuple[Dataset | IterableDataset, str | None]:
+    import datasets  # as above
+
+    with _reading(f"data set {name!r}"), _without_bars():
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            return _chosen(name, datasets.load_from_disk(str(path)), split)
+        return _chosen(name, datasets.load_dataset(str(path), subset, split=split), split)
+
+
+def _chosen(
+    name: str, loaded: Any, split: str | None
+) -> tuple[Dataset | IterableDataset, str | None]:
+    if not isinstance(loaded, dict):
         return loaded, split
     chosen = split or ("train" if "train" in loaded else next(iter(loaded)))
     if chosen not in loaded:
@@ -67,20 +83,70 @@ def load_rows(name: str, subset: str | None, split: str | None) -> tuple[Dataset
     return loaded[chosen], chosen
 
 
-def _loading(name: str, load: Any) -> Any:
-    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+def columns_of(rows: Dataset | IterableDataset) -> list[str]:
+    """Return the names of the columns; reads a stream's first row where it does not say."""
+    with _reading("the data"):
+        return list(rows.column_names or next(iter(rows), {}))
+
+
+def first_rows(
+    rows: Dataset | IterableDataset, seed: int, columns: list[str], count: int
+) -> list[dict[str, Any]]:
+    """Return some rows to look at: the first of a stream, so that little of it is read twice."""
+    if not hasattr(rows, "__len__"):
+        with _reading("the data"):
+            return list(rows.select_columns(columns).take(count))
+    return list(islice(in_order(rows, seed, columns), count))
+
+
+def in_order(
+    rows: Dataset | IterableDataset, seed: int, columns: list[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows in the order that ``seed`` decides, only ``columns`` of them.
+
+    A data set that is read whole is shuffled whole; a stream within a buffer.
+
+    Raises:
+        InputError: a row cannot be read.
+    """
+    if columns is not None:
+        rows = rows.select_columns(columns)
+    streamed = not hasattr(rows, "__len__")
+    shuffled = (
+        rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) if streamed else rows.shuffle(seed=seed)
+    )
+    with _reading("the data"):
+        yield from shuffled
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError  # as above
+    from zstandard import ZstdError
 
     try:
-        return load()
+        yield
     except (ConnectionError, DatasetNotFoundError) as error:
         raise InputError(
-            f"data set {name!r} cannot be reached ({first_line(error)}); "
+            f"{what} cannot be reached ({first_line(error)}); "
             "without a network, give a local file: --dataset FILE"
         ) from error
-    except (OSError, ValueError, DatasetGenerationError) as error:
+    except StopIteration as error:
+        raise InputError(f"{what} holds no rows: give another --dataset") from error
+    except (OSError, ValueError, EOFError, ZstdError, DatasetGenerationError) as error:
         cause = error.__cause__ or error
-        raise InputError(f"data set {name!r} cannot be read: {first_line(cause)}") from error
+        raise InputError(f"{what} cannot be read: {first_line(cause)}") from error
 
 
-DEFAULT_DATASET = "mit-han-lab/pile-val-backup"
-"""The AIM authors' calibration data, split ``validation``."""
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the library's progress bars away while it converts local files."""
+    import datasets  # as above
+
+    shown = datasets.are_progress_bars_disabled() is False
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()

@@ -126,7 +126,7 @@ def _prepare(options: DemoOptions, texts: dict[str, DomainText]) -> None:
     for folder in ("configs", "heldout"):
         (out / folder).mkdir(parents=True)
     (out / MARKER).write_text(json.dumps({"seed": options.seed}) + "\n")
-    _write_texts(out / CALIBRATION.dataset, texts[BASE_DOMAIN].train)
+    _write_texts(out / str(CALIBRATION.dataset), texts[BASE_DOMAIN].train)
     for domain, corpus in texts.items():
         _write_texts(out / "heldout" / f"{domain}.jsonl", corpus.heldout)
     for name, config in merge_configs().items():

@@ -58,7 +58,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Measured:
     """What a method has read of the statistics of one input's tensor."""
 
     values: Any
@@ -188,7 +188,7 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
 
     def find(
         self, group: TensorGroup, entry: TensorEntry, parameters: Mapping[str, Any]
-    ) -> Reading | None:
+    ) -> Measured | None:
         """Return what ``read`` reads of the statistics of one input of ``group``.
 
         None where the equation does not apply: the parameters make the method neutral, the tensor
@@ -222,7 +222,7 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
                 return None
             raise self._absent(found, parameters)
         assert record.input_axis is not None  # a measured weight has one
-        return Reading(self.read(found, parameters), record.input_axis - tensor.ndim)
+        return Measured(self.read(found, parameters), record.input_axis - tensor.ndim)
 
     def _reference(
         self, parameters: Mapping[str, Any], model: Hashable, base: Hashable | None

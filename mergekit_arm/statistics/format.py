@@ -51,6 +51,17 @@ class ModelRecord(_Strict):
     """Over every weight's name, shape, dtype and probe."""
 
 
+class MixtureRecord(_Strict):
+    """What one of several data sets gave."""
+
+    dataset: str
+    weight: float
+    split: str | None = None
+    column: str
+    sequences: int
+    tokens: int
+
+
 class DataRecord(_Strict):
     """The calibration data and how it was cut."""
 
@@ -71,6 +82,14 @@ class DataRecord(_Strict):
     tokens: Count
     content_hash: str
     """Over the token ids that were measured."""
+    max_tokens_per_row: int | None = None
+    """Where it was chosen; otherwise one sequence of a text, and all of a row of token ids."""
+    recipe: str | None = None
+    """Such as "aim": how texts became sequences, where not by default."""
+    tokenizer: str | None = None
+    """Whose tokenizer was used, where it was not the model's own."""
+    mixture: list[MixtureRecord] | None = None
+    """What each data set gave, where there were several."""
 
 
 class SettingsRecord(_Strict):

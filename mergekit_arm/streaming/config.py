@@ -36,6 +36,7 @@ HIGHEST_LEARNING_RATE = 2.0
 # Fields of CalibrationOptions that the stream itself decides.
 _DECIDED = (
     "model", "out", "statistics", "force", "dry_run", "trust_remote_code", "lora_merge_cache",
+    "quiet",
 )  # fmt: skip
 _ELSEWHERE = {
     "models": "a stream merges one checkpoint a step; list them under checkpoints",

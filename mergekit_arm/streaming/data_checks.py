@@ -9,13 +9,13 @@ import torch
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_arm.data.blocks import build_corpus
-from mergekit_arm.data.rows import load_rows
-from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.calibration.options import CalibrationOptions
+from mergekit_arm.calibration.reading import choose_tokenizer
+from mergekit_arm.data.corpus import read_corpus
+from mergekit_arm.errors import did_you_mean
 from mergekit_arm.files import size_of
 from mergekit_arm.machine import free_disk
 from mergekit_arm.models.loading import choose_device, find_model
-from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.streaming.config import section
 from mergekit_arm.streaming.evaluation.score import Judge
 from mergekit_arm.streaming.options import Keep
@@ -83,25 +83,17 @@ def disk_needed(plan: StreamPlan, keep: Keep) -> int:
 def _check_calibration(plan: StreamPlan, merge: MergeOptions) -> None:
     if plan.calibration is None:
         return
-    settings = plan.calibration.settings
+    options = CalibrationOptions(
+        plan.config.base_model,
+        out="",
+        trust_remote_code=merge.trust_remote_code,
+        **plan.calibration.settings,
+    )
     # Without its adapter, which would be merged for nothing, and by a dry run into OUT.
     base = str(ModelReference.parse(plan.config.base_model).model)
-    with find_model(base, trust_remote_code=merge.trust_remote_code):
-        tokenizer = load_own_tokenizer(plan.config.base_model, merge.trust_remote_code)
-    with section("calibration"):
-        choose_device(settings["device"])
-        rows, split = load_rows(settings["dataset"], settings["subset"], settings["split"])
-        if len(rows) == 0:
-            raise InputError(f"data set {settings['dataset']!r} is empty")
-        build_corpus(
-            rows,
-            tokenizer,
-            split=split,
-            column=settings["text_column"],
-            samples=settings["samples"],
-            sequence_length=settings["sequence_length"],
-            seed=settings["seed"],
-        )
+    with find_model(base, trust_remote_code=merge.trust_remote_code), section("calibration"):
+        choose_device(options.device)
+        read_corpus(options.data(), choose_tokenizer(options))
 
 
 def _check_evaluation(plan: StreamPlan, judge: Judge | None) -> None:

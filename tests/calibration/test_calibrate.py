@@ -163,18 +163,6 @@ def test_tokens_of_another_vocabulary(family: Path, tmp_path: Path) -> None:
         )
 
 
-def test_sequences_longer_than_the_model_takes(family: Path, tmp_path: Path) -> None:
-    (tmp_path / "data.jsonl").write_text(json.dumps({"input_ids": [1] * 200}) + "\n")
-    with pytest.raises(InputError, match=r"sequences of 200 tokens, but .* takes 128"):
-        calibrate(
-            CalibrationOptions(
-                model=str(family / "base"),
-                out=str(tmp_path / "stats"),
-                dataset=str(tmp_path / "data.jsonl"),
-            )
-        )
-
-
 def test_existing_directories(family: Path, tmp_path: Path, measure: Callable[..., Path]) -> None:
     measure(family / "base", tmp_path / "stats")
     first = (tmp_path / "stats" / "activation_stats.json").read_bytes()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
+from mergekit_arm.data.blocks import Corpus
 from mergekit_arm.statistics.format import Metadata
 from mergekit_arm.statistics.kinds import chosen
 from mergekit_arm.statistics.kinds.base import LEFT_OUT
@@ -15,9 +17,7 @@ from mergekit_arm.units import size_text
 _STARVED_SHOWN = 5
 
 
-def calibration_summary(
-    metadata: Metadata, out: Path, requested_sequences: int, seconds: float
-) -> Table:
+def calibration_summary(metadata: Metadata, out: Path, corpus: Corpus, seconds: float) -> Table:
     """Return a table of what was measured, how fast, and what was not."""
     data = metadata.data
     reasons = Counter(weight.reason for weight in metadata.weights.values() if weight.reason)
@@ -25,8 +25,10 @@ def calibration_summary(
     size = sum(file.stat().st_size for file in out.iterdir())
     table = Table(title=f"Activation statistics of {metadata.model.reference}", show_header=False)
     table.add_row("model", f"{metadata.model.architecture}, {metadata.model.content_hash[:16]}")
-    short = "" if data.sequences == requested_sequences else f" (asked for {requested_sequences})"
-    table.add_row("data", f"{data.dataset}, column {data.column}")
+    short = "" if data.sequences == corpus.requested else f" (asked for {corpus.requested})"
+    table.add_row("data", escape(f"{data.dataset}, column {data.column}"))
+    for note in corpus.notes:
+        table.add_row("rows", escape(note))
     table.add_row("sequences", f"{data.sequences}{short}")
     table.add_row("tokens", f"{data.tokens:,} ({data.tokens / seconds:,.0f}/s)")
     table.add_row("measured", f"{measured} weights at {len(metadata.sites)} inputs")

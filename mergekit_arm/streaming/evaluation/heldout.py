@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mergekit_arm.data.blocks import build_corpus
-from mergekit_arm.data.rows import load_rows
+from mergekit_arm.data.blocks import build_corpus, recognise
+from mergekit_arm.data.chats import render, tokenise_rendered
+from mergekit_arm.data.formats import RowFormat, Unusable
+from mergekit_arm.data.rows import in_order, load_rows
 from mergekit_arm.errors import InputError
 from mergekit_arm.streaming.config import Evaluation, section
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
-_CHAT_COLUMN = "messages"
 IGNORED = -100
 """Label of a position whose token is not scored, as in ``torch.nn.functional.cross_entropy``."""
 
@@ -80,22 +81,15 @@ def load_heldout(settings: Evaluation, tokenizers: list[PreTrainedTokenizerBase]
     assert settings.dataset is not None
     with section("evaluation"):
         rows, split = load_rows(settings.dataset, settings.subset, settings.split)
-        if len(rows) == 0:
-            raise InputError(f"data set {settings.dataset!r} is empty")
-        column = settings.text_column or (
-            _CHAT_COLUMN
-            if _CHAT_COLUMN in rows.column_names and "input_ids" not in rows.column_names
-            else None
-        )
-        if column in rows.column_names and _holds_chats(rows[0][column]):
-            assert column is not None
-            held = HeldOut(_chat_sequences(rows, column, settings, tokenizers), True)
+        form = recognise(rows, settings.text_column, settings.seed)
+        if form.kind == "chat":
+            held = HeldOut(_chat_sequences(rows, form, settings, tokenizers), True)
         else:
             corpus = build_corpus(
                 rows,
                 tokenizers[0] if tokenizers else None,
                 split=split,
-                column=column,
+                column=settings.text_column,
                 samples=settings.samples,
                 sequence_length=settings.sequence_length,
                 seed=settings.seed,
@@ -114,24 +108,27 @@ def whole_text(blocks: Iterable[Tensor]) -> HeldOut:
     return HeldOut([ScoredSequence(ids, torch.arange(len(ids)) > 0) for ids in blocks], False)
 
 
-def _holds_chats(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
 def _chat_sequences(
-    rows: Dataset, column: str, settings: Evaluation, tokenizers: list[PreTrainedTokenizerBase]
+    rows: Dataset | IterableDataset,
+    form: RowFormat,
+    settings: Evaluation,
+    tokenizers: list[PreTrainedTokenizerBase],
 ) -> list[ScoredSequence]:
     tokenizer = next((one for one in tokenizers if one.chat_template), None)
     if tokenizer is None:
         raise InputError(
-            f"column {column!r} holds chats, and neither the base nor the checkpoint has a chat "
-            "template; give rows of text, or a base whose tokenizer has one"
+            f"column {form.column!r} holds {form.title}, and neither the base nor the "
+            "checkpoint has a chat template; give rows of text, or a base whose tokenizer has one"
         )
     found: list[ScoredSequence] = []
-    for row in rows.shuffle(seed=settings.seed):
+    for row in in_order(rows, settings.seed, list(form.columns)):
         if len(found) >= settings.samples:
             break
-        found.extend(_answers(row[column], tokenizer, settings.sequence_length))
+        try:
+            chat = form.read(row)
+        except Unusable:
+            continue
+        found.extend(_answers(chat, tokenizer, settings.sequence_length))
     return found[: settings.samples]
 
 
@@ -144,7 +141,7 @@ def _answers(
     (reasoning is dropped). Sequences too long keep their end; an answer that alone is too long
     keeps its beginning.
     """
-    for index, message in enumerate(messages or []):
+    for index, message in enumerate(messages):
         if index == 0 or message.get("role") != "assistant":
             continue
         prompt = _render(messages[:index], tokenizer, generate=True)
@@ -167,11 +164,7 @@ def _render(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, *, generate: bool
 ) -> list[int]:
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generate
-        )
-    except Exception as error:  # a template is a program of its own and may raise anything
+        text = render(tokenizer, messages, generate=generate)
+    except ValueError as error:
         raise InputError(f"the chat template refuses a row: {error}") from error
-    # The template has written its own special tokens.
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
+    return tokenise_rendered(tokenizer, [text])[0]

@@ -92,6 +92,23 @@ def test_of_chats_only_the_answers_are_scored(tmp_path: Path) -> None:
     assert contexts[1] == contexts[0] + "two\n<user>three?\n<assistant>"
 
 
+def test_other_forms_of_chats_are_scored_alike(tmp_path: Path) -> None:
+    """ShareGPT's and Alpaca's rows, the first of them empty."""
+    tokenizer = add_tokenizer(tmp_path, template=TEMPLATE)
+    turns = [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two"}]
+    for number, rows in enumerate(
+        (
+            [{"conversations": []}, {"conversations": turns}],
+            [{"instruction": "", "output": ""}, {"instruction": "one?", "output": "two"}],
+        )
+    ):
+        file = tmp_path / f"{number}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for seed in range(3):
+            held = load_heldout(Evaluation(dataset=str(file), seed=seed), [tokenizer])
+            assert [tokenizer.decode(s.ids[s.scored]) for s in held.sequences] == ["two\n"]
+
+
 @pytest.mark.parametrize("role", ["user", "gpt"])
 def test_chats_without_an_answer_are_refused(tmp_path: Path, role: str) -> None:
     tokenizer = add_tokenizer(tmp_path, template=TEMPLATE)
