@@ -114,25 +114,31 @@ def _of_sketch(sketch: Tensor, omega: Tensor, most: int) -> tuple[Tensor, Tensor
     """Return the leading eigenpairs of Nyström's Y (ΩᵀY)⁻¹ Yᵀ = B Bᵀ, where B = Y M.
 
     Only r × r matrices are decomposed: the core ΩᵀY = V Λ Vᵀ gives M = V Λ^(−1/2), and then BᵀB =
-    Mᵀ (YᵀY) M = W Σ² Wᵀ gives the vectors B W Σ⁻¹. Squaring costs the smallest of them digits, so
-    they are made orthonormal, and their Rayleigh quotients are taken from B itself. Holds
-    two width × most matrices in float64, and five of r × r.
+    Mᵀ (YᵀY) M = W Σ² Wᵀ, where B has more columns than asked for, gives the vectors B W Σ⁻¹.
+    Squaring costs the smallest of them digits, so they are made orthonormal, and their
+    Rayleigh quotients are taken from B itself. Holds three width × most matrices in float64, and
+    five of r × r.
     """
     rank = sketch.shape[1]
-    core, gram = (sketch.new_zeros(rank, rank, dtype=torch.float64) for _ in range(2))
+    core = sketch.new_zeros(rank, rank, dtype=torch.float64)
     for rows, drawn in zip(_blocks(sketch), _blocks(omega), strict=True):
-        wide = rows.double()
-        _add_upper(core, drawn.double(), wide)
-        _add_upper(gram, wide, wide)
+        _add_upper(core, drawn.double(), rows.double())
     values, vectors = _falling(core)
     # Directions of the core that are lost in Y's float32 rounding would blow B up.
     sound = values > _SOUND * float(values[0])
     half = vectors[:, sound] / values[sound].sqrt()
-    values, vectors = _falling(half.T @ _mirrored(gram) @ half)
-    kept = min(most, int((values > _RESOLVED * values[:1]).sum()))
-    turn = half @ (vectors[:, :kept] / values[:kept].sqrt())
-    block = _orthonormal(torch.cat([rows.double() @ turn for rows in _blocks(sketch)]))
-    image = sketch.new_zeros(rank, kept, dtype=torch.float64)
+    turn = half
+    if half.shape[1] > most:
+        gram = torch.zeros_like(core)
+        for rows in _blocks(sketch):
+            wide = rows.double()
+            _add_upper(gram, wide, wide)
+        values, vectors = _falling(half.T @ _mirrored(gram) @ half)
+        kept = min(most, int((values > _RESOLVED * values[0]).sum()))
+        turn = half @ vectors[:, :kept]
+    block = torch.cat([rows.double() @ turn for rows in _blocks(sketch)])
+    block = _orthonormal(block / block.norm(dim=0).clamp(min=_TINY))
+    image = sketch.new_zeros(rank, block.shape[1], dtype=torch.float64)
     for rows, part in zip(_blocks(sketch), _blocks(block), strict=True):
         image.addmm_(rows.double().T, part)
     image = half.T @ image
