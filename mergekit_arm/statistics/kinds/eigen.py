@@ -148,7 +148,7 @@ def _of_sketch(sketch: Tensor, omega: Tensor, most: int) -> tuple[Tensor, Tensor
 
 def _needed(values: Tensor, enough: float) -> int:
     """Return how many leading values sum to ``enough``, or the number of all."""
-    return min(len(values), int((values.cumsum(0) < enough).sum()) + 1)
+    return min(len(values), int((~(values.cumsum(0) >= enough)).sum()) + 1)
 
 
 def _blocks(matrix: Tensor) -> list[Tensor]:
