@@ -18,6 +18,8 @@ _SMALL = 384
 """Widths up to this are decomposed whole: that takes less time than a few products."""
 _SPARE = 16
 """Vectors that are iterated beyond those asked for, which lets the last of these converge."""
+_LEAST = 80
+"""Vectors that are iterated at least: few of a flat spectrum's converge too slowly."""
 _GAIN = 1e-3
 """Iteration ends where a product lets the eigenvalues grow by less than this share on average."""
 _PRODUCTS = 12
@@ -26,8 +28,6 @@ _ZERO = 1e-15
 """Share of the largest eigenvalue that float64 does not tell from 0."""
 _TINY = 1e-300
 """Keeps a division by 0 out where nothing but zeros was seen."""
-_SKEWED = 1e6
-"""Squared length of a column from which Cholesky loses too many of float64's digits."""
 _ROWS = 4096
 """Rows of a sketch that are held in float64 at once."""
 _PANEL = 128
@@ -82,7 +82,7 @@ def _of_matrix(upper: Tensor, most: int, enough: float) -> tuple[Tensor, Tensor]
         enough: see ``leading_eigenpairs``.
     """
     width = upper.shape[0]
-    size = most + _SPARE
+    size = max(most + _SPARE, _LEAST)
     if width <= max(_SMALL, 4 * size):
         values, vectors = _falling(upper.double())
         return values[:most], vectors[:, :most]
@@ -175,12 +175,6 @@ def _falling(upper: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    """Return orthonormal columns of the same span: by Cholesky twice, at a fifth of QR's time."""
-    for _ in range(2):
-        gram = columns.T @ columns
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if bool(failed) or bool((gram.diagonal() > _SKEWED).any()):
-            slowly: Tensor = torch.linalg.qr(columns).Q
-            return slowly
-        columns = torch.linalg.solve_triangular(factor.T, columns, upper=True, left=False)
-    return columns
+    """Return orthonormal columns of the same span, also where some nearly depend on others."""
+    basis: Tensor = torch.linalg.qr(columns).Q
+    return basis

@@ -203,6 +203,7 @@ def test_any_small_moment(width: int, most: int, exponent: int, rank: int, seed:
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=15, deadline=None)
+@example(decay=0.03125, massive=1.0, most=2, seed=0)
 def test_any_wide_moment(decay: float, massive: float, most: int, seed: int) -> None:
     values = torch.arange(1, 401).double() ** -decay
     values[0] *= massive
