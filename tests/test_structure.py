@@ -6,6 +6,7 @@ The files are read, not imported, so that an import which never runs counts as w
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -122,11 +123,14 @@ def test_no_import_runs_in_a_circle() -> None:
         pytest.fail("modules import each other: " + " ← ".join(error.args[1]))
 
 
+IMPORTING = re.compile(r"\s+(import|from) ")
+
+
 def test_imports_inside_functions_say_why() -> None:
     def explained(one: Import) -> bool:
         lines = FILES[one.file].splitlines()
         number = one.line - 1
-        while number and lines[number - 1].lstrip().startswith(("import ", "from ")):
+        while number and (not lines[number - 1] or IMPORTING.match(lines[number - 1])):
             if "#" in lines[number]:
                 return True
             number -= 1  # one comment speaks for the imports that follow it

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+from mergekit_arm.statistics.kinds.subspace import default_rank
 from tests.benchmarks.harness import (
     MEMORY,
     PROCESSOR,
@@ -338,6 +339,29 @@ def regmean_kernel(shop: Workshop) -> list[Row]:
     return found
 
 
+def eigenvectors(shop: Workshop) -> list[Row]:
+    """The directions that a site stores at most against a decomposition that gives all.
+
+    The widths of SmolLM2-135M (whole second moments), and of Llamas of 7 and 70 B (sketches).
+    """
+    widths = (40, 900) if shop.quick else (576, 1536, 4096, 8192, 28672)
+    found = []
+    for width in widths:
+
+        def run(way: str, width: int = width) -> Measured:
+            rank = 16 if shop.quick else default_rank(width)
+            return shop.launch("eigenvectors", way=way, width=width, rank=rank, threads=1)
+
+        found += compare(
+            f"eigenvectors {width}",
+            Side("leading", lambda run=run: run("leading")),
+            Side("all", lambda run=run: run("full")),
+            {TIME: None, PROCESSOR: None, MEMORY: None},
+            rounds=shop.rounds,
+        )
+    return found
+
+
 BENCHMARKS: dict[str, Callable[[Workshop], list[Row]]] = {
     "calibrate-importance": calibrate_importance,
     "calibrate-all": calibrate_all,
@@ -354,6 +378,7 @@ BENCHMARKS: dict[str, Callable[[Workshop], list[Row]]] = {
     "start-up": start_up,
     "kernel": kernel,
     "regmean-kernel": regmean_kernel,
+    "eigenvectors": eigenvectors,
     "merge-every-aim": merge_every_aim,
 }
 ON_REQUEST = ("merge-every-aim",)

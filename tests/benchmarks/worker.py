@@ -249,6 +249,51 @@ def regmean_kernel(what: str, rows: int, width: int, rank: int, dtype: str) -> d
     return {**middle, EXTRA: float(_peak_bytes() - before)}
 
 
+def eigenvectors(way: str, width: int, rank: int) -> dict[str, float]:
+    """A site's directions at most: ``leading`` ones only, or all of a ``full`` decomposition.
+
+    Eigenvalues fall as 1/i, but for one massive direction.
+    """
+    import torch
+
+    from mergekit_arm.statistics.kinds.eigen import leading_eigenpairs
+    from mergekit_arm.statistics.kinds.second_moment import sketch_matrix, stored_directions
+
+    device = torch.device("cpu")
+    mirror = torch.randn(width, 1, generator=torch.Generator().manual_seed(0)).double()
+    mirror /= mirror.norm()
+    eigenvalues = 1 / torch.arange(1, width + 1).double()
+    eigenvalues[0] *= 100
+
+    def second_moment_times(matrix: torch.Tensor) -> torch.Tensor:
+        turned = eigenvalues[:, None] * (matrix - 2 * mirror @ (mirror.T @ matrix))
+        return (turned - 2 * mirror @ (mirror.T @ turned)).float()
+
+    omega = sketch_matrix(width, rank, 42, device)
+    drawn = torch.eye(width) if omega is None else omega
+    sketch = second_moment_times(drawn.double())
+    most = stored_directions(width, rank)
+
+    def full() -> Any:
+        y = sketch.double()
+        if omega is None:
+            return torch.linalg.eigh(y, UPLO="U")
+        core = omega.double().T @ y
+        values, vectors = torch.linalg.eigh((core + core.T) / 2)
+        sound = values > 1e-6 * float(values[-1])
+        half = y @ (vectors[:, sound] / values[sound].sqrt())
+        return torch.linalg.svd(half, full_matrices=False)
+
+    run: Callable[[], Any] = {
+        "leading": lambda: leading_eigenpairs(sketch, omega, most),
+        "full": full,
+    }[way]
+    torch.linalg.eigh(torch.eye(16))  # the libraries' own start-up
+    clock = Clock()
+    run()
+    return clock.read()
+
+
 def _config(model: str) -> Any:
     from transformers import AutoConfig
 
@@ -273,6 +318,7 @@ TASKS: dict[str, Callable[..., Any]] = {
         methods,
         kernel,
         regmean_kernel,
+        eigenvectors,
     )
 }
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.statistics.kinds.eigen import leading_eigenpairs
 
 _PANEL = 256
 """Rows of a second moment that are added to at once: a small part of it, a large product."""
@@ -113,9 +114,8 @@ def dominant_subspace(
         energy: p in (0, 1].
         most: directions at most, at least 1.
     """
-    values, vectors = _eigenpairs(sketch, omega)
-    values, vectors = values[:most] / max(tokens, 1), vectors[:, :most]
-    trace = square_norm / max(tokens, 1)
+    values, vectors = leading_eigenpairs(sketch, omega, most, energy * square_norm)
+    values, trace = values / max(tokens, 1), square_norm / max(tokens, 1)
     count, reached = _count(values, trace, energy)
     return Dominant(vectors[:, :count], values[:count], trace, tokens, reached)
 
@@ -193,22 +193,3 @@ def _count(eigenvalues: Tensor, trace: float, energy: float) -> tuple[int, bool]
     enough = eigenvalues.cumsum(0) >= energy * trace * (1 - _ROUNDING)
     reached = bool(enough.any())
     return (int(enough.int().argmax()) + 1 if reached else len(eigenvalues)), reached
-
-
-def _eigenpairs(sketch: Tensor, omega: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues (falling, ≥ 0) and eigenvectors of XᵀX, in float64 on the CPU.
-
-    On the CPU, since its result does not depend on the accelerator, and no pass over data waits.
-    """
-    y = sketch.cpu().double()
-    if omega is None:
-        values, vectors = torch.linalg.eigh(y, UPLO="U")
-        return values.flip(0).clamp(min=0), vectors.flip(1)
-    wide = omega.cpu().double()
-    core = wide.T @ y
-    values, vectors = torch.linalg.eigh((core + core.T) / 2)
-    # XᵀX ≈ B Bᵀ. Directions of the core that are lost in Y's float32 rounding would blow B up.
-    sound = values > 1e-6 * float(values[-1])
-    half = y @ (vectors[:, sound] / values[sound].sqrt())
-    left, singular, _ = torch.linalg.svd(half, full_matrices=False)
-    return singular.square(), left
