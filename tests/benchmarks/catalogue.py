@@ -7,7 +7,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from mergekit_arm.statistics.kinds.subspace import default_rank
+from mergekit_arm.statistics.kinds.second_moment import default_rank
 from tests.benchmarks.harness import (
     MEMORY,
     PROCESSOR,
