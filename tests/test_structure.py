@@ -227,3 +227,33 @@ def test_tests_use_what_is_public() -> None:
         for line, name in uses_of_private_names(ast.parse(path.read_text(encoding="utf-8")))
     ]
     assert not wrong, "private names in tests:\n" + "\n".join(wrong)
+
+
+def defined_here(trees: list[ast.Module]) -> set[str]:
+    """Every private name that the package itself gives to something."""
+    found = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+    return {name for name in found if private(name)}
+
+
+def test_private_names_of_libraries_are_listed() -> None:
+    trees = [ast.parse(text) for text in FILES.values()]
+    ours = defined_here(trees)
+    used = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in ours:
+            used.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            names = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            used |= {name for name in names if private(name) and name not in ours}
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    table = text.partition("## Names of other libraries")[2].partition("\n## ")[0]
+    missing = sorted(name for name in used if not re.search(rf"\b{name}\b", table))
+    assert len(used) > 5
+    assert not missing, f"add to the table in mergekit_arm/README.md: {missing}"

@@ -170,6 +170,7 @@ def test_early_checkpoints_come_from_the_first_half() -> None:
     assert early_steps(2) == {1}
 
 
+@pytest.mark.slow
 def test_demo_reports_what_lies_on_disk(demo: tuple[Path, demo_module.LossTable, str]) -> None:
     out, losses, printed = demo
     assert json.loads((out / "losses.json").read_text()) == losses
