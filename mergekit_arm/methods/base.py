@@ -31,7 +31,7 @@ from mergekit_arm.errors import InputError
 from mergekit_arm.methods.parameters import StatisticsReference, activation_stats
 from mergekit_arm.methods.planning import PlannedTensor, stored_tensor, tensor_being_planned
 from mergekit_arm.statistics.format import LEFT_AS_MERGED, NO_TOKEN, WeightRecord
-from mergekit_arm.statistics.read import Statistics, open_statistics
+from mergekit_arm.statistics.read import Statistics
 
 LOG = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
     ) -> Found | None:
         """Find a planned tensor by its values, or by its name where these cannot be looked at."""
         reference = self._reference(planned.parameters, model, planned.base)
-        statistics = open_statistics(reference)
+        statistics = reference.open()
         tensor = stored_tensor(model, name)
         if tensor is None:
             known = statistics.metadata.aliases.get(name, name)
@@ -204,7 +204,7 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
             return None
         base = group.base
         reference = self._reference(parameters, entry.id, base.id if base else None)
-        statistics = open_statistics(reference)
+        statistics = reference.open()
         names = reference.names
         name, record = statistics.matcher.find(
             (names or {}).get(entry.id) or group.metadata.name or "",
