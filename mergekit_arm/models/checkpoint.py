@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from mergekit_arm.errors import InputError, first_line
-from mergekit_arm.models.loading import Source, unloadable
+from mergekit_arm.models.loading import Source
 from mergekit_arm.models.tensors import CheckpointTensors
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
@@ -61,5 +61,8 @@ def open_checkpoint(source: Source) -> CheckpointTensors:
                 folder, revision=source.commit or source.revision, local_files_only=True
             )
         return CheckpointTensors(Path(folder))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(unloadable(source.reference, error)) from error
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"model {source.reference}: its weights cannot be read ({first_line(error)}); "
+            "copy or download it again"
+        ) from error
