@@ -10,8 +10,10 @@ from zipfile import is_zipfile
 
 import torch
 from mergekit.io.lazy_tensor_loader import ShardedTensorIndex, ShardInfo
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from mergekit_arm.errors import InputError, first_line
 
 
 class CheckpointTensors:
@@ -81,6 +83,21 @@ class CheckpointTensors:
     def bytes_on_disk(self) -> int:
         """Return the size of the files."""
         return sum((self._folder / shard.filename).stat().st_size for shard in self._index.shards)
+
+
+def open_tensors(model: str, folder: Path) -> CheckpointTensors:
+    """Open the files in ``folder``; ``model`` is what the user wrote, for the message.
+
+    Raises:
+        InputError: there are none that mergekit reads, or one is damaged or absent.
+    """
+    try:
+        return CheckpointTensors(folder)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"model {model}: its weights cannot be read ({first_line(error)}); "
+            "copy or download it again"
+        ) from error
 
 
 def _check_shard(folder: Path, shard: ShardInfo, is_safetensors: bool) -> None:
