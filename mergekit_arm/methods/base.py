@@ -31,7 +31,7 @@ from mergekit_arm.errors import InputError
 from mergekit_arm.methods.parameters import StatisticsReference, activation_stats
 from mergekit_arm.methods.planning import PlannedTensor, stored_tensor, tensor_being_planned
 from mergekit_arm.statistics.format import LEFT_AS_MERGED, NO_TOKEN, WeightRecord
-from mergekit_arm.statistics.read import Statistics, open_statistics
+from mergekit_arm.statistics.read import Statistics
 
 LOG = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
     def check_planned(self, planned: PlannedTensor) -> None:
         """Refuse a planned tensor whose statistics are another model's, absent or of no use.
 
-        Reads a few values of the tensor's file. What no safetensors file holds as it stands is
+        Opens the tensor's files and reads a few values. What no file holds as it stands is
         recognised by its name here, and by its values when it is merged.
 
         Raises:
@@ -156,6 +156,7 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
         values = planned.parameters["activation_stats"]
         for reference in values.values() if isinstance(values, Mapping) else (values,):
             reference.names = planned.names
+        _check_shapes(planned)
         for model, name in planned.names.items():
             if self.needs(planned.parameters, is_base=model == planned.base):
                 found = self._find_planned(planned, model, name)
@@ -167,7 +168,7 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
     ) -> Found | None:
         """Find a planned tensor by its values, or by its name where these cannot be looked at."""
         reference = self._reference(planned.parameters, model, planned.base)
-        statistics = open_statistics(reference)
+        statistics = reference.open()
         tensor = stored_tensor(model, name)
         if tensor is None:
             known = statistics.metadata.aliases.get(name, name)
@@ -204,7 +205,7 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
             return None
         base = group.base
         reference = self._reference(parameters, entry.id, base.id if base else None)
-        statistics = open_statistics(reference)
+        statistics = reference.open()
         names = reference.names
         name, record = statistics.matcher.find(
             (names or {}).get(entry.id) or group.metadata.name or "",
@@ -255,6 +256,26 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
             f"{problem}; for it to be {self.opt_out.effect}, set "
             f"{name}: [{{filter: {found.name}, value: {value:g}}}, {{value: {parameters[name]:g}}}]"
         )
+
+
+def _check_shapes(planned: PlannedTensor) -> None:
+    """Refuse inputs of other shapes than the first one's, which mergekit finds out too late."""
+    if planned.realigned:
+        return
+    stored = {model: stored_tensor(model, name) for model, name in planned.names.items()}
+    shapes = {
+        model: list(one.shape)
+        for model, one in stored.items()
+        if one is not None and one.is_floating_point()
+    }
+    first = next(iter(shapes), None)
+    for model, shape in shapes.items():
+        if first is not None and shape != shapes[first]:
+            raise InputError(
+                f"{planned.names[model]} has shape {shape} in {model}, but {shapes[first]} in "
+                f"{first}: merge models of the same shapes; vocabularies that differ are brought "
+                "into line by tokenizer: {source: base}"
+            )
 
 
 def _all_equal(tensors: Sequence[Tensor]) -> bool:

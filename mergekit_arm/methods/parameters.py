@@ -16,7 +16,7 @@ from mergekit.merge_methods.base import ParameterSpec
 from pydantic import BeforeValidator
 
 from mergekit_arm.errors import InputError, did_you_mean
-from mergekit_arm.statistics.read import open_statistics
+from mergekit_arm.statistics.read import Identity, Statistics, open_statistics
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,22 @@ class StatisticsReference(str):
     names: Mapping[Hashable, str] | None = None
     """Each input's own name of the tensor, by model; None where no merge was planned, as under
     ``merge_state_dicts``. After slices these differ from the output's name."""
+    opened: Identity | None = None
+    """The directory that was opened when the value was validated; None: any will do."""
+
+    def open(self) -> Statistics:
+        """Return the statistics, as long as they are those that the merge was planned with.
+
+        Raises:
+            InputError: there is another directory now, or it cannot be read.
+        """
+        statistics = open_statistics(str(self))
+        if self.opened not in (None, statistics.identity):
+            raise InputError(
+                f"activation_stats {self}: was replaced since the merge was planned, which would "
+                "mix two measurements; leave it alone, and merge again"
+            )
+        return statistics
 
 
 def number(
@@ -122,8 +138,9 @@ def _reference(reference: Any) -> StatisticsReference:
             f"activation_stats must be a directory or a Hub name, not {reference!r}; "
             "`mergekit-arm calibrate MODEL DIRECTORY` writes one"
         )
-    open_statistics(reference)
-    return StatisticsReference(reference)
+    found = StatisticsReference(reference)
+    found.opened = found.open().identity
+    return found
 
 
 def _declare(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from torch import Tensor
 from mergekit_arm.errors import InputError
 from mergekit_arm.methods.parameters import StatisticsReference
 from mergekit_arm.statistics.format import NEVER_USED
+from tests.support.edits import edit
 from tests.support.merges import config, relaxed, weights
 
 WHOLE = ((0, 2),)
@@ -195,12 +195,8 @@ def unused(family: Path, tmp_path: Path) -> Path:
     """Statistics of data on which one weight was never used."""
     stats = tmp_path / "stats"
     shutil.copytree(family / "stats", stats)
-    file = stats / "activation_stats.json"
-    metadata = json.loads(file.read_text())
-    record = metadata["weights"][LAST]
-    record.update(site=None, input_axis=None, reason=NEVER_USED)
-    file.write_text(json.dumps(metadata))
-    return stats
+    without = {"site": None, "input_axis": None, "reason": NEVER_USED}
+    return edit(stats, lambda metadata: metadata["weights"][LAST].update(without))
 
 
 def test_a_weight_never_used_is_refused_before_the_first_tensor(
