@@ -14,8 +14,9 @@ from __future__ import annotations
 from mergekit_arm.methods.arm import ArmMerge
 from mergekit_arm.methods.base import StatisticsMethod
 from mergekit_arm.methods.registration import register, register_aim
+from mergekit_arm.methods.regmean import RegMeanMerge
 
-METHODS: tuple[type[StatisticsMethod], ...] = (ArmMerge,)
+METHODS: tuple[type[StatisticsMethod], ...] = (ArmMerge, RegMeanMerge)
 
 
 def register_all() -> None:
