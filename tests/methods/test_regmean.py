@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tests.support.merges import refused, run, weights
+from tests.support.merges import as_merged, refused, run, weights
 from tests.support.models import VOCABULARY, perturbed, tiny_llama, vary_norms
 from tests.support.moments_reference import Stored, solved
 from tests.support.stored import Folder
@@ -79,23 +79,6 @@ def document(folder: Path, given: dict[str, float], **parameters: Any) -> dict[s
 
 def merge(found: dict[str, Any], folder: Path, *options: str) -> dict[str, Tensor]:
     return weights(run(mergekit_yaml, yaml.safe_dump(found), folder, *options))
-
-
-def as_merged(path: Path) -> dict[str, Tensor]:
-    """A model's tensors under the names that mergekit gives them: it stacks Mixtral's experts."""
-    found = weights(path)
-    for name in [one for one in found if ".block_sparse_moe.gate." in one]:
-        found[name.replace("block_sparse_moe", "mlp")] = found.pop(name)
-        start = name.removesuffix("gate.weight") + "experts"
-        count = sum(one.startswith(start) for one in found) // 3
-        one, two, three = (
-            torch.stack([found.pop(f"{start}.{i}.{w}.weight") for i in range(count)])
-            for w in ("w1", "w2", "w3")
-        )
-        start = start.replace("block_sparse_moe", "mlp")
-        found[f"{start}.gate_up_proj"] = torch.cat([one, three], dim=1)
-        found[f"{start}.down_proj"] = two
-    return found
 
 
 def expected(
