@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mergekit_arm.calibration.options import CalibrationOptions
-from mergekit_arm.errors import did_you_mean
+from mergekit_arm.calibration.settings import checked_settings
 
-# Fields of CalibrationOptions that the stream itself decides.
-_DECIDED = (
-    "model", "out", "statistics", "force", "dry_run", "trust_remote_code", "lora_merge_cache",
-    "quiet",
-)  # fmt: skip
 _TEXTS = ("general", "task")
-_NOT_SETTINGS = ("refresh", *_TEXTS)
 
 
 class Section(BaseModel):
     """A part of the file: no other keys than its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return checked fields of :class:`CalibrationOptions`, defaults filled in."""
-    known = {one.name for one in dataclasses.fields(CalibrationOptions) if one.init} - set(_DECIDED)
-    for key in given:
-        if key not in known:
-            raise ValueError(
-                f"unknown key {key!r}{did_you_mean(key, [*known, *_NOT_SETTINGS])}; "
-                f"there are: {', '.join((*_NOT_SETTINGS, *sorted(known)))}"
-            )
-    options = TypeAdapter(CalibrationOptions).validate_python({"model": "", "out": "", **given})
-    return {key: getattr(options, key) for key in sorted(known)}
 
 
 class Calibration(Section):
@@ -55,11 +36,14 @@ class Calibration(Section):
             raise ValueError("must be a mapping such as {dataset: ./calibration.jsonl}")
         if set(given) == {"refresh", "settings", "task"}:
             return given  # what this function made, once more
+        checked = functools.partial(
+            checked_settings, decided=("statistics",), beside=("refresh", *_TEXTS)
+        )
         refresh = {"refresh": given.get("refresh", "once")}
-        shared = {key: value for key, value in given.items() if key not in _NOT_SETTINGS}
+        shared = {key: value for key, value in given.items() if key not in ("refresh", *_TEXTS)}
         texts = [given[key] for key in _TEXTS if key in given]
         if not texts:
-            return {**refresh, "settings": _settings(shared), "task": None}
+            return {**refresh, "settings": checked(shared), "task": None}
         if len(texts) == 1 or not all(isinstance(one, Mapping) for one in texts):
             raise ValueError(
                 "general and task belong together, each a mapping such as {dataset: ./task.jsonl}"
@@ -67,7 +51,7 @@ class Calibration(Section):
         general, task = ({**shared, **text} for text in texts)
         if "dataset" not in general or "dataset" not in task:
             raise ValueError("general and task each need a dataset")
-        return {**refresh, "settings": _settings(general), "task": _settings(task)}
+        return {**refresh, "settings": checked(general), "task": checked(task)}
 
     @field_validator("refresh", mode="before")
     @classmethod

@@ -21,6 +21,7 @@ from tests.benchmarks.harness import (
     start,
 )
 from tests.benchmarks.inputs import REAL, Workshop
+from tests.benchmarks.regmean import merge_regmean
 from tests.benchmarks.worker import EXTRA, FORWARD, LOADED
 
 _SHAPE = "SmolLM2-135M"
@@ -115,8 +116,8 @@ def merge_every_aim(shop: Workshop) -> list[Row]:
     rows = []
     needed = {"nearswap": {"t": 0.01}, "slerp": {"t": 0.4}}
     known = shop.launch("methods")
-    # arm is ours: mergekit has nothing to compare
-    names = [name for name in known if name not in (WALL, MEMORY, "arm")]
+    # arm and regmean are ours: mergekit has nothing to compare
+    names = [name for name in known if name not in (WALL, MEMORY, "arm", "regmean")]
     for name in names[:: len(names) // 2] if shop.quick else names:
         takes = known[name]
         parameters = dict(needed.get(name, {}))
@@ -371,6 +372,7 @@ BENCHMARKS: dict[str, Callable[[Workshop], list[Row]]] = {
     "merge-aim_ties": merge_aim_ties,
     "merge-arm": merge_arm,
     "merge-arm-two": merge_arm_two,
+    "merge-regmean": merge_regmean,
     "low-memory": low_memory,
     "processes": processes,
     "growth-tokens": growth_tokens,
