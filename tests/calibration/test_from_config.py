@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from mergekit_arm.calibration.from_config import plan_config
 from mergekit_arm.cli.calibrate import command
 from mergekit_arm.errors import InputError
 from tests.support.calibrations import files
+from tests.support.models import perturbed, tiny_llama
+from tests.support.paths import EXAMPLES
 from tests.support.streams import write_tokens
 
 
@@ -210,3 +213,22 @@ def test_a_model_or_a_configuration(words: list[str], said: str, scene: Path) ->
     done = calibrate(*words)
     assert done.exit_code == 2
     assert said in done.output
+
+
+def test_the_example_is_the_whole_job(scene: Path, family: Path) -> None:
+    """Three specialists, three small files, two commands; with tiny models in their places."""
+    found = yaml.safe_load((EXAMPLES / "regmean.yml").read_text())
+    commands = re.findall(r"^#   (.+)$", (EXAMPLES / "regmean.yml").read_text(), re.M)
+    assert [one.split()[0] for one in commands] == ["mergekit-arm", "mergekit-yaml"]
+    for seed, model in enumerate(found["models"]):
+        perturbed(tiny_llama(0), seed).save_pretrained(model["model"])
+    for seed, settings in enumerate(found["calibration"].values()):
+        if "dataset" in settings:
+            write_tokens(Path(settings["dataset"]), seed)
+    config = write({**found, "base_model": "./base"})
+    done = calibrate("--config", config)
+    assert done.exit_code == 0, done.output
+    merged = CliRunner().invoke(mergekit_yaml, [config, "merged"])
+    assert merged.exit_code == 0, merged.output
+    stats = [model["parameters"]["activation_stats"] for model in found["models"]]
+    assert all((scene / one / "activation_stats.json").is_file() for one in stats)
