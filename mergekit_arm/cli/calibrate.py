@@ -113,7 +113,8 @@ def _checked(parse: Callable[[str], object]) -> Callable[..., str]:
     metavar="KIND[,KIND]",
     default="all",
     callback=lambda _context, _option, names: tuple(re.split(r"\s*,\s*", names.strip())),
-    help="What to measure: importance, which aim needs; subspace, which arm needs.",
+    help="What to measure: importance, which aim needs; subspace, which arm needs; "
+    "regmean needs both.",
 )
 @_option("rank", type=click.IntRange(1), help="Columns of a subspace sketch. [default: by width]")
 @_option(

@@ -93,7 +93,8 @@ class Workshop:
             if shape == REAL:
                 text = self.folder / "text.txt"
                 self.launch("build_text", out=str(text))
-                self.calibrate(shape, text, path, tuned=tuned, samples=16)
+                tokenizer = str(self.model(shape))  # fine-tunes are saved without
+                self.calibrate(shape, text, path, tuned=tuned, samples=16, tokenizer=tokenizer)
             else:
                 few = self.tokens(shape, 4, 32) if self.quick else self.tokens(shape, 8, 512)
                 self.calibrate(shape, few, path, tuned=tuned)

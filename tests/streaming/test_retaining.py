@@ -158,6 +158,12 @@ def test_without_the_task_its_parameters_are_refused() -> None:
         fit_method("arm", {"turn": 0.5})
 
 
+@pytest.mark.parametrize("name", ["regmean", "aim_regmean"])
+def test_what_weighs_models_against_each_other_is_no_step(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} weighs models against each other, and a step"):
+        fit_method(name, {})
+
+
 def test_both_texts_are_looked_at_before_the_first_step(run: Path, tmp_path: Path) -> None:
     calibration = texts(run, task={"dataset": str(run / "nowhere.jsonl")})
     document = load_config(retaining(run, calibration=calibration))

@@ -12,6 +12,7 @@ from mergekit.merge_methods import BasePolicy, MergeMethod, ParameterScope
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.methods import register_all
 from mergekit_arm.methods.arm import TASK, together
+from mergekit_arm.methods.base import StatisticsMethod
 from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 
@@ -105,6 +106,11 @@ def _check_inputs(method: MergeMethod, inner: MergeMethod) -> None:
             f"merge_method: {name} cannot be a step, which merges one model into a base "
             f"({error}); use arm, aim, task_arithmetic or another that can"
         ) from error
+    if isinstance(inner, StatisticsMethod) and inner.base_optional:
+        raise InputError(
+            f"merge_method: {name} weighs models against each other, and a step merges one; use "
+            "arm, aim, task_arithmetic or another that can"
+        )
     if inner.spec.contract.base not in (BasePolicy.REQUIRED, BasePolicy.OPTIONAL):
         raise InputError(
             f"merge_method: {name} takes no base, so that a step would forget the model it "
