@@ -105,6 +105,30 @@ def stored_tensor(model: ModelReference, name: str) -> Tensor | None:
         ) from error
 
 
+def check_shapes(planned: PlannedTensor) -> None:
+    """Refuse inputs of other shapes than the first one's, which mergekit finds out too late.
+
+    Raises:
+        InputError: naming both models.
+    """
+    if planned.realigned:
+        return
+    stored = {model: stored_tensor(model, name) for model, name in planned.names.items()}
+    shapes = {
+        model: list(one.shape)
+        for model, one in stored.items()
+        if one is not None and one.is_floating_point()
+    }
+    first = next(iter(shapes), None)
+    for model, shape in shapes.items():
+        if first is not None and shape != shapes[first]:
+            raise InputError(
+                f"{planned.names[model]} has shape {shape} in {model}, but {shapes[first]} in "
+                f"{first}: merge models of the same shapes; vocabularies that differ are brought "
+                "into line by tokenizer: {source: base}"
+            )
+
+
 def _loader(model: ModelReference) -> LazyTensorLoader:
     if os.path.isfile(model.model.path):  # mergekit-pytorch merges files
         return _file_loader(model.model.path)

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -26,8 +27,10 @@ from mergekit_arm.statistics.locate import (
 from mergekit_arm.statistics.matching import Matcher
 from mergekit_arm.statistics.write import PROBES
 
+T = TypeVar("T")
+
 _KEPT = 4
-"""Sites whose finished values stay in memory."""
+"""Finished values of sites that stay in memory."""
 
 
 Identity = tuple[str, Version]
@@ -72,7 +75,7 @@ class Statistics:
         self.matcher = Matcher(reference, self.metadata, self._probes)
         self._lock = threading.Lock()
         self._seen: set[Hashable] = set()
-        self._recent: dict[Hashable, Tensor] = {}
+        self._recent: dict[Hashable, Any] = {}
 
     def kinds(self) -> list[Kind]:
         """Return the kinds that were measured; one that is not registered is left out."""
@@ -83,14 +86,15 @@ class Statistics:
             if kind.name in settings.statistics
         ]
 
-    def once(self, key: Hashable, read: Callable[[], Tensor]) -> Tensor:
-        """Return what ``read`` made for ``key``, from memory if it is among the last few.
+    def once(self, key: Hashable, read: Callable[[], T]) -> T:
+        """Return what ``read`` made for ``key``, from memory if it is among the last few used.
 
         Weights of one site follow each other, if not at once: q, k, v; gate, up.
         """
         with self._lock:
             if key in self._recent:
-                return self._recent[key]
+                self._recent[key] = found = self._recent.pop(key)
+                return found  # type: ignore[no-any-return]  # of this key, so of this type
         value = read()
         with self._lock:
             self._recent[key] = value

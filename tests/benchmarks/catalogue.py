@@ -11,12 +11,13 @@ from tests.benchmarks.groups import (
     eigenvectors,
     kernels,
     merging,
+    regmean,
     start_up,
 )
 from tests.benchmarks.harness import Row
 from tests.benchmarks.inputs import Workshop
 
-_COMPARED = (calibration, merging, start_up, kernels, eigenvectors)
+_COMPARED = (calibration, merging, regmean, start_up, kernels, eigenvectors)
 
 BENCHMARKS: dict[str, Callable[[Workshop], list[Row]]] = {
     name: run for group in _COMPARED for name, run in group.BENCHMARKS.items()

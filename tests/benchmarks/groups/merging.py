@@ -66,8 +66,8 @@ def merge_every_aim(shop: Workshop) -> list[Row]:
     rows = []
     needed = {"nearswap": {"t": 0.01}, "slerp": {"t": 0.4}}
     known = shop.launch("methods")
-    # arm is ours: mergekit has nothing to compare
-    names = [name for name in known if name not in (WALL, MEMORY, "arm")]
+    # arm and regmean are ours: mergekit has nothing to compare
+    names = [name for name in known if name not in (WALL, MEMORY, "arm", "regmean")]
     for name in names[:: len(names) // 2] if shop.quick else names:
         takes = known[name]
         parameters = dict(needed.get(name, {}))
