@@ -40,7 +40,6 @@ class TokenSample:
             before = seen * wanted // max(total, 1)
             seen += eligible
             self._quota.append(seen * wanted // max(total, 1) - before)
-        self.tokens = wanted
 
     def rows(self, first: int, count: int) -> Tensor | None:
         """Return the sampled rows of blocks ``first … first + count``, flattened as one batch.

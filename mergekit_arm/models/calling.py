@@ -14,7 +14,9 @@ from mergekit_arm.errors import InputError
 
 def set_up(model: PreTrainedModel) -> PreTrainedModel:
     """Set a model up for forward passes whose every product can be seen."""
-    model.config.use_cache = False
+    for module in model.modules():  # a model of images and text is made of several
+        if isinstance(module, PreTrainedModel):
+            module.config.use_cache = False
     if any(hasattr(module, "is_transposed") for module in model.modules()):
         # Fused kernels hide which token goes to which expert; written out, every product shows.
         model.set_experts_implementation("eager")
