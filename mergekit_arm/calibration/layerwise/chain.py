@@ -130,6 +130,11 @@ class Chain:
 
     def run(self, ids: Tensor, visit: Visit) -> None:
         """Pass ``ids`` through the model's forward, with ``visit`` in the place of every layer."""
+        embedding = self.model.get_input_embeddings()
+        for name, module in self.model.named_modules():
+            if module is embedding:
+                # Some models bring the ids to the device of its weights before they call it.
+                self._need(name, module, ())
         previous, self._visit = self._visit, visit
         try:
             self.model(**model_arguments(self.model, ids.to(self._device), {}))
