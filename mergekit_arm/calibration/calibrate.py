@@ -127,6 +127,7 @@ def write(prepared: Prepared, sums: Sums) -> CalibrationResult | None:
     session, result = prepared.session, None
     options, coverage = session.options, sums.coverage
     if session.job.main:
+        session.reports.stage("Writing the statistics", 0, 0)
         out = Path(options.out)
         kinds = chosen_kinds(options)
         results = collect_results(coverage, sums.sites, session.corpus.rows, kinds)

@@ -39,7 +39,7 @@ def measure_in_memory(
         coverage.settle()
         plans = coverage.plan.sites(coverage.read_parameters)
         sites = plan_sites(model, plans, options)
-        feeder = Feeder(corpus, session.sample, session.reports.say)
+        feeder = Feeder(corpus, session.samples(model), session.reports.say)
         finishing = Finishing(session, device, "whole")
         start = 0
         if snapshot := session.resume():

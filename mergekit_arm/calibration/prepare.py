@@ -83,6 +83,7 @@ def prepare(
     _check_options(options, job, reports.say)
     device = job.device(choose_device(options.device))
     dtype = choose_dtype(options.dtype, device)
+    reports.stage("Finding the model", 0, 0)
     # A merged adapter's cache is written once and then read.
     with job.first_here("model"):
         source = temporary.enter_context(
@@ -92,7 +93,9 @@ def prepare(
                 lora_cache=options.lora_merge_cache,
             )
         )
+    reports.stage("Reading the data", 0, 0)
     corpus, tokenizer = read_data(options, source, reports.say)
+    reports.stage("Loading the model", 0, 0)
     fetch_checkpoint(source)
     checkpoint = open_checkpoint(source)
     if options.low_memory:

@@ -168,11 +168,13 @@ def command(**values: Any) -> None:
     """
     # Imported when there is work, so that --help is instant.
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mergekit_arm.cli.progress import Display
 
     console = Console(stderr=True)
-    with console.status("Loading libraries"):
-        # Imported under a spinner: these take seconds.
+    with Display(console) as display:
+        display.stage("Loading libraries", 0, 0)
+        # Imported when that is said: these take seconds.
         import datasets
         import transformers
         from huggingface_hub.utils.tqdm import enable_progress_bars
@@ -180,24 +182,12 @@ def command(**values: Any) -> None:
         from mergekit_arm.calibration.calibrate import calibrate
         from mergekit_arm.cli.tables.calibration import calibration_summary
 
-    transformers.utils.logging.disable_progress_bar()  # which also silences downloads
-    if values["quiet"]:
-        datasets.disable_progress_bars()
-    else:
-        enable_progress_bars()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,}/{task.total:,} tokens, {task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=60) as bar:
-        task = bar.add_task("Calibrating", total=None, visible=False, rate="")
-
-        def progress(done: int, total: int) -> None:
-            speed = bar.tasks[task].speed
-            rate = f"{speed:,.0f} tokens/s" if speed else ""
-            bar.update(task, completed=done, total=total, visible=True, rate=rate)
+        if values["quiet"] or not console.is_terminal:
+            transformers.utils.logging.disable_progress_bar()  # which also silences downloads
+        if values["quiet"]:
+            datasets.disable_progress_bars()
+        else:
+            enable_progress_bars()
 
         def say(note: str) -> None:
             console.print(note, style="yellow", highlight=False, markup=False)
@@ -208,7 +198,8 @@ def command(**values: Any) -> None:
             for warning in estimate.warnings():
                 say(warning)
 
-        result = calibrate(CalibrationOptions(**values), progress, say, preflight)
+        options = CalibrationOptions(**values)
+        result = calibrate(options, display.tokens, say, preflight, display.stage)
     if result:
         console.print(
             calibration_summary(result.metadata, result.out, result.corpus, result.seconds)

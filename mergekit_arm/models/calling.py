@@ -23,6 +23,20 @@ def set_up(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def token_counts(
+    model: PreTrainedModel, length: int, extra: Mapping[str, Tensor]
+) -> tuple[int, ...]:
+    """Return how many tokens the parts of ``model`` read of a sequence of ``length``.
+
+    One number, or two of an encoder–decoder; see ``model_arguments``.
+    """
+    if not model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+        return (length,)
+    if "decoder_input_ids" in extra:
+        return length, extra["decoder_input_ids"].shape[-1]
+    return length // 2, length - length // 2
+
+
 def model_arguments(
     model: PreTrainedModel, ids: Tensor, extra: Mapping[str, Tensor]
 ) -> dict[str, Any]:

@@ -76,7 +76,8 @@ class _Walk:
         self._device = device
         self._session = session
         self._hidden = HiddenStates(session.progress, budget)
-        self._feeder = Feeder(session.corpus, session.sample, session.reports.say)
+        samples = session.samples(chain.model)
+        self._feeder = Feeder(session.corpus, samples, session.reports.say)
         self._leader = session.corpus.blocks[0][None, :DISCOVERY_TOKENS]
         self._leader_calls: list[LayerCall] = []
         self._arriving: Tensor | None = None

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
+from transformers import PreTrainedModel
+
 from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.calibration.processes import Job, PeerLost
 from mergekit_arm.calibration.running.preflight import Preflight
@@ -20,6 +22,7 @@ from mergekit_arm.calibration.sums.sites import Site
 from mergekit_arm.data.blocks import Corpus
 from mergekit_arm.data.sample import TokenSample
 from mergekit_arm.errors import Failure
+from mergekit_arm.models.calling import token_counts
 
 TOKENS_PER_BATCH = 4096
 
@@ -100,15 +103,24 @@ class Session:
     _stop: str | None = None
     _since: float = field(default_factory=time.perf_counter)
 
-    @property
-    def sample(self) -> TokenSample:
-        """The tokens that sampled kinds of statistics see."""
-        return TokenSample(
-            self.corpus.lengths,
-            self.options.subspace_tokens,
-            seed=self.options.seed,
-            skip_first=self.options.skip_first,
-        )
+    def samples(self, model: PreTrainedModel) -> list[TokenSample]:
+        """Return the tokens that sampled kinds of statistics see.
+
+        One sample; of an encoder–decoder one of the encoder's tokens and one of the decoder's.
+        """
+        counts = [
+            token_counts(model, length, self.corpus.extra(block))
+            for block, length in enumerate(self.corpus.lengths)
+        ]
+        return [
+            TokenSample(
+                lengths,
+                self.options.subspace_tokens,
+                seed=self.options.seed,
+                skip_first=self.options.skip_first,
+            )
+            for lengths in zip(*counts, strict=True)
+        ]
 
     def spans(self) -> list[Span]:
         """Return this process's batches, of ``--batch-size`` or ``TOKENS_PER_BATCH``."""
