@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from mergekit_arm.statistics.kinds.second_moment import default_rank
+from tests.benchmarks.authors import authors_script
 from tests.benchmarks.harness import (
     MEMORY,
     PROCESSOR,
@@ -379,6 +380,7 @@ BENCHMARKS: dict[str, Callable[[Workshop], list[Row]]] = {
     "kernel": kernel,
     "regmean-kernel": regmean_kernel,
     "eigenvectors": eigenvectors,
+    "authors-script": authors_script,
     "merge-every-aim": merge_every_aim,
 }
 ON_REQUEST = ("merge-every-aim",)

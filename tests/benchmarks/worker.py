@@ -112,9 +112,10 @@ def calibrate(options: dict[str, Any]) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     from mergekit_arm.calibration import calibrate as run
+    from mergekit_arm.calibration import prepare
 
     loading = dict.fromkeys((TIME, PROCESSOR), 0.0)
-    load_model = run.load_model
+    load_model = prepare.load_model
 
     def timed_load(*arguments: Any, **named: Any) -> Any:
         clock = Clock()
@@ -124,13 +125,13 @@ def calibrate(options: dict[str, Any]) -> dict[str, float]:
             for quantity, seconds in clock.read().items():
                 loading[quantity] += seconds
 
-    run.load_model = timed_load
+    prepare.load_model = timed_load
     try:
         clock = Clock()
         result = run.calibrate(run.CalibrationOptions(**options, device="cpu"))
         took = clock.read()
     finally:
-        run.load_model = load_model
+        prepare.load_model = load_model
     if result is None:
         return {}
     with torch.device("meta"):
