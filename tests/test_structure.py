@@ -166,3 +166,37 @@ def test_no_file_is_longer_than_300_lines() -> None:
     lines = {str(path.relative_to(ROOT)): text.count("\n") for path, text in FILES.items()}
     long = {name: count for name, count in lines.items() if count > 300}
     assert not long, f"split these by what they do: {long}"
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def defined_here(trees: list[ast.Module]) -> set[str]:
+    """Every private name that the package itself gives to something."""
+    found = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+    return {name for name in found if private(name)}
+
+
+def test_private_names_of_libraries_are_listed() -> None:
+    trees = [ast.parse(text) for text in FILES.values()]
+    ours = defined_here(trees)
+    used = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in ours:
+            used.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            names = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            used |= {name for name in names if private(name) and name not in ours}
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    table = text.partition("## Names of other libraries")[2].partition("\n## ")[0]
+    missing = sorted(name for name in used if not re.search(rf"\b{name}\b", table))
+    assert len(used) > 5
+    assert not missing, f"add to the table in mergekit_arm/README.md: {missing}"

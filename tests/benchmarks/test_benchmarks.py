@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from tests.benchmarks import results
 from tests.benchmarks.__main__ import main
 from tests.benchmarks.catalogue import BENCHMARKS
 from tests.benchmarks.harness import (
@@ -132,3 +133,7 @@ def test_results_name_the_machine_but_neither_host_nor_paths(tmp_path: Path) -> 
     assert str(tmp_path) not in text
     assert platform.node() not in text
     assert results_table(rows, described).row_count == 1
+
+
+def test_the_page_of_results_is_generated() -> None:
+    assert results.PAGE.read_text(encoding="utf-8") == results.page()

@@ -185,4 +185,4 @@ def test_an_over_long_row_is_cut_and_the_run_goes_on(tmp_path: Path) -> None:
         say=said.append,
     )
     assert Statistics("s", tmp_path / "stats").metadata.data.tokens == 20 + 128 + 20
-    assert any("1 longer than 128 tokens and not to their end" in note for note in said)
+    assert any("1 of them cut at 128 tokens" in note for note in said)
