@@ -52,11 +52,7 @@ def authors_script(shop: Workshop) -> list[Row]:
             first = _process([*command, "--dtype=float32", "--device=cpu"])
             install = "import mergekit_arm.autoload as a; a.install()"
             main = "from mergekit.scripts.run_yaml import main; main()"
-            command = [
-                sys.executable,
-                "-c",
-                f"import mergekit_arm.autoload as a; a.install(); {main}",
-            ]
+            command = [sys.executable, "-c", f"{install}; {main}"]
             command += [str(config), str(scratch / "model"), "--no-copy-tokenizer", "--quiet"]
             second = _process(command)
             return {
