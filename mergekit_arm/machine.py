@@ -5,6 +5,9 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -53,6 +56,23 @@ class Cost:
     def _poll(self) -> None:
         while not self._over.wait(_POLL):
             self.extra = max(self.extra, self._process.memory_info().rss - self._before)
+
+
+@contextmanager
+def one_thread_each(workers: int) -> Iterator[Executor]:
+    """Give a pool of ``workers`` threads on each of which torch computes with that thread alone.
+
+    So many small pieces of work at once are faster than one after the other on all cores, and
+    the numbers do not depend on how many cores there are. The calling thread, too, computes alone
+    until the block ends.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread, and of those that begin from here on
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 def free_memory(device: torch.device) -> int:

@@ -186,11 +186,13 @@ def command(context: click.Context, /, config: str | None, **values: Any) -> Non
             )
     # Imported when there is work, so that --help is instant.
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mergekit_arm.cli.progress import Display
 
     console = Console(stderr=True)
-    with console.status("Loading libraries"):
-        # Imported under a spinner: these take seconds.
+    with Display(console) as display:
+        display.stage("Loading libraries", 0, 0)
+        # Imported when that is said: these take seconds.
         import datasets
         import transformers
         from huggingface_hub.utils.tqdm import enable_progress_bars
@@ -199,24 +201,12 @@ def command(context: click.Context, /, config: str | None, **values: Any) -> Non
         from mergekit_arm.calibration.from_config import plan_config
         from mergekit_arm.cli.tables.calibration import calibration_summary
 
-    transformers.utils.logging.disable_progress_bar()  # which also silences downloads
-    if values["quiet"]:
-        datasets.disable_progress_bars()
-    else:
-        enable_progress_bars()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,}/{task.total:,} tokens, {task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=60) as bar:
-        task = bar.add_task("Calibrating", total=None, visible=False, rate="")
-
-        def progress(done: int, total: int) -> None:
-            speed = bar.tasks[task].speed
-            rate = f"{speed:,.0f} tokens/s" if speed else ""
-            bar.update(task, completed=done, total=total, visible=True, rate=rate)
+        if values["quiet"] or not console.is_terminal:
+            transformers.utils.logging.disable_progress_bar()  # which also silences downloads
+        if values["quiet"]:
+            datasets.disable_progress_bars()
+        else:
+            enable_progress_bars()
 
         def say(note: str) -> None:
             console.print(note, style="yellow", highlight=False, markup=False)
@@ -231,12 +221,14 @@ def command(context: click.Context, /, config: str | None, **values: Any) -> Non
             planned = [CalibrationOptions(**values)]
         else:
             planned = plan_config(config, _written(context, values), say)
-        for options in planned:
-            result = calibrate(options, progress, say, preflight)
-            if result:
-                console.print(
-                    calibration_summary(result.metadata, result.out, result.corpus, result.seconds)
-                )
+        results = [
+            calibrate(options, display.tokens, say, preflight, display.stage) for options in planned
+        ]
+    for result in results:
+        if result:
+            console.print(
+                calibration_summary(result.metadata, result.out, result.corpus, result.seconds)
+            )
 
 
 def _written(context: click.Context, values: dict[str, Any]) -> dict[str, Any]:

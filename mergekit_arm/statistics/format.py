@@ -77,7 +77,8 @@ class DataRecord(_Strict):
     """Of the chat template, where rows were chats."""
     tokenizer_hash: str | None = None
     """None where rows held ready token ids."""
-    seed: int
+    seed: int | None = None
+    """None where directories of several seeds were added."""
     sequence_length: int | None = None
     """None where rows held ready token ids of their own lengths."""
     sequences: Count

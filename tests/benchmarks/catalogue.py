@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.benchmarks.groups import (
+    authors,
     building,
     calibration,
     eigenvectors,
@@ -17,7 +18,7 @@ from tests.benchmarks.groups import (
 from tests.benchmarks.harness import Row
 from tests.benchmarks.inputs import Workshop
 
-_COMPARED = (calibration, merging, regmean, start_up, kernels, eigenvectors)
+_COMPARED = (calibration, merging, regmean, authors, start_up, kernels, eigenvectors)
 
 BENCHMARKS: dict[str, Callable[[Workshop], list[Row]]] = {
     name: run for group in _COMPARED for name, run in group.BENCHMARKS.items()
