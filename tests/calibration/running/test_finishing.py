@@ -153,7 +153,9 @@ def test_the_estimate_has_the_eigenvectors_in_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(finishing, "trial_seconds", lambda kind, *_: 10.0 * (kind.name == "subspace"))
+    monkeypatch.setattr(
+        finishing, "trial_seconds", lambda kind, *_: 10.0 * (kind.name == "subspace")
+    )
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     found: list[Preflight] = []
     given = options(family, tmp_path / "s", token_file, low_memory=low_memory, dry_run=True)
