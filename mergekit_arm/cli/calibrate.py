@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -173,7 +174,8 @@ def command(**values: Any) -> None:
 
     console = Console(stderr=True)
     with Display(console) as display:
-        display.stage("Loading libraries", 0, 0)
+        if os.environ.get("RANK", "0") == "0":  # one of a job's processes speaks for all
+            display.stage("Loading libraries", 0, 0)
         # Imported when that is said: these take seconds.
         import datasets
         import transformers
