@@ -14,7 +14,8 @@ from types import TracebackType
 import psutil
 import torch
 
-_CGROUP = Path("/sys/fs/cgroup")
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what this process's container may take."""
 _POLL = 0.002  # seconds
 
 
@@ -84,10 +85,10 @@ def free_memory(device: torch.device) -> int:
         return free
     available: int = psutil.virtual_memory().available
     try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
+        limit = (CGROUP / "memory.max").read_text().strip()
         if limit != "max":
-            used = int((_CGROUP / "memory.current").read_text())
-            statistics = (_CGROUP / "memory.stat").read_text()
+            used = int((CGROUP / "memory.current").read_text())
+            statistics = (CGROUP / "memory.stat").read_text()
             # Cached files count as used, and go as soon as memory is wanted.
             cached = int(statistics.split("inactive_file ")[1].split()[0])
             available = min(available, int(limit) - used + cached)

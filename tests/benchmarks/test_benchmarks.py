@@ -6,6 +6,8 @@ import json
 import math
 import platform
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from click.testing import CliRunner
 
 from tests.benchmarks import results
 from tests.benchmarks.__main__ import main
-from tests.benchmarks.catalogue import BENCHMARKS
+from tests.benchmarks.catalogue import BENCHMARKS, TASKS
 from tests.benchmarks.harness import (
+    EXTRA,
     MEMORY,
     TIME,
     WALL,
@@ -30,7 +33,7 @@ from tests.benchmarks.harness import (
 )
 from tests.benchmarks.inputs import Workshop
 from tests.benchmarks.report import machine, results_table, write_json
-from tests.benchmarks.worker import EXTRA, TASKS
+from tests.support.paths import ROOT
 
 
 def launch_here(
@@ -87,6 +90,15 @@ def test_the_command_measures_in_fresh_processes_and_keeps_what_exists(tmp_path:
     assert again.exit_code == 2
     assert "--force" in again.output
     assert out.read_text() == before
+
+
+def test_what_starts_the_tasks_is_small() -> None:
+    """A child's peak memory starts at its parent's."""
+    program = "import sys; import tests.benchmarks.__main__; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "False\n"
 
 
 def test_a_task_that_fails_shows_its_output() -> None:

@@ -23,6 +23,7 @@ from mergekit_arm.errors import InputError
 from mergekit_arm.statistics.combine import combine
 from mergekit_arm.statistics.read import Statistics
 from tests.support.byte_tokenizer import TEMPLATE, byte_tokenizer
+from tests.support.edits import edit
 from tests.support.equality import assert_same_statistics, load_statistics
 
 Calibrate = Callable[..., Path]
@@ -87,7 +88,7 @@ def test_sketches_add_up_by_the_matrix_that_lies_beside_them(
     c = shutil.copytree(b, tmp_path / "c")
     tensors = load_file(c / "model.safetensors")
     tensors["sketch_matrix.32"] = tensors["sketch_matrix.32"] + 1
-    save_file(tensors, c / "model.safetensors")
+    save_file(tensors, edit(c) / "model.safetensors")
     with pytest.raises(InputError, match="drawn from different random numbers"):
         combine([str(a), str(c)], tmp_path / "other")
 
@@ -225,7 +226,7 @@ def test_directories_that_do_not_say_what_they_measured(part: Calibrate, tmp_pat
     a, b = part("a", slice(0, 6)), part("b", slice(6, 12))
     tensors = load_file(b / "model.safetensors")
     del tensors["rows"]
-    save_file(tensors, b / "model.safetensors")
+    save_file(tensors, edit(b) / "model.safetensors")
     with pytest.raises(InputError, match="does not say which rows"):
         combine([str(a), str(b)], tmp_path / "sum")
 

@@ -161,9 +161,10 @@ class SavedProgress:
 
     def discard(self) -> None:
         """Remove what this process has saved, and the directory with the last of it."""
-        for name in (f"{self._prefix}*", f".{self._prefix}*"):  # whole, and half-written
-            for path in self.folder.glob(name):
-                path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process removed the directory
+            for name in (f"{self._prefix}*", f".{self._prefix}*"):  # whole, and half-written
+                for path in self.folder.glob(name):
+                    path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty: other processes' progress
             self.folder.rmdir()
 

@@ -34,7 +34,7 @@ def authors_script(shop: Workshop) -> list[Row]:
     def theirs() -> Measured:
         with shop.scratch() as scratch:
             arguments = [str(base), str(merged), str(tokens), str(scratch / "model")]
-            return _process([sys.executable, "-m", "tests.benchmarks.authors", *arguments])
+            return _process([sys.executable, "-m", "tests.benchmarks.groups.authors", *arguments])
 
     def ours() -> Measured:
         with shop.scratch() as scratch:
@@ -132,6 +132,10 @@ def relax(base: str, merged: str, tokens: str, out: str) -> None:
         weights[name] = originals[name] + (weight - originals[name]) * gain
     finished.load_state_dict(weights)
     finished.save_pretrained(out)
+
+
+BENCHMARKS = {"authors-script": authors_script}
+TASKS = ()
 
 
 if __name__ == "__main__":
