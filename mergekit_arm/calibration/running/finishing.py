@@ -146,12 +146,13 @@ def finishing_seconds(sites: Iterable[Site], device: torch.device) -> float:
     for site in sites:
         key = site.plan.width, tuple(kind.name for kind in site.here)
         if key not in took:
-            took[key] = sum(_trial(kind, site.plan.width, device) for kind in site.here)
+            took[key] = sum(trial(kind, site.plan.width, device) for kind in site.here)
         seconds += took[key]
     return seconds / at_once(sites, device)
 
 
-def _trial(kind: Kind, width: int, device: torch.device) -> float:
+def trial(kind: Kind, width: int, device: torch.device) -> float:
+    """Return how long one input of ``width`` channels takes ``kind`` to finish."""
     observer = kind.observer(width, device)
     if type(observer).finish is Observer.finish:
         return 0.0  # it stores what has accumulated

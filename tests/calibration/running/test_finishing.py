@@ -61,7 +61,7 @@ def killed() -> None:
 
 def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the estimate out, which makes eigenvectors, too."""
-    monkeypatch.setattr(finishing, "_trial", lambda *_: 0.0)
+    monkeypatch.setattr(finishing, "trial", lambda *_: 0.0)
 
 
 @pytest.mark.parametrize("low_memory", WAYS)
@@ -153,7 +153,7 @@ def test_the_estimate_has_the_eigenvectors_in_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(finishing, "_trial", lambda kind, *_: 10.0 * (kind.name == "subspace"))
+    monkeypatch.setattr(finishing, "trial", lambda kind, *_: 10.0 * (kind.name == "subspace"))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     found: list[Preflight] = []
     given = options(family, tmp_path / "s", token_file, low_memory=low_memory, dry_run=True)
