@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -191,7 +192,8 @@ def command(context: click.Context, /, config: str | None, **values: Any) -> Non
 
     console = Console(stderr=True)
     with Display(console) as display:
-        display.stage("Loading libraries", 0, 0)
+        if os.environ.get("RANK", "0") == "0":  # one of a job's processes speaks for all
+            display.stage("Loading libraries", 0, 0)
         # Imported when that is said: these take seconds.
         import datasets
         import transformers
@@ -221,14 +223,12 @@ def command(context: click.Context, /, config: str | None, **values: Any) -> Non
             planned = [CalibrationOptions(**values)]
         else:
             planned = plan_config(config, _written(context, values), say)
-        results = [
-            calibrate(options, display.tokens, say, preflight, display.stage) for options in planned
-        ]
-    for result in results:
-        if result:
-            console.print(
-                calibration_summary(result.metadata, result.out, result.corpus, result.seconds)
-            )
+        for options in planned:
+            result = calibrate(options, display.tokens, say, preflight, display.stage)
+            if result:
+                console.print(
+                    calibration_summary(result.metadata, result.out, result.corpus, result.seconds)
+                )
 
 
 def _written(context: click.Context, values: dict[str, Any]) -> dict[str, Any]:
