@@ -21,12 +21,20 @@ _THREADS = max(1, (os.cpu_count() or 1) // _WORKERS)
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))))
 
 
+LONGEST_FIRST = ("tests/real/", "tests/streaming/test_kill.py", "tests/calibration/test_process")
+"""Begun last, they would keep one process busy while the other has nothing left."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let what is long count as slow: ``-m "not slow"`` takes the place of ``-m "not long"``."""
+    """Let what is long count as slow, and begin with what takes longest.
+
+    ``-m "not slow"`` takes the place of ``-m "not long"``, and must leave out both.
+    """
     for item in items:
         if item.get_closest_marker("long"):
             item.add_marker("slow")
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST_FIRST))
 
 
 @pytest.fixture(scope="session")

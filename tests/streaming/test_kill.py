@@ -149,14 +149,17 @@ def test_killed_again_and_again(server: Any, scene: Any, tmp_path: Path) -> None
     kill_at_random(server, scene, tmp_path, kills=4, seed=1)
 
 
-@pytest.mark.slow
-def test_twenty_kills_at_random_moments(server: Any, scene: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param(5, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)],
+)
+def test_killed_at_random_moments(server: Any, scene: Any, tmp_path: Path, kills: int) -> None:
     document, whole, _ = scene
     generator = random.Random(2)
     begun = time.monotonic()
     finish(server, document, tmp_path / "timed")
     life = time.monotonic() - begun
-    for number in range(20):
+    for number in range(kills):
         out = tmp_path / f"out-{number}"
         child = server.Process(target=live, args=(document, str(out), None, None))
         child.start()
