@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_arm.errors import InputError
+from tests.support.edits import edit
 from tests.support.merges import as_merged, refused, run, weights
 from tests.support.models import perturbed, tiny_experts
 from tests.support.moments_reference import Stored, turned
@@ -166,6 +167,7 @@ def test_rows_of_which_nothing_is_left_are_said_once(
         if key.endswith(".square_sum"):
             tensor[5] = 0
     save_file(folder.tensors, tmp_path / "task" / "model.safetensors")
+    edit(tmp_path / "task")
     states = {"base": weights(family / "base"), "a": weights(family / "base")}
     for name, tensor in states["a"].items():
         if "q_proj" in name:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.methods.parameters import StatisticsReference, activation_stats
+from mergekit_arm.methods.parameters import StatisticsReference, statistics
 from mergekit_arm.statistics.kinds.importance import Importance
 from tests.methods.test_planning import execute, plan
 from tests.support.edits import edit
@@ -128,7 +128,7 @@ def test_in_threads(scene: Path, family: Path) -> None:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_pickled_reference(change: Callable[[Path], None], scene: Path) -> None:
-    reference = activation_stats("", "shared").validate(str(scene / "link"))  # type: ignore[arg-type]
+    reference = statistics("activation_stats", "").validate(str(scene / "link"))  # type: ignore[arg-type]
     assert isinstance(reference, StatisticsReference)
     twin = pickle.loads(pickle.dumps(reference))
     assert twin.open() is reference.open()

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from tests.support.edits import edit
 from tests.support.merges import as_merged, refused, run, weights
 from tests.support.models import VOCABULARY, perturbed, tiny_llama, vary_norms
 from tests.support.moments_reference import Stored, solved
@@ -276,6 +277,7 @@ def _same_numbers(of: Path, numbers: Path, out: Path) -> None:
     first, second = (json.loads((p / "activation_stats.json").read_text()) for p in (of, numbers))
     first["sites"] = second["sites"]
     (out / "activation_stats.json").write_text(json.dumps(first))
+    edit(out)
 
 
 def test_filters_and_gradients(trio: Path, tmp_path: Path) -> None:

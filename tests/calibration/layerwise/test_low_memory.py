@@ -299,7 +299,10 @@ def test_nothing_is_loaded_that_is_offloaded(
             low_memory=True,
         )
     )
-    assert set(held) == {0}
+    walk, *offloaded = held
+    assert walk == VOCABULARY * 32  # what is tried first reads the embedding table
+    assert offloaded
+    assert set(offloaded) == {0}
 
 
 def test_a_weight_that_the_checkpoint_lacks_is_not_made_up(
