@@ -100,7 +100,8 @@ def choose_device(name: str) -> torch.device:
         InputError: unknown, or not on this machine.
     """
     if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
+        present = torch.accelerator.is_available()
+        found = torch.accelerator.current_accelerator() if present else None
         return found or torch.device("cpu")
     try:
         device = torch.device(name)
