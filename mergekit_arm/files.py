@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -62,6 +62,28 @@ def publish(staging: Path, final: Path) -> None:
     flush(staging)
     staging.rename(final)
     flush(final.parent)
+
+
+def try_writing(path: Path) -> None:
+    """Write a file beside where ``path`` will be, so that what prevents it shows now.
+
+    Directories that this takes are made. Nothing is left behind.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    parent = path.absolute().parent
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", dir=parent) as file:
+            file.write(bytes(4096))
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # never made, or of use to somebody else by now
+                folder.rmdir()
 
 
 def fresh_directory(path: Path) -> Path:

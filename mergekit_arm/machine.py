@@ -5,13 +5,17 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 import psutil
 import torch
 
-_CGROUP = Path("/sys/fs/cgroup")
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux says what this process's container may take."""
 _POLL = 0.002  # seconds
 
 
@@ -54,6 +58,23 @@ class Cost:
             self.extra = max(self.extra, self._process.memory_info().rss - self._before)
 
 
+@contextmanager
+def one_thread_each(workers: int) -> Iterator[Executor]:
+    """Give a pool of ``workers`` threads on each of which torch computes with that thread alone.
+
+    So many small pieces of work at once are faster than one after the other on all cores, and
+    the numbers do not depend on how many cores there are. The calling thread, too, computes alone
+    until the block ends.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this thread, and of those that begin from here on
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that this process may still take on ``device``.
 
@@ -64,10 +85,10 @@ def free_memory(device: torch.device) -> int:
         return free
     available: int = psutil.virtual_memory().available
     try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
+        limit = (CGROUP / "memory.max").read_text().strip()
         if limit != "max":
-            used = int((_CGROUP / "memory.current").read_text())
-            statistics = (_CGROUP / "memory.stat").read_text()
+            used = int((CGROUP / "memory.current").read_text())
+            statistics = (CGROUP / "memory.stat").read_text()
             # Cached files count as used, and go as soon as memory is wanted.
             cached = int(statistics.split("inactive_file ")[1].split()[0])
             available = min(available, int(limit) - used + cached)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,9 +44,8 @@ def measure(token_file: Path) -> Callable[..., Path]:
     """Return a function that calibrates a saved model on ``token_file``."""
 
     def run(model: Path, out: Path, **options: object) -> Path:
-        calibrate(
-            CalibrationOptions(model=str(model), out=str(out), dataset=str(token_file), **options)  # type: ignore[arg-type]
-        )
+        settings: dict[str, Any] = {"dataset": str(token_file), **options}
+        calibrate(CalibrationOptions(model=str(model), out=str(out), **settings))
         return out
 
     return run

@@ -27,7 +27,7 @@ def test_the_commands_name_files_and_options_that_exist() -> None:
         for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S)
         for line in block.splitlines()
     ]
-    assert len(lines) == 5
+    assert len(lines) == 7
     helps = {
         "calibrate": CliRunner().invoke(calibrate, ["--help"]).output,
         "stream": CliRunner().invoke(stream, ["--help"]).output,

@@ -1,5 +1,7 @@
 """The package's rooms: what may import what, how long a file is, and what a wheel carries.
 
+Tests use what is public.
+
 The files are read, not imported, so that an import which never runs counts as well.
 """
 
@@ -166,3 +168,92 @@ def test_no_file_is_longer_than_300_lines() -> None:
     lines = {str(path.relative_to(ROOT)): text.count("\n") for path, text in FILES.items()}
     long = {name: count for name, count in lines.items() if count > 300}
     assert not long, f"split these by what they do: {long}"
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def uses_of_private_names(tree: ast.Module) -> list[tuple[int, str]]:
+    """Private names that a test imports from the package, reads from it, or patches."""
+    ours: set[str] = set()
+    found: list[tuple[int, str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE.name):
+            ours |= {alias.asname or alias.name for alias in node.names}
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            mine = [alias for alias in node.names if alias.name.startswith(PACKAGE.name)]
+            ours |= {alias.asname or PACKAGE.name for alias in mine}
+            names = [part for alias in mine for part in alias.name.split(".")]
+        else:
+            continue
+        found += [(node.lineno, name) for name in names if private(name)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and private(node.attr):
+            root: ast.expr = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if isinstance(root, ast.Name) and root.id in ours:
+                found.append((node.lineno, node.attr))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr"):
+            owner, *names = [ast.unparse(one).strip("'\"") for one in node.args[:2]]
+            if owner.split(".")[0] in {PACKAGE.name, *ours}:
+                parts = [*owner.split("."), *names]
+                found += [(node.lineno, part) for part in parts if private(part)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("from mergekit_arm.units import _parse", ["_parse"]),
+        ("import mergekit_arm.units as u\nu._parse()", ["_parse"]),
+        ("from mergekit_arm import units\nunits.a._parse()", ["_parse"]),
+        ("from mergekit_arm import units\nm.setattr(units, '_parse', None)", ["_parse"]),
+        ("monkeypatch.setattr(mergekit.registry, '_METHODS', None)", []),
+        ("monkeypatch.setattr('mergekit_arm.units._parse', None)", ["_parse"]),
+        ("from mergekit_arm import units\nunits.__name__, self._own, torch._C", []),
+    ],
+)
+def test_uses_of_private_names_are_found(line: str, expected: list[str]) -> None:
+    assert [name for _, name in uses_of_private_names(ast.parse(line))] == expected
+
+
+def test_tests_use_what_is_public() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for line, name in uses_of_private_names(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not wrong, "private names in tests:\n" + "\n".join(wrong)
+
+
+def defined_here(trees: list[ast.Module]) -> set[str]:
+    """Every private name that the package itself gives to something."""
+    found = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+    return {name for name in found if private(name)}
+
+
+def test_private_names_of_libraries_are_listed() -> None:
+    trees = [ast.parse(text) for text in FILES.values()]
+    ours = defined_here(trees)
+    used = set()
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in ours:
+            used.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            names = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            used |= {name for name in names if private(name) and name not in ours}
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    table = text.partition("## Names of other libraries")[2].partition("\n## ")[0]
+    missing = sorted(name for name in used if not re.search(rf"\b{name}\b", table))
+    assert len(used) > 5
+    assert not missing, f"add to the table in mergekit_arm/README.md: {missing}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
+from safetensors import SafetensorError
 
 from mergekit_arm.calibration.in_memory import measure_in_memory
 from mergekit_arm.calibration.inputs.coverage import Coverage
@@ -26,12 +26,14 @@ from mergekit_arm.calibration.running.session import (
     ProgressReport,
     Reports,
     Session,
+    StageReport,
     interruptible,
 )
 from mergekit_arm.calibration.sums.hooks import NotFinite
 from mergekit_arm.calibration.sums.sites import chosen_kinds
-from mergekit_arm.calibration.sums.totals import MeasuredSite, add_up
+from mergekit_arm.calibration.sums.totals import MeasuredSite
 from mergekit_arm.data.blocks import Corpus
+from mergekit_arm.errors import Failure, first_line
 from mergekit_arm.statistics.card import statistics_card
 from mergekit_arm.statistics.format import Metadata, ModelRecord
 from mergekit_arm.statistics.write import write_statistics
@@ -66,6 +68,7 @@ def calibrate(
     progress: ProgressReport | None = None,
     say: Callable[[str], None] | None = None,
     preflight: Callable[[Preflight], None] | None = None,
+    stage: StageReport | None = None,
 ) -> CalibrationResult | None:
     """Measure ``options.model`` and write a statistics directory to ``options.out``.
 
@@ -78,6 +81,7 @@ def calibrate(
         progress: called after every batch with tokens done and tokens in all.
         say: receives one-line notes for the user.
         preflight: receives the estimate, once one block has gone through.
+        stage: called where other work than passing tokens begins, and on its way.
 
     Returns:
         What was written; None after a dry run, and on all processes but the first.
@@ -85,10 +89,11 @@ def calibrate(
     Raises:
         InputError: anything that cannot work, found before the first forward pass.
         Failure: a NaN or an infinity in an activation, too little memory for a single block, or
-            a signal or another process's death that ended the run; progress is saved then.
+            a signal, another process's death or a full disk that ended the run; progress is
+            saved then.
     """
     with Job() as job, interruptible(), ExitStack() as temporary:
-        reports = Reports.of(say, progress, preflight) if job.main else Reports.of()
+        reports = Reports.of(say, progress, preflight, stage) if job.main else Reports.of()
         try:
             prepared = prepare(options, job, reports, temporary)
             sums = measure(prepared)
@@ -106,19 +111,8 @@ def measure(prepared: Prepared) -> Sums:
     """
     session = prepared.session
     try:
-        if not session.options.low_memory:
-            return _measure_whole(prepared)
-        if not _was_offloaded(session):
-            try:
-                return _measure_by_layer(prepared)
-            except NotWalkable as reason:
-                session.reports.say(
-                    f"{prepared.coverage.architecture} cannot be walked layer by layer: {reason}. "
-                    "Its weights stay on the disk instead (accelerate's offload) and are read "
-                    "for every batch, which takes longer."
-                )
-                session.progress.discard()
-        return _measure_whole(keep_weights_on_disk(prepared))
+        with _saved_outlives_the_disk(session):
+            return _measure_as_asked(prepared)
     except (NotFinite, DryRun):
         session.progress.discard()  # nobody will want to continue this one
         raise
@@ -133,6 +127,7 @@ def write(prepared: Prepared, sums: Sums) -> CalibrationResult | None:
     session, result = prepared.session, None
     options, coverage = session.options, sums.coverage
     if session.job.main:
+        session.reports.stage("Writing the statistics", 0, 0)
         out = Path(options.out)
         kinds = chosen_kinds(options)
         results = collect_results(coverage, sums.sites, session.corpus.rows, kinds)
@@ -155,19 +150,49 @@ def write(prepared: Prepared, sums: Sums) -> CalibrationResult | None:
             aliases=results.aliases,
         )
         card = statistics_card(metadata, out.name)
-        write_statistics(out, metadata, results.tensors, card, force=options.force)
+        with _saved_outlives_the_disk(session):
+            write_statistics(out, metadata, results.tensors, card, force=options.force)
         result = CalibrationResult(out, metadata, session.corpus, session.seconds)
     session.job.wait("written")
     session.progress.discard()
     return result
 
 
+def _measure_as_asked(prepared: Prepared) -> Sums:
+    session = prepared.session
+    if not session.options.low_memory:
+        return _measure_whole(prepared)
+    if not _was_offloaded(session):
+        try:
+            return _measure_by_layer(prepared)
+        except NotWalkable as reason:
+            session.reports.say(
+                f"{prepared.coverage.architecture} cannot be walked layer by layer: {reason}. "
+                "Its weights stay on the disk instead (accelerate's offload) and are read "
+                "for every batch, which takes longer."
+            )
+            session.progress.discard()
+    return _measure_whole(keep_weights_on_disk(prepared))
+
+
+@contextmanager
+def _saved_outlives_the_disk(session: Session) -> Iterator[None]:
+    """Let an error of the disk, such as one that is full, end the run and not what is saved.
+
+    Raises:
+        Failure: with what the system says.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise Failure(f"{first_line(error)}; {session.saved_note()}") from error
+
+
 def _measure_whole(prepared: Prepared) -> Sums:
     """Measure with the whole model at hand, block after block."""
-    session, device = prepared.session, prepared.device
-    sites = measure_in_memory(prepared.model, prepared.coverage, device, session)
-    with torch.inference_mode():
-        return Sums(prepared.coverage, add_up(sites, session.job, device))
+    session, coverage = prepared.session, prepared.coverage
+    sites = measure_in_memory(prepared.model, coverage, prepared.device, session)
+    return Sums(coverage, sites)
 
 
 def _measure_by_layer(prepared: Prepared) -> Sums:

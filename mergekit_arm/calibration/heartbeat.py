@@ -63,7 +63,8 @@ class Heartbeat:
                 if found != beats:
                     heard, beats = time.monotonic(), found
                 elif time.monotonic() - heard > DEAD_AFTER and not store.check([f"left/{peer}"]):
-                    name = store.get(f"name/{peer}").decode() if beats else f"rank {peer}"
+                    known = store.check([f"name/{peer}"])
+                    name = store.get(f"name/{peer}").decode() if known else f"rank {peer}"
                     store.set(FAILED, f"{name} died: no sign of life for {DEAD_AFTER:.0f} s")
                 if store.check([FAILED]):
                     self.lost = store.get(FAILED).decode()

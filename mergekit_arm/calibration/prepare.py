@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,7 +20,9 @@ from mergekit_arm.calibration.reading import read_data
 from mergekit_arm.calibration.records import data_record, fingerprint, settings_record
 from mergekit_arm.calibration.running.progress import SavedProgress
 from mergekit_arm.calibration.running.session import Reports, Session
-from mergekit_arm.errors import InputError
+from mergekit_arm.calibration.sums.sites import chosen_kinds
+from mergekit_arm.errors import InputError, first_line
+from mergekit_arm.files import try_writing
 from mergekit_arm.models.checkpoint import fetch_checkpoint, open_checkpoint
 from mergekit_arm.models.loading import (
     Source,
@@ -80,6 +83,7 @@ def prepare(
     _check_options(options, job, reports.say)
     device = job.device(choose_device(options.device))
     dtype = choose_dtype(options.dtype, device)
+    reports.stage("Finding the model", 0, 0)
     # A merged adapter's cache is written once and then read.
     with job.first_here("model"):
         source = temporary.enter_context(
@@ -89,7 +93,9 @@ def prepare(
                 lora_cache=options.lora_merge_cache,
             )
         )
+    reports.stage("Reading the data", 0, 0)
     corpus, tokenizer = read_data(options, source, reports.say)
+    reports.stage("Loading the model", 0, 0)
     fetch_checkpoint(source)
     checkpoint = open_checkpoint(source)
     if options.low_memory:
@@ -144,11 +150,11 @@ def _check_options(options: CalibrationOptions, job: Job, say: Callable[[str], N
     """Refuse what can be refused without a look at model and data.
 
     Raises:
-        InputError: a destination that exists, options that contradict each other or cannot be
-            read.
+        InputError: a kind of statistic that is not known, a destination that exists or cannot be
+            written, options that contradict each other or cannot be read.
     """
     try:
-        check_destination(Path(options.out), options.force)
+        _try_destination(Path(options.out), options.force, write=job.local_process == 0)
     except InputError as error:
         if not options.dry_run:
             raise
@@ -165,9 +171,31 @@ def _check_options(options: CalibrationOptions, job: Job, say: Callable[[str], N
             )
     if options.activation_budget != "auto" and not options.low_memory:
         raise InputError("--activation-budget belongs to --low-memory: add that, or leave it out")
+    chosen_kinds(options)
     parse_duration(options.save_every)
     if options.activation_budget != "auto":
         parse_size(options.activation_budget)
+
+
+def _try_destination(out: Path, force: bool, *, write: bool) -> None:
+    """Refuse a destination that will not be possible to write; ``write`` there to find out.
+
+    Raises:
+        InputError: it exists, or the system refuses.
+    """
+    try:
+        check_destination(out, force)
+        if os.path.ismount(out):
+            raise InputError(
+                f"a disk is mounted at {out}, where no finished directory can be moved to: name "
+                f"one on it, such as {out / 'statistics'}"
+            )
+        if write:  # one process of the host does it for all
+            try_writing(out)
+    except OSError as error:
+        raise InputError(
+            f"{out} cannot be written ({first_line(error)}): choose another OUT"
+        ) from error
 
 
 def _check_room(

@@ -31,7 +31,7 @@ from mergekit_arm.calibration.heartbeat import FAILED, Heartbeat
 from mergekit_arm.errors import Failure, InputError, first_line
 from mergekit_arm.statistics.kinds.base import Operation
 
-_POLL = 0.1  # seconds
+POLL = 0.1  # seconds between two looks at what the others have stored
 _TIMEOUT = timedelta(minutes=10)  # of one collective, all processes being there
 
 
@@ -129,7 +129,7 @@ class Job:
             self._store.set(f"{stage}/{self.process}", "")
         while not self._stored(self._keys(stage)):
             (meanwhile or self.check)()
-            time.sleep(_POLL)
+            time.sleep(POLL)
 
     def gather(self, name: str, value: str) -> list[str]:
         """Return every process's ``value``, in their order, on all of them.
@@ -171,7 +171,7 @@ class Job:
         key = f"{stage}/{socket.gethostname()}"
         while self.local_process and not self._stored([key]):
             self.check()
-            time.sleep(_POLL)
+            time.sleep(POLL)
         yield
         if not self.local_process:
             self._store.set(key, "")
@@ -261,7 +261,7 @@ class Job:
         """On the first process, which may hold the store, stay until the others are through."""
         end = time.monotonic() + seconds
         while self.main and not self._store.check(self._keys(until)) and time.monotonic() < end:
-            time.sleep(_POLL)
+            time.sleep(POLL)
 
     def _report(self, error: BaseException) -> None:
         """Tell the others of this process's failure, and name it in the message for the user."""
@@ -288,7 +288,7 @@ class Job:
         """Say whether rank 0 ends with the same message: once is enough."""
         key, until = "error/0", time.monotonic() + 3
         while not self._store.check([key]) and time.monotonic() < until:
-            time.sleep(_POLL)
+            time.sleep(POLL)
         return self._store.check([key]) and self._store.get(key).decode() == text
 
 

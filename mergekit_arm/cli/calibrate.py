@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +23,7 @@ Examples:
   mergekit-arm calibrate meta-llama/Llama-3.2-1B ./llama-stats
   mergekit-arm calibrate ./my-model ./stats --dataset ./chats.jsonl --samples 128
   mergekit-arm calibrate ./base ./stats --dataset ./chats.jsonl --tokenizer ./my-chat-model
+  mergekit-arm calibrate --config ./merge.yml
   mergekit-arm calibrate ./my-model ./stats --dataset ./code.jsonl:3 --dataset ./text.txt:1
   mergekit-arm calibrate org/model@main+org/lora ./stats --dataset ./text.txt
   mergekit-arm calibrate meta-llama/Llama-3.1-70B ./stats --low-memory
@@ -50,8 +52,15 @@ def _checked(parse: Callable[[str], object]) -> Callable[..., str]:
 
 
 @click.command("calibrate", epilog=_EPILOG)
-@click.argument("model")
-@click.argument("out", type=click.Path())
+@click.argument("model", required=False)
+@click.argument("out", type=click.Path(), required=False)
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE.yml",
+    help="Measure what a merge configuration's activation_stats and task_stats lack, each on the "
+    "data set that its section `calibration` names, in place of MODEL and OUT.",
+)
 @_option(
     "dataset",
     metavar="NAME[:WEIGHT]",
@@ -105,7 +114,8 @@ def _checked(parse: Callable[[str], object]) -> Callable[..., str]:
     metavar="KIND[,KIND]",
     default="all",
     callback=lambda _context, _option, names: tuple(re.split(r"\s*,\s*", names.strip())),
-    help="What to measure: importance, which aim needs; subspace, which arm needs.",
+    help="What to measure: importance, which aim needs; subspace, which arm needs; "
+    "regmean needs both.",
 )
 @_option("rank", type=click.IntRange(1), help="Columns of a subspace sketch. [default: by width]")
 @_option(
@@ -159,45 +169,46 @@ def _checked(parse: Callable[[str], object]) -> Callable[..., str]:
 @_option("trust_remote_code", help="Run code that comes with the model (danger).")
 @_option("force", help="Replace statistics that exist at OUT.")
 @_option("quiet", help="Hide the bars of downloads.")
-def command(**values: Any) -> None:
+@click.pass_context
+def command(context: click.Context, /, config: str | None, **values: Any) -> None:
     """Measure MODEL's activations on calibration text and write statistics to OUT.
 
-    MODEL is a local directory, a Hub id, id@revision, or model+lora.
+    MODEL is a local directory, a Hub id, id@revision, or model+lora. With --config, a merge
+    configuration names the models and directories; what is there already is left.
 
     Progress is kept in OUT.partial while it runs. Under torchrun, processes share the work.
     """
+    for name in ("model", "out"):
+        if (values[name] is None) == (config is None):
+            raise click.UsageError(
+                f"Missing argument '{name.upper()}'."
+                if config is None
+                else f"--config names the models and directories: leave {name.upper()} out"
+            )
     # Imported when there is work, so that --help is instant.
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mergekit_arm.cli.progress import Display
 
     console = Console(stderr=True)
-    with console.status("Loading libraries"):
-        # Imported under a spinner: these take seconds.
+    with Display(console) as display:
+        if os.environ.get("RANK", "0") == "0":  # one of a job's processes speaks for all
+            display.stage("Loading libraries", 0, 0)
+        # Imported when that is said: these take seconds.
         import datasets
         import transformers
         from huggingface_hub.utils.tqdm import enable_progress_bars
 
         from mergekit_arm.calibration.calibrate import calibrate
+        from mergekit_arm.calibration.from_config import plan_config
         from mergekit_arm.cli.tables.calibration import calibration_summary
 
-    transformers.utils.logging.disable_progress_bar()  # which also silences downloads
-    if values["quiet"]:
-        datasets.disable_progress_bars()
-    else:
-        enable_progress_bars()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,}/{task.total:,} tokens, {task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=60) as bar:
-        task = bar.add_task("Calibrating", total=None, visible=False, rate="")
-
-        def progress(done: int, total: int) -> None:
-            speed = bar.tasks[task].speed
-            rate = f"{speed:,.0f} tokens/s" if speed else ""
-            bar.update(task, completed=done, total=total, visible=True, rate=rate)
+        if values["quiet"] or not console.is_terminal:
+            transformers.utils.logging.disable_progress_bar()  # which also silences downloads
+        if values["quiet"]:
+            datasets.disable_progress_bars()
+        else:
+            enable_progress_bars()
 
         def say(note: str) -> None:
             console.print(note, style="yellow", highlight=False, markup=False)
@@ -208,8 +219,19 @@ def command(**values: Any) -> None:
             for warning in estimate.warnings():
                 say(warning)
 
-        result = calibrate(CalibrationOptions(**values), progress, say, preflight)
-    if result:
-        console.print(
-            calibration_summary(result.metadata, result.out, result.corpus, result.seconds)
-        )
+        if config is None:
+            planned = [CalibrationOptions(**values)]
+        else:
+            planned = plan_config(config, _written(context, values), say)
+        for options in planned:
+            result = calibrate(options, display.tokens, say, preflight, display.stage)
+            if result:
+                console.print(
+                    calibration_summary(result.metadata, result.out, result.corpus, result.seconds)
+                )
+
+
+def _written(context: click.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that stand on the command line."""
+    written = click.core.ParameterSource.COMMANDLINE
+    return {k: v for k, v in values.items() if context.get_parameter_source(k) is written}

@@ -5,16 +5,16 @@ Nothing is imported late here: mergekit's own options, which this command offers
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import transformers
+from huggingface_hub.utils.tqdm import enable_progress_bars
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mergekit_arm.cli.progress import Display
 from mergekit_arm.cli.tables.stream import plan_report, step_line, stream_summary
 from mergekit_arm.errors import InputError
 from mergekit_arm.streaming.config import load_config
@@ -82,7 +82,9 @@ def command(
     CONFIG is a mergekit configuration with checkpoints, learning_rate, calibration and
     evaluation. OUT/model is the result. The same command resumes an interrupted stream.
     """
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # which also silences downloads
+    if not merge_options.quiet:
+        enable_progress_bars()
     merge_options.apply_global_options()
     if not watch:
         _refuse_without_watch()
@@ -98,13 +100,13 @@ def command(
         # Paths may hold brackets, which are not markup.
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    with _Bar(console) as progress:
+    with Display(console) as display:
         result = stream(
             config,
             out,
             options,
             say=lambda note: line(note, "yellow"),
-            progress=progress,
+            progress=display.tokens,
             on_step=lambda record: line(step_line(record)),
         )
     console.print(stream_summary(result))
@@ -122,29 +124,3 @@ def _print_plan(console: Console, config: str, out: str, options: StreamOptions)
     for part in plan_report(report):
         console.print(part, highlight=False, soft_wrap=True)
     return not report.problems
-
-
-class _Bar:
-    """A bar that shows while a calibration runs, and only then."""
-
-    def __init__(self, console: Console) -> None:
-        self._bar = Progress(
-            TextColumn("Calibrating"),
-            BarColumn(),
-            TextColumn("{task.completed:,}/{task.total:,} tokens"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        self._bar.start()
-        task = self._bar.add_task("tokens", total=None, visible=False)
-
-        def progress(done: int, total: int) -> None:
-            self._bar.update(task, completed=done, total=total, visible=done < total)
-
-        return progress
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()

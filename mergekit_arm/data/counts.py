@@ -23,7 +23,7 @@ class RowCounts:
     def __str__(self) -> str:
         parts = [f"{self.used:,} row{'s' * (self.used != 1)} used"]
         if self.cut:
-            parts.append(f"{self.cut:,} longer than {self.limit:,} tokens and not to their end")
+            parts.append(f"{self.cut:,} of them cut at {self.limit:,} tokens")
         text = ", ".join(parts)
         if self.left_out:
             reasons = ", ".join(

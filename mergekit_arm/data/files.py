@@ -40,11 +40,16 @@ class DataFiles:
     @property
     def large(self) -> bool:
         """Whether the rows are too many to be converted before the first is read."""
-        sizes = (
-            path.stat().st_size * (_DEFLATED if path.suffix.lower() in COMPRESSIONS else 1)
-            for path in self.paths
-        )
-        return sum(sizes) >= LARGE
+        return are_large(self.paths)
+
+
+def are_large(paths: Iterable[Path]) -> bool:
+    """Say whether files hold too many rows to be converted before the first is read."""
+    sizes = (
+        path.stat().st_size * (_DEFLATED if path.suffix.lower() in COMPRESSIONS else 1)
+        for path in paths
+    )
+    return sum(sizes) >= LARGE
 
 
 def looks_local(name: str) -> bool:

@@ -31,9 +31,9 @@ class Packed:
         ids = torch.tensor(self.stream[: whole * length], dtype=torch.int64)
         return list(ids.view(whole, length))
 
-    def rows(self, tokens: int) -> set[int]:
-        """Return the hashes of the rows that begin in the stream's first ``tokens``."""
-        return {number for number, start in self.starts if start < tokens}
+    def rows(self, tokens: int) -> list[int]:
+        """Return the hash of each row that begins in the stream's first ``tokens``."""
+        return [number for number, start in self.starts if start < tokens]
 
 
 def pack(rows: Iterable[Numbered], tokens: int, longest: int) -> Packed:

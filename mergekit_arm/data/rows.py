@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_arm.data.files import data_files
+from mergekit_arm.data.files import are_large, data_files
 from mergekit_arm.data.settings import DEFAULT_DATASET
 from mergekit_arm.errors import InputError, did_you_mean, first_line
 
@@ -25,8 +25,8 @@ def load_rows(
 ) -> tuple[Dataset | IterableDataset, str | None]:
     """Open one split of a data set: a local file or directory, or a name on the Hub.
 
-    Text files are read paragraph by paragraph. What is on the Hub, and local files of a gigabyte
-    and more, are read as a stream: only as much of them as is used, unless ``whole``. Returns the
+    Text files are read paragraph by paragraph. What is on the Hub, and local data of a gigabyte
+    and more, is read as a stream: only as much of them as is used, unless ``whole``. Returns the
     rows and the split's name (None for single files).
 
     Raises:
@@ -49,7 +49,7 @@ def load_rows(
         return loaded["train"], None
     path = Path(name).expanduser()
     if path.is_dir():
-        return _of_directory(name, path, subset, split)
+        return _of_directory(name, path, subset, split, whole=whole)
     wanted = split or ("validation" if name == DEFAULT_DATASET else None)
     # Without a network the library takes what it has in its cache.
     with _reading(f"data set {name!r}"):
@@ -58,14 +58,16 @@ def load_rows(
 
 
 def _of_directory(
-    name: str, path: Path, subset: str | None, split: str | None
+    name: str, path: Path, subset: str | None, split: str | None, *, whole: bool
 ) -> tuple[Dataset | IterableDataset, str | None]:
     import datasets  # as above
 
     with _reading(f"data set {name!r}"), _without_bars():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return _chosen(name, datasets.load_from_disk(str(path)), split)
-        return _chosen(name, datasets.load_dataset(str(path), subset, split=split), split)
+        streamed = not whole and are_large(one for one in path.rglob("*") if one.is_file())
+        loaded = datasets.load_dataset(str(path), subset, split=split, streaming=streamed)
+        return _chosen(name, loaded, split)
 
 
 def _chosen(

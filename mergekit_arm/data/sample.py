@@ -29,7 +29,7 @@ class TokenSample:
             skip_first: leave the first so many positions of every block out.
         """
         self._eligible = [max(0, length - skip_first) for length in lengths]
-        self._lengths = list(lengths)
+        self.lengths = list(lengths)
         self._skip = skip_first
         self._seed = seed
         total = sum(self._eligible)
@@ -40,7 +40,6 @@ class TokenSample:
             before = seen * wanted // max(total, 1)
             seen += eligible
             self._quota.append(seen * wanted // max(total, 1) - before)
-        self.tokens = wanted
 
     def rows(self, first: int, count: int) -> Tensor | None:
         """Return the sampled rows of blocks ``first … first + count``, flattened as one batch.
@@ -49,9 +48,9 @@ class TokenSample:
         where the sample is the whole.
         """
         numbers = range(first, first + count)
-        if all(self._quota[i] == self._lengths[i] for i in numbers):
+        if all(self._quota[i] == self.lengths[i] for i in numbers):
             return None
-        length = self._lengths[first]
+        length = self.lengths[first]
         return torch.cat([self._positions(i) + (i - first) * length for i in numbers])
 
     def _positions(self, block: int) -> Tensor:

@@ -196,6 +196,7 @@ def _judge(domain: str) -> Judge:
         dataset=f"heldout/{domain}.jsonl",
         samples=1_000_000,
         sequence_length=128,
+        batch_size=16,  # few enough logits to reuse their memory: faults took as long as products
         device="cpu",
         dtype="float32",
     )

@@ -90,7 +90,7 @@ def train(
 ) -> None:
     """Train ``model`` in place on (blocks, length) token ids with transformers' ``Trainer``.
 
-    AdamW in float32 on the CPU. The learning rate rises over the first twentieth of the steps and
+    AdamW in float32 on the CPU. The learning rate rises over the first tenth of the steps and
     falls along a cosine to a tenth of its peak. ``folder`` gets a ``checkpoint-N`` after each of
     the steps ``save_at``; ``on_step`` is called after every update. Steps count from 1.
     """
@@ -101,7 +101,7 @@ def train(
             per_device_train_batch_size=batch_size,
             learning_rate=learning_rate,
             weight_decay=0.01,
-            warmup_steps=steps // 20,
+            warmup_steps=steps // 10,
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": 0.1},
             seed=seed,

@@ -4,7 +4,10 @@ To read in this order: ``base`` (what every method has: the statistics of the we
 checks while mergekit plans), with ``parameters`` (how one is declared) and ``planning`` (what
 mergekit knows of a planned tensor); ``arm``, with its kernel in ``step``, ``rotation`` and
 ``alignment``; ``aim``, which wraps any method, with ``anchor`` (the base of methods that take
-none); ``registration``. ``ARM.md`` and ``AIM.md`` have the equations and what was tried.
+none). ``moments`` has the algebra of second moments, ``stored`` what of them a directory holds;
+``regmean`` with its kernel ``regression`` and ``arm``'s step ``retaining`` are built on the two,
+and on ``rows``. ``registration`` comes last. ``ARM.md``, ``AIM.md`` and ``REGMEAN.md`` have the
+equations and what was tried.
 
 A new method is one file, and one line in ``METHODS``.
 """
@@ -14,8 +17,9 @@ from __future__ import annotations
 from mergekit_arm.methods.arm import ArmMerge
 from mergekit_arm.methods.base import StatisticsMethod
 from mergekit_arm.methods.registration import register, register_aim
+from mergekit_arm.methods.regmean import RegMeanMerge
 
-METHODS: tuple[type[StatisticsMethod], ...] = (ArmMerge,)
+METHODS: tuple[type[StatisticsMethod], ...] = (ArmMerge, RegMeanMerge)
 
 
 def register_all() -> None:

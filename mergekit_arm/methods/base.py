@@ -28,12 +28,20 @@ from mergekit.merge_methods.base import ParameterSpec
 from torch import Tensor
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.methods.parameters import StatisticsReference, activation_stats
-from mergekit_arm.methods.planning import PlannedTensor, stored_tensor, tensor_being_planned
+from mergekit_arm.methods.parameters import StatisticsReference, statistics
+from mergekit_arm.methods.planning import (
+    PlannedTensor,
+    check_shapes,
+    stored_tensor,
+    tensor_being_planned,
+)
 from mergekit_arm.statistics.format import LEFT_AS_MERGED, NO_TOKEN, WeightRecord
-from mergekit_arm.statistics.read import Statistics, open_statistics
+from mergekit_arm.statistics.read import Statistics
 
 LOG = logging.getLogger(__name__)
+
+STATS = "activation_stats"
+"""The parameter that every method has."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class OptOut:
     """How a user says that a weight needs no statistics: ``parameter`` set to ``value`` for it."""
 
     parameter: str
-    value: float
+    value: int | str
     effect: str
     """What then happens to the weight, after "it is"."""
 
@@ -88,6 +96,10 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
     contract: ClassVar[InputContract] = InputContract(base=BasePolicy.REQUIRED)
     every_input: ClassVar[bool] = False
     """Whether each input model has statistics of its own; otherwise the base alone has."""
+    base_optional: ClassVar[bool] = False
+    """Whether the base may have none, where each input model has statistics of its own."""
+    further: ClassVar[tuple[str, ...]] = ()
+    """Names of shared parameters of its own that hold more statistics of the base, or None."""
     least_dimensions: ClassVar[int] = 1
     """Tensors with fewer dimensions are merged without a look at the statistics."""
     opt_out: ClassVar[OptOut | None] = None
@@ -97,7 +109,8 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
         """Make the method, to be registered as ``name`` if not as its own."""
         scope = ParameterScope.INPUT if self.every_input else ParameterScope.SHARED
         whose = "the base and of each input model" if self.every_input else "the base model"
-        stats = activation_stats(f"Statistics of {whose}: a directory or a Hub name", scope)
+        described = f"Statistics of {whose}: a directory or a Hub name"
+        stats = statistics(STATS, described, scope, optional=self.base_optional)
         self.spec = MergeMethodSpec(
             name=name or self.name,
             pretty_name=self.title,
@@ -147,27 +160,34 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
     def check_planned(self, planned: PlannedTensor) -> None:
         """Refuse a planned tensor whose statistics are another model's, absent or of no use.
 
-        Reads a few values of the tensor's file. What no safetensors file holds as it stands is
+        Opens the tensor's files and reads a few values. What no file holds as it stands is
         recognised by its name here, and by its values when it is merged.
 
         Raises:
             InputError: the message names the tensor and the remedy.
         """
-        values = planned.parameters["activation_stats"]
-        for reference in values.values() if isinstance(values, Mapping) else (values,):
-            reference.names = planned.names
+        given = [one for one in self.further if planned.parameters[one] is not None]
+        for parameter in (STATS, *given):
+            values = planned.parameters[parameter]
+            for reference in values.values() if isinstance(values, Mapping) else (values,):
+                if reference is not None:
+                    reference.names = planned.names
+        check_shapes(planned)
         for model, name in planned.names.items():
-            if self.needs(planned.parameters, is_base=model == planned.base):
-                found = self._find_planned(planned, model, name)
+            is_base = model == planned.base
+            if not self.needs(planned.parameters, is_base=is_base):
+                continue
+            for parameter in (STATS, *given) if is_base else (STATS,):
+                reference = self._reference(planned.parameters, model, planned.base, parameter)
+                found = self._find_planned(reference, model, name)
                 if found is not None and len(found.record.shape) >= self.least_dimensions:
                     self._check_found(planned, found)
 
     def _find_planned(
-        self, planned: PlannedTensor, model: ModelReference, name: str
+        self, reference: StatisticsReference, model: ModelReference, name: str
     ) -> Found | None:
         """Find a planned tensor by its values, or by its name where these cannot be looked at."""
-        reference = self._reference(planned.parameters, model, planned.base)
-        statistics = open_statistics(reference)
+        statistics = reference.open()
         tensor = stored_tensor(model, name)
         if tensor is None:
             known = statistics.metadata.aliases.get(name, name)
@@ -187,9 +207,15 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
                 raise self._absent(found, planned.parameters)
 
     def find(
-        self, group: TensorGroup, entry: TensorEntry, parameters: Mapping[str, Any]
+        self,
+        group: TensorGroup,
+        entry: TensorEntry,
+        parameters: Mapping[str, Any],
+        parameter: str = STATS,
     ) -> Measured | None:
         """Return what ``read`` reads of the statistics of one input of ``group``.
+
+        ``parameter``: which holds them, ``activation_stats`` or one of ``further``.
 
         None where the equation does not apply: the parameters make the method neutral, the tensor
         has no statistics by definition (embeddings, biases), or all inputs are the same anyway.
@@ -203,8 +229,8 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
         if not self.needs(parameters, is_base=entry.is_base):
             return None
         base = group.base
-        reference = self._reference(parameters, entry.id, base.id if base else None)
-        statistics = open_statistics(reference)
+        reference = self._reference(parameters, entry.id, base.id if base else None, parameter)
+        statistics = reference.open()
         names = reference.names
         name, record = statistics.matcher.find(
             (names or {}).get(entry.id) or group.metadata.name or "",
@@ -216,8 +242,9 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
         )
         found = Found(statistics, name, record)
         if record.site is None:
-            if record.reason == NO_TOKEN and self.opt_out:
-                LOG.warning("%s: %s: it is %s", name, record.reason, self.opt_out.effect)
+            opt_out = self.opting_out(parameters)
+            if record.reason == NO_TOKEN and opt_out:
+                LOG.warning("%s: %s: it is %s", name, record.reason, opt_out.effect)
             if record.reason in LEFT_AS_MERGED or _all_equal(group.tensors):
                 return None
             raise self._absent(found, parameters)
@@ -225,17 +252,23 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
         return Measured(self.read(found, parameters), record.input_axis - tensor.ndim)
 
     def _reference(
-        self, parameters: Mapping[str, Any], model: Hashable, base: Hashable | None
+        self,
+        parameters: Mapping[str, Any],
+        model: Hashable,
+        base: Hashable | None,
+        parameter: str,
     ) -> StatisticsReference:
-        values = parameters["activation_stats"]
-        if not isinstance(values, Mapping):
-            return values  # type: ignore[no-any-return]  # validated
-        reference: StatisticsReference = values[model]
+        values = parameters[parameter]
+        reference: StatisticsReference | None = values
+        shared = None
+        if isinstance(values, Mapping):
+            reference, shared = values[model], values.get(base)
         # mergekit hands an input without a value of its own the shared one, which is the base's.
-        if model != base and reference == values.get(base):
+        if reference is None or (model != base and reference == shared):
+            where = "its own" if model != base else "the top-level"
             raise InputError(
                 f"{self.reason_for_own(parameters)} needs statistics of {model} itself: calibrate "
-                "it and set activation_stats under its own parameters"
+                f"it and set {parameter} under {where} parameters"
             )
         return reference
 
@@ -243,17 +276,22 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
         """Return what makes every input need statistics of its own, to begin a message with."""
         return self.spec.name  # type: ignore[no-any-return]
 
+    def opting_out(self, parameters: Mapping[str, Any]) -> OptOut | None:
+        """Return how a user merges a weight that lacks statistics, at these values."""
+        return self.opt_out
+
     def _absent(self, found: Found, parameters: Mapping[str, Any]) -> InputError:
         problem = (
             f"{found.name}: activation_stats {found.statistics.reference} have no statistics for "
             f"it ({found.record.reason})"
         )
-        if self.opt_out is None:
+        opt_out = self.opting_out(parameters)
+        if opt_out is None:
             return InputError(f"{problem}; calibrate on data that uses it")
-        name, value = self.opt_out.parameter, self.opt_out.value
+        name, value, otherwise = opt_out.parameter, opt_out.value, parameters[opt_out.parameter]
         return InputError(
-            f"{problem}; for it to be {self.opt_out.effect}, set "
-            f"{name}: [{{filter: {found.name}, value: {value:g}}}, {{value: {parameters[name]:g}}}]"
+            f"{problem}; for it to be {opt_out.effect}, set "
+            f"{name}: [{{filter: {found.name}, value: {value}}}, {{value: {otherwise}}}]"
         )
 
 

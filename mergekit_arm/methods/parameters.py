@@ -16,7 +16,7 @@ from mergekit.merge_methods.base import ParameterSpec
 from pydantic import BeforeValidator
 
 from mergekit_arm.errors import InputError, did_you_mean
-from mergekit_arm.statistics.read import open_statistics
+from mergekit_arm.statistics.read import Identity, Statistics, open_statistics
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class Interval:
         return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
 
 
+class Unwritten(float):
+    """A parameter's default, where the user wrote nothing: equal to any other of its value."""
+
+
 class StatisticsReference(str):
     """A validated ``activation_stats``: what the user wrote, and what is known of its merge.
 
@@ -46,6 +50,22 @@ class StatisticsReference(str):
     names: Mapping[Hashable, str] | None = None
     """Each input's own name of the tensor, by model; None where no merge was planned, as under
     ``merge_state_dicts``. After slices these differ from the output's name."""
+    opened: Identity | None = None
+    """The directory that was opened when the value was validated; None: any will do."""
+
+    def open(self) -> Statistics:
+        """Return the statistics, as long as they are those that the merge was planned with.
+
+        Raises:
+            InputError: there is another directory now, or it cannot be read.
+        """
+        statistics = open_statistics(str(self))
+        if self.opened not in (None, statistics.identity):
+            raise InputError(
+                f"activation_stats {self}: was replaced since the merge was planned, which would "
+                "mix two measurements; leave it alone, and merge again"
+            )
+        return statistics
 
 
 def number(
@@ -66,6 +86,8 @@ def number(
     interval = Interval(low, high, open_low)
 
     def validate(value: Any) -> float:
+        if isinstance(value, Unwritten):
+            return value
         try:
             found = float("nan") if isinstance(value, bool) else float(value)
         except (TypeError, ValueError):
@@ -76,7 +98,7 @@ def number(
             )
         return found
 
-    return _declare(name, default, description, scope, validate, interval)
+    return _declare(name, Unwritten(default), description, scope, validate, interval)
 
 
 def choice(
@@ -100,10 +122,23 @@ def choice(
     return _declare(name, default, description, scope, validate, known)
 
 
-def activation_stats(description: str, scope: ParameterScope) -> ParameterSpec:
-    """Declare ``activation_stats``: a directory or Hub name, opened as soon as it is validated."""
+def statistics(
+    name: str,
+    description: str,
+    scope: ParameterScope = ParameterScope.SHARED,
+    *,
+    optional: bool = False,
+) -> ParameterSpec:
+    """Declare a statistics directory or Hub name, opened as soon as it is validated.
+
+    ``optional``: it may be left out, and is None then.
+    """
+
+    def validate(reference: Any) -> StatisticsReference | None:
+        return None if optional and reference is None else _reference(name, reference)
+
     # No default would be refused by mergekit, with a traceback; None is refused by us.
-    return _declare("activation_stats", None, description, scope, _reference)
+    return _declare(name, None, description, scope, validate)
 
 
 def range_of(parameter: ParameterSpec) -> Interval | tuple[str, ...] | None:
@@ -114,16 +149,17 @@ def range_of(parameter: ParameterSpec) -> Interval | tuple[str, ...] | None:
     return None
 
 
-def _reference(reference: Any) -> StatisticsReference:
+def _reference(name: str, reference: Any) -> StatisticsReference:
     if isinstance(reference, StatisticsReference):
         return reference  # a method that wraps another hands on what it was given
     if not isinstance(reference, str) or not reference:
         raise InputError(
-            f"activation_stats must be a directory or a Hub name, not {reference!r}; "
+            f"{name} must be a directory or a Hub name, not {reference!r}; "
             "`mergekit-arm calibrate MODEL DIRECTORY` writes one"
         )
-    open_statistics(reference)
-    return StatisticsReference(reference)
+    found = StatisticsReference(reference)
+    found.opened = found.open().identity
+    return found
 
 
 def _declare(

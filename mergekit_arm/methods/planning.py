@@ -10,17 +10,28 @@ which ``slices`` make different from the output's.
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from zipfile import is_zipfile
 
+import torch
 from mergekit.common import ModelReference
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from safetensors import SafetensorError
 from torch import Tensor
+
+from mergekit_arm.errors import InputError, first_line
+
+_UNREADABLE = (
+    OSError, RuntimeError, KeyError, TypeError, EOFError, SafetensorError, pickle.UnpicklingError
+)  # fmt: skip
+"""What the libraries raise of files that are absent or damaged."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,8 @@ class PlannedTensor:
     """Each input's own name of the tensor, by model, in the order of the configuration."""
     parameters: Mapping[str, Any]
     """Validated values, as ``merge_group`` will get them: a mapping by model, or one value."""
+    realigned: bool = False
+    """mergekit brings the inputs' vocabularies into line first: they may differ in shape."""
 
 
 def tensor_being_planned() -> PlannedTensor | None:
@@ -50,6 +63,7 @@ def tensor_being_planned() -> PlannedTensor | None:
     ):
         return None
     gathered: Any = task.gather_tensors
+    realigned = hasattr(gathered, "gather_tensors")
     while not hasattr(gathered, "weight_info") and hasattr(gathered, "gather_tensors"):
         gathered = gathered.gather_tensors
     if hasattr(gathered, "weight_info"):
@@ -60,26 +74,75 @@ def tensor_being_planned() -> PlannedTensor | None:
     for model, values in task.input_parameters.items():
         for name, value in values.items():
             parameters.setdefault(name, {})[model] = value
-    return PlannedTensor(task.base_model, names, parameters)
+    return PlannedTensor(task.base_model, names, parameters, realigned)
 
 
 def stored_tensor(model: ModelReference, name: str) -> Tensor | None:
     """Return a model's tensor, mapped from its file and not yet read, or None.
 
-    None for what no safetensors file holds under this name: pickled checkpoints, tied weights and
-    tensors that mergekit converts. Reading these takes a whole file or more.
+    None for what no file holds under this name, tied weights and tensors that mergekit converts,
+    and for files of torch before 1.6, which cannot be mapped.
+
+    Raises:
+        InputError: the file is absent or damaged, or lacks what the checkpoint's index promises.
     """
     loader = _loader(model)
-    if not loader.index.is_safetensors or name not in loader.index.tensor_paths:
+    if name not in loader.index.tensor_paths:
         return None
-    tensor: Tensor = loader.get_tensor(name)
-    return tensor
+    file = loader.index.tensor_paths[name]
+    try:
+        if loader.index.is_safetensors:
+            tensor: Tensor = loader.get_tensor(name)
+            return tensor
+        path = os.path.join(loader.index.base_path, file)
+        status = os.stat(path)
+        pickled = _mapped(path, status.st_mtime_ns, status.st_ino, status.st_size)
+        return None if pickled is None else pickled[name]
+    except _UNREADABLE as error:
+        raise InputError(
+            f"model {model}: cannot read {name} in {file} ({first_line(error)}); "
+            "copy or download the model again"
+        ) from error
+
+
+def check_shapes(planned: PlannedTensor) -> None:
+    """Refuse inputs of other shapes than the first one's, which mergekit finds out too late.
+
+    Raises:
+        InputError: naming both models.
+    """
+    if planned.realigned:
+        return
+    stored = {model: stored_tensor(model, name) for model, name in planned.names.items()}
+    shapes = {
+        model: list(one.shape)
+        for model, one in stored.items()
+        if one is not None and one.is_floating_point()
+    }
+    first = next(iter(shapes), None)
+    for model, shape in shapes.items():
+        if first is not None and shape != shapes[first]:
+            raise InputError(
+                f"{planned.names[model]} has shape {shape} in {model}, but {shapes[first]} in "
+                f"{first}: merge models of the same shapes; vocabularies that differ are brought "
+                "into line by tokenizer: {source: base}"
+            )
 
 
 def _loader(model: ModelReference) -> LazyTensorLoader:
     if os.path.isfile(model.model.path):  # mergekit-pytorch merges files
         return _file_loader(model.model.path)
     return LoaderCache().get(model)
+
+
+@lru_cache(maxsize=8)
+def _mapped(path: str, *_version: int) -> Mapping[str, Tensor] | None:
+    """Map a pickled file, of which nothing but numbers is unpickled; see ``stored_tensor``."""
+    if not is_zipfile(path):
+        return None
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    found: Mapping[str, Tensor] = saved.get("state_dict", saved)
+    return found
 
 
 @lru_cache(maxsize=4)

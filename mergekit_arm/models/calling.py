@@ -14,11 +14,27 @@ from mergekit_arm.errors import InputError
 
 def set_up(model: PreTrainedModel) -> PreTrainedModel:
     """Set a model up for forward passes whose every product can be seen."""
-    model.config.use_cache = False
+    for module in model.modules():  # a model of images and text is made of several
+        if isinstance(module, PreTrainedModel):
+            module.config.use_cache = False
     if any(hasattr(module, "is_transposed") for module in model.modules()):
         # Fused kernels hide which token goes to which expert; written out, every product shows.
         model.set_experts_implementation("eager")
     return model.eval().requires_grad_(False)
+
+
+def token_counts(
+    model: PreTrainedModel, length: int, extra: Mapping[str, Tensor]
+) -> tuple[int, ...]:
+    """Return how many tokens the parts of ``model`` read of a sequence of ``length``.
+
+    One number, or two of an encoder–decoder; see ``model_arguments``.
+    """
+    if not model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+        return (length,)
+    if "decoder_input_ids" in extra:
+        return length, extra["decoder_input_ids"].shape[-1]
+    return length // 2, length - length // 2
 
 
 def model_arguments(

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import huggingface_hub
-from safetensors import SafetensorError
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.models.loading import Source, unloadable
-from mergekit_arm.models.tensors import CheckpointTensors
+from mergekit_arm.models.tensors import CheckpointTensors, open_tensors
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -52,14 +51,14 @@ def open_checkpoint(source: Source) -> CheckpointTensors:
     Raises:
         InputError: no checkpoint file that mergekit can read.
     """
-    try:
-        folder = source.name
-        if not Path(folder).is_dir():
-            # transformers has fetched the weights already; mergekit's own download would list
-            # the repository first, which fails offline even where everything is cached.
+    folder = source.name
+    if not Path(folder).is_dir():
+        # transformers has fetched the weights already; mergekit's own download would list
+        # the repository first, which fails offline even where everything is cached.
+        try:
             folder = huggingface_hub.snapshot_download(
                 folder, revision=source.commit or source.revision, local_files_only=True
             )
-        return CheckpointTensors(Path(folder))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(unloadable(source.reference, error)) from error
+        except (OSError, ValueError) as error:
+            raise InputError(unloadable(source.reference, error)) from error
+    return open_tensors(source.reference, Path(folder))

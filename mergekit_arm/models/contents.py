@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.files import hash_file, is_path
-from mergekit_arm.models.tensors import CheckpointTensors, dtype_name
+from mergekit_arm.models.tensors import dtype_name, open_tensors
 from mergekit_arm.statistics.probe import content_hash, take_probe
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -127,7 +127,7 @@ def _describe_part(path: str, revision: str | None) -> Contents:
         for file in weight_files(folder):
             digest.update(hash_file(file).encode())
         return Contents({}, 0, digest.hexdigest())
-    files = CheckpointTensors(folder)
+    files = open_tensors(path, folder)
     probed = []
     for name in files.names:
         tensor = files.get(name)

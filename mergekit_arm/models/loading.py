@@ -13,7 +13,7 @@ import huggingface_hub
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from mergekit.common import ModelReference, get_auto_cls
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -78,7 +78,9 @@ def find_model(
                 cache_dir=lora_cache or temporary, trust_remote_code=trust_remote_code
             )
             config = merged.config(trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, RuntimeError, HFValidationError) as error:
+        except (
+            OSError, ValueError, RuntimeError, HFValidationError, StrictDataclassError
+        ) as error:  # fmt: skip
             raise InputError(unloadable(reference, error)) from error
         if getattr(config, "quantization_config", None):
             raise InputError(
@@ -157,6 +159,13 @@ def load_model(
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(unloadable(source.reference, error)) from error
+    except RuntimeError as error:
+        if "mismatched" not in str(error):
+            raise
+        raise InputError(
+            f"model {source.reference}: its weights have other shapes than config.json asks for "
+            "(they are listed above); copy or download both again"
+        ) from error
     # A head that the checkpoint lacks changes nothing that is measured.
     absent = [key for key in report["missing_keys"] if not _of_the_head(model, key)]
     if absent:

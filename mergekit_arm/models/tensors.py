@@ -9,9 +9,11 @@ from pathlib import Path
 from zipfile import is_zipfile
 
 import torch
-from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
-from safetensors import safe_open
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex, ShardInfo
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from mergekit_arm.errors import InputError, first_line
 
 
 class CheckpointTensors:
@@ -26,14 +28,19 @@ class CheckpointTensors:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Find the files in ``folder``.
+        """Find the files in ``folder``, and look whether they hold what the index promises.
 
         Raises:
             OSError, RuntimeError, ValueError, SafetensorError: there are none, or one cannot be
                 read.
         """
         self._folder = folder
-        self._index = ShardedTensorIndex.from_disk(str(folder))
+        try:
+            self._index = ShardedTensorIndex.from_disk(str(folder))
+        except (KeyError, TypeError, AttributeError) as error:  # what mergekit makes of an index
+            raise ValueError(f"the index has no usable weight_map ({error})") from error
+        for shard in self._index.shards:
+            _check_shard(folder, shard, self._index.is_safetensors)
 
     @property
     def names(self) -> list[str]:
@@ -76,6 +83,34 @@ class CheckpointTensors:
     def bytes_on_disk(self) -> int:
         """Return the size of the files."""
         return sum((self._folder / shard.filename).stat().st_size for shard in self._index.shards)
+
+
+def open_tensors(model: str, folder: Path) -> CheckpointTensors:
+    """Open the files in ``folder``; ``model`` is what the user wrote, for the message.
+
+    Raises:
+        InputError: there are none that mergekit reads, or one is damaged or absent.
+    """
+    try:
+        return CheckpointTensors(folder)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"model {model}: its weights cannot be read ({first_line(error)}); "
+            "copy or download it again"
+        ) from error
+
+
+def _check_shard(folder: Path, shard: ShardInfo, is_safetensors: bool) -> None:
+    if not isinstance(shard.filename, str) or Path(shard.filename).name != shard.filename:
+        raise ValueError(f"the index names {shard.filename!r}: no file of the directory")
+    path = folder / shard.filename
+    if not is_safetensors:
+        path.stat()
+        return
+    with safe_open(path, framework="pt") as file:
+        missing = set(shard.contained_keys).difference(file.keys())
+    if missing:
+        raise ValueError(f"{shard.filename} does not hold {min(missing)}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

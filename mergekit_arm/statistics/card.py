@@ -63,7 +63,7 @@ def statistics_card(metadata: Metadata, name: str) -> str:
         dataset=data.dataset,
         split=f", split `{data.split}`" if data.split else "",
         column=data.column,
-        seed=data.seed,
+        seed="several" if data.seed is None else data.seed,
         sequences=data.sequences,
         tokens=data.tokens,
         statistics=" and ".join(settings.statistics),

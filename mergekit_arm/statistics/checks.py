@@ -7,6 +7,7 @@ opening a directory reads none of them. Values are checked when they are read (`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -32,6 +33,10 @@ def problems(
         probes: name of the tensor of probes.
         header: of every tensor in the files.
     """
+    if metadata.digests is not None:
+        for name in sorted(metadata.digests.keys() ^ header.keys()):
+            lacking = "digest" if name in header else "tensor"
+            yield f"it has no {lacking} {'of ' if name in header else ''}{name}"
     if probes not in header:
         yield f"it has no tensor {probes}"
         return
@@ -55,9 +60,13 @@ def problems(
 
 def check_values(spec: TensorSpec, tensor: Tensor) -> str | None:
     """Say what is wrong with a tensor's values; None where nothing is."""
-    if not torch.isfinite(tensor).all():
+    if not tensor.numel():
+        return None
+    # One pass, and nothing of the tensor's size: both are NaN where any value is.
+    least, greatest = map(float, torch.aminmax(tensor))
+    if not (math.isfinite(least) and math.isfinite(greatest)):
         return "are not finite"
-    if spec.lowest is not None and bool((tensor < spec.lowest).any()):
+    if spec.lowest is not None and least < spec.lowest:
         return f"are below {spec.lowest:g}"
     return None
 

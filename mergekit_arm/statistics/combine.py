@@ -15,15 +15,24 @@ from torch import Tensor
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.statistics.card import statistics_card
-from mergekit_arm.statistics.format import DataRecord, Metadata, SiteRecord, WeightRecord
+from mergekit_arm.statistics.format import (
+    DataRecord,
+    Metadata,
+    MixtureRecord,
+    SiteRecord,
+    WeightRecord,
+)
 from mergekit_arm.statistics.kinds import kind
-from mergekit_arm.statistics.kinds.base import LEFT_OUT
+from mergekit_arm.statistics.kinds.base import LEFT_OUT, Kind
 from mergekit_arm.statistics.kinds.site import measured_widths, site_record
 from mergekit_arm.statistics.read import Statistics, open_statistics
 from mergekit_arm.statistics.write import PROBES, ROWS, check_destination, write_statistics
 
-_SAME_DATA = ("seed", "sequence_length", "template_hash", "tokenizer_hash")
-"""What decides how data is read; the sums of data read in two ways are those of neither."""
+_SAME_DATA = ("sequence_length", "tokenizer_hash")
+"""What decides how a row becomes tokens; the sums of two ways are those of neither.
+
+A seed, a recipe or a chat template decides which rows and which words: those of disjoint rows add.
+"""
 
 
 def combine(references: Sequence[str], out: Path, *, force: bool = False) -> Metadata:
@@ -44,6 +53,7 @@ def combine(references: Sequence[str], out: Path, *, force: bool = False) -> Met
     for part in parts[1:]:
         _check_same(parts[0], part)
     rows = _disjoint_rows(parts)
+    _check_shared(parts)
     sites, tensors = _add_sites(parts)
     weights = [_add_weights([p.metadata.weights for p in parts], sites, parts)]
     weights.append(_add_weights([p.metadata.converted for p in parts], sites, parts))
@@ -115,15 +125,46 @@ def _disjoint_rows(parts: list[Statistics]) -> Tensor:
     return known.sort().values
 
 
-def _add_sites(parts: list[Statistics]) -> tuple[dict[str, SiteRecord], dict[str, Tensor]]:
-    """Return the records of all sites, and what is stored of them and once for all of a width."""
-    measured = parts[0].metadata
-    kinds = [
-        one.configured(
-            {**one.from_record(measured.settings), "seed": measured.data.seed}
-        ).adding_up()
+def _kinds(measured: Metadata) -> list[Kind]:
+    """Return the kinds that ``measured`` holds, with its settings, so that they add up."""
+    seed = {} if measured.data.seed is None else {"seed": measured.data.seed}
+    return [
+        one.configured({**one.from_record(measured.settings), **seed}).adding_up()
         for one in map(kind, measured.settings.statistics)
     ]
+
+
+def _check_shared(parts: list[Statistics]) -> None:
+    """Refuse parts of which one lacks what inputs of a width share, or drew it by another seed."""
+    for one in _kinds(parts[0].metadata):
+        widths = {
+            width for part in parts for width in measured_widths(one, part.metadata.sites.values())
+        }
+        for name in sorted(name for width in widths for name in one.shared(width)):
+            first, *others = (_shared(part, name) for part in parts)
+            for part, other in zip(parts[1:], others, strict=True):
+                ours, theirs = parts[0].metadata.data.seed, part.metadata.data.seed
+                if ours != theirs and not torch.equal(first, other):
+                    raise InputError(
+                        f"{parts[0].reference} and {part.reference} do not add up: {name} was "
+                        f"drawn with seed {ours} for one and {theirs} for the other; sketches "
+                        "need one seed, importance alone does not (--statistics importance)"
+                    )
+
+
+def _shared(part: Statistics, name: str) -> Tensor:
+    try:
+        return part.stored(name)
+    except KeyError:
+        raise InputError(
+            f"{part.reference} does not hold {name}, without which its sketches do not add up: "
+            "calibrate again with --keep-sketch"
+        ) from None
+
+
+def _add_sites(parts: list[Statistics]) -> tuple[dict[str, SiteRecord], dict[str, Tensor]]:
+    """Return the records of all sites, and what is stored of them and once for all of a width."""
+    kinds = _kinds(parts[0].metadata)
     records: dict[str, SiteRecord] = {}
     tensors: dict[str, Tensor] = {}
     for name in {name: None for part in parts for name in part.metadata.sites}:
@@ -167,12 +208,37 @@ def _add_data(records: list[DataRecord]) -> DataRecord:
     digest = hashlib.sha256("".join(record.content_hash for record in records).encode())
     update: dict[str, object] = {
         name: _joined(getattr(record, name) for record in records)
-        for name in ("dataset", "subset", "split", "part", "column")
-    }
+        for name in (
+            "dataset", "subset", "split", "part", "column", "template_hash", "tokenizer",
+        )
+    }  # fmt: skip
+    seeds = {record.seed for record in records}
+    update["seed"] = seeds.pop() if len(seeds) == 1 else None
+    recipes = [record.recipe for record in records]
+    update["recipe"] = _joined(one or "packed" for one in recipes) if any(recipes) else None
+    limits = [n for record in records if (n := record.max_tokens_per_row) is not None]
+    # The most that any row gave, where all parts have a limit of their own.
+    update["max_tokens_per_row"] = max(limits) if len(limits) == len(records) else None
+    if any(record.mixture for record in records):
+        update["mixture"] = [
+            one for record in records for one in record.mixture or [_whole(record)]
+        ]
     update["sequences"] = sum(record.sequences for record in records)
     update["tokens"] = sum(record.tokens for record in records)
     update["content_hash"] = digest.hexdigest()
     return records[0].model_copy(update=update)
+
+
+def _whole(record: DataRecord) -> MixtureRecord:
+    """Return what a part of one data set gave, as one of a mixture's."""
+    return MixtureRecord(
+        dataset=record.dataset,
+        weight=float(record.sequences),
+        split=record.split,
+        column=record.column,
+        sequences=record.sequences,
+        tokens=record.tokens,
+    )
 
 
 def _all_versions(parts: list[Statistics]) -> dict[str, str]:

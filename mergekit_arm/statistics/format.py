@@ -32,7 +32,9 @@ ONE_EXPERT = re.compile(r"(?P<experts>(?:^|.*\.)experts)\.\d+(?=\.|$)")
 """Matches the name of one expert of many where each is a module of its own."""
 
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""A SHA-256 in hexadecimal digits."""
 
 
 class _Strict(BaseModel):
@@ -75,7 +77,8 @@ class DataRecord(_Strict):
     """Of the chat template, where rows were chats."""
     tokenizer_hash: str | None = None
     """None where rows held ready token ids."""
-    seed: int
+    seed: int | None = None
+    """None where directories of several seeds were added."""
     sequence_length: int | None = None
     """None where rows held ready token ids of their own lengths."""
     sequences: Count
@@ -149,6 +152,8 @@ class Metadata(_Strict):
     """All of ``activation_stats.json``."""
 
     format_version: Annotated[int, Field(ge=1)] = FORMAT_VERSION
+    digest: Digest | None = None
+    """Of all the rest; see ``digest.py``. On a line that can be removed."""
     model: ModelRecord
     data: DataRecord
     settings: SettingsRecord
@@ -160,6 +165,8 @@ class Metadata(_Strict):
     """Tensors that transformers and mergekit make from several of ``weights``: fused experts."""
     aliases: dict[str, str] = {}
     """Other names by which a merge may ask for one of the above."""
+    digests: dict[str, Digest] | None = None
+    """Of every stored tensor, by its name; none in directories that were written before."""
 
     def experts(self) -> dict[str, int]:
         """Return the tokens that every expert of the model saw, by the expert's name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 
 import huggingface_hub.errors
 import pydantic
-from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from safetensors import safe_open
 from torch import Tensor
 
 from mergekit_arm.errors import InputError, first_line
+from mergekit_arm.statistics.digest import DIGEST, document_digest
 from mergekit_arm.statistics.format import FORMAT_VERSION, METADATA_FILE, Metadata
 
 TENSOR_FILE = "model.safetensors"
@@ -73,28 +74,64 @@ def read_metadata(reference: str, path: Path) -> Metadata:
     """Return what the directory ``path`` says of itself; ``reference`` is for messages.
 
     Raises:
-        InputError: no statistics directory, a newer format, or a damaged file.
+        InputError: no statistics directory, a newer format, or a file that is damaged or was
+            edited.
     """
     version(reference, path)
     try:
-        text = (path / METADATA_FILE).read_text(encoding="utf-8")
-        found = re.search(r'"format_version":\s*(\d+)', text)
-        if found and int(found.group(1)) > FORMAT_VERSION:
+        document = _parse(path / METADATA_FILE)
+        number = document.get("format_version")
+        if isinstance(number, int) and number > FORMAT_VERSION:
             raise InputError(
-                f"activation_stats {reference}: format {found.group(1)} is newer than this "
+                f"activation_stats {reference}: format {number} is newer than this "
                 f"mergekit-arm reads ({FORMAT_VERSION}): pip install -U mergekit-arm"
             )
-        return Metadata.model_validate_json(text)
-    except (OSError, UnicodeDecodeError, pydantic.ValidationError) as error:
+        metadata = Metadata.model_validate(document, strict=True)
+    except (OSError, ValueError, RecursionError) as error:
         detail = (
             _first_error(error)
             if isinstance(error, pydantic.ValidationError)
             else first_line(error)
         )
         raise InputError(
-            f"activation_stats {reference}: {METADATA_FILE} is damaged ({detail}); "
+            f"activation_stats {reference}: {METADATA_FILE} is damaged ({visible(detail)}); "
             "copy or measure it again"
         ) from error
+    if metadata.digest not in (None, document_digest(document)):
+        raise InputError(
+            f"activation_stats {reference}: {METADATA_FILE} is not as it was written; copy or "
+            f"measure it again, or remove its field {DIGEST} if it was edited on purpose"
+        )
+    return metadata
+
+
+def visible(text: str) -> str:
+    """Return ``text`` with the line breaks and control characters of a damaged file spelt out."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    """Return a JSON object, in which no field stands twice and every number is finite.
+
+    Raises:
+        OSError, ValueError, RecursionError: the file holds none.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{max(names, key=names.count)} stands in it twice")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no number")
+
+    text = file.read_text(encoding="utf-8")
+    document = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    if not isinstance(document, dict):
+        raise ValueError("it holds no fields")
+    return document
 
 
 class TensorFiles:
@@ -173,12 +210,15 @@ def _first_error(error: pydantic.ValidationError) -> str:
 
 
 def _hub_path(reference: str) -> str:
+    """Download a repository; OSError or HFValidationError where that is not possible."""
+    name, at, revision = reference.partition("@")
+    if at and not re.fullmatch(r"[^@+\s]+", revision):
+        raise OSError("expected org/name or org/name@revision")
     # mergekit's own download lists the repository first, which fails without a network even
     # where everything is cached.
-    model = ModelReference.parse(reference).model
     return huggingface_hub.snapshot_download(
-        model.path,
-        revision=model.revision,
+        name,
+        revision=revision or None,
         cache_dir=LoaderCache().hf_cache_dir,
         allow_patterns=["*.json", "*.safetensors", "README.md"],
     )

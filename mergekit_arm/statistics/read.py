@@ -6,20 +6,35 @@ import os
 import threading
 from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.statistics.checks import check_values, problems
+from mergekit_arm.statistics.digest import tensor_digest
 from mergekit_arm.statistics.kinds import kinds
-from mergekit_arm.statistics.kinds.base import Kind
-from mergekit_arm.statistics.locate import TensorFiles, locate, read_metadata, version
+from mergekit_arm.statistics.kinds.base import Kind, TensorSpec
+from mergekit_arm.statistics.locate import (
+    TensorFiles,
+    Version,
+    locate,
+    read_metadata,
+    version,
+    visible,
+)
 from mergekit_arm.statistics.matching import Matcher
 from mergekit_arm.statistics.write import PROBES
 
+T = TypeVar("T")
+
 _KEPT = 4
-"""Sites whose finished values stay in memory."""
+"""Finished values of sites that stay in memory."""
+
+
+Identity = tuple[str, Version]
+"""Where a directory lies, and what changes when a file in it is replaced. Can be pickled."""
 
 
 class Statistics:
@@ -48,18 +63,19 @@ class Statistics:
             ) from error
         for trouble in problems(self.metadata, self.kinds(), PROBES, self._files.header):
             raise InputError(
-                f"activation_stats {reference} are damaged: {trouble}; copy or measure them again"
+                f"activation_stats {reference} are damaged: {visible(trouble)}; copy or measure "
+                "them again"
             )
         self._specs = {
             key: spec
             for kind in self.kinds()
             for key, spec in {**kind.state(1), **kind.stored(1)}.items()
         }
-        self._probes = self._files.get(PROBES)
+        self._probes = self._get(PROBES)
         self.matcher = Matcher(reference, self.metadata, self._probes)
         self._lock = threading.Lock()
         self._seen: set[Hashable] = set()
-        self._recent: dict[Hashable, Tensor] = {}
+        self._recent: dict[Hashable, Any] = {}
 
     def kinds(self) -> list[Kind]:
         """Return the kinds that were measured; one that is not registered is left out."""
@@ -70,14 +86,15 @@ class Statistics:
             if kind.name in settings.statistics
         ]
 
-    def once(self, key: Hashable, read: Callable[[], Tensor]) -> Tensor:
-        """Return what ``read`` made for ``key``, from memory if it is among the last few.
+    def once(self, key: Hashable, read: Callable[[], T]) -> T:
+        """Return what ``read`` made for ``key``, from memory if it is among the last few used.
 
         Weights of one site follow each other, if not at once: q, k, v; gate, up.
         """
         with self._lock:
             if key in self._recent:
-                return self._recent[key]
+                self._recent[key] = found = self._recent.pop(key)
+                return found  # type: ignore[no-any-return]  # of this key, so of this type
         value = read()
         with self._lock:
             self._recent[key] = value
@@ -96,8 +113,9 @@ class Statistics:
         """Read ``<site>.<key>``.
 
         Raises:
-            InputError: the directory does not hold this statistic, its values are not finite
-                or out of their range, or it has changed since it was opened.
+            InputError: the directory does not hold this statistic, its values are not finite,
+                out of their range or not those that were written, or it has changed since it was
+                opened.
         """
         full = f"{site}.{key}"
         if full not in self._files:
@@ -107,14 +125,17 @@ class Statistics:
                 f"(it holds: {measured}); calibrate again with --statistics all"
             )
         self._check_unchanged()
-        value = self._files.get(full)
-        trouble = check_values(self._specs[key], value) if key in self._specs else None
-        if trouble:
-            raise InputError(
-                f"activation_stats {self.reference}: values of {full} {trouble}; "
-                "copy or measure it again"
-            )
-        return value
+        return self._get(full, self._specs.get(key))
+
+    @property
+    def identity(self) -> Identity:
+        """Which directory this is: another one, or a changed one, has another identity."""
+        return str(self._path), self._version
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all stored tensors."""
+        return sorted(self._files.header)
 
     @property
     def current(self) -> bool:
@@ -138,8 +159,23 @@ class Statistics:
 
         Raises:
             KeyError: there is none of that name.
+            InputError: its values are not those that were written.
         """
-        return self._files.get(name)
+        self._check_unchanged()
+        return self._get(name)
+
+    def _get(self, name: str, spec: TensorSpec | None = None) -> Tensor:
+        value = self._files.get(name)
+        trouble = None if spec is None else check_values(spec, value)
+        digests = self.metadata.digests
+        if not trouble and digests is not None and digests[name] != tensor_digest(value):
+            trouble = "are not those that were written"
+        if trouble:
+            raise InputError(
+                f"activation_stats {self.reference}: values of {visible(name)} {trouble}; "
+                "copy or measure it again"
+            )
+        return value
 
 
 _OPEN: dict[tuple[str, str], tuple[Path, Statistics]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.files import publish, remove
+from mergekit_arm.statistics.digest import document_digest, tensor_digest
 from mergekit_arm.statistics.format import METADATA_FILE, Metadata
 
 PROBES = "probes"
@@ -44,8 +46,9 @@ def write_statistics(
 ) -> None:
     """Write format 1 to ``out``: safetensors under the names that mergekit's loader opens.
 
-    ``tensors`` holds ``probes`` and every ``<site>.<key>``. Everything goes into a temporary
-    directory beside ``out``, is flushed, and is renamed into place at the end.
+    ``tensors`` holds ``probes`` and every ``<site>.<key>``; their digests go into the metadata.
+    Everything goes into a temporary directory beside ``out``, is flushed, and is renamed into
+    place at the end.
 
     Raises:
         InputError: ``out`` exists and may not be replaced.
@@ -55,14 +58,10 @@ def write_statistics(
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        save_torch_state_dict(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())},
-            staging,
-            max_shard_size="5GB",
-        )
-        (staging / METADATA_FILE).write_text(
-            metadata.model_dump_json(indent=1, exclude_none=True) + "\n", encoding="utf-8"
-        )
+        stored = {name: one.detach().cpu().contiguous() for name, one in sorted(tensors.items())}
+        save_torch_state_dict(stored, staging, max_shard_size="5GB")
+        digests = {name: tensor_digest(tensor) for name, tensor in stored.items()}
+        (staging / METADATA_FILE).write_text(_sealed(metadata, digests), encoding="utf-8")
         (staging / "README.md").write_text(card, encoding="utf-8")
         if out.exists():
             # Set aside in one step, so that no half-removed one is ever seen under its own name.
@@ -70,3 +69,11 @@ def write_statistics(
         publish(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sealed(metadata: Metadata, digests: Mapping[str, str]) -> str:
+    """Return the metadata as JSON, with the tensors' digests and its own."""
+    complete = metadata.model_copy(update={"digests": dict(digests), "digest": None})
+    own = document_digest(json.loads(complete.model_dump_json(exclude_none=True)))
+    sealed = complete.model_copy(update={"digest": own})
+    return sealed.model_dump_json(indent=1, exclude_none=True) + "\n"

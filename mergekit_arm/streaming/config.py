@@ -6,7 +6,6 @@ values name (models, data, methods) is looked at in ``plan`` and ``data_checks``
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,16 +15,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
 )
 
-from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.streaming.calibration import Calibration, Section
 
 FINAL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 """What the final model can be in."""
@@ -33,11 +30,6 @@ FINAL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 DEFAULT_LEARNING_RATE = 0.5
 HIGHEST_LEARNING_RATE = 2.0
 
-# Fields of CalibrationOptions that the stream itself decides.
-_DECIDED = (
-    "model", "out", "statistics", "force", "dry_run", "trust_remote_code", "lora_merge_cache",
-    "quiet",
-)  # fmt: skip
 _ELSEWHERE = {
     "models": "a stream merges one checkpoint a step; list them under checkpoints",
     "slices": "a stream merges whole models; layers cannot be rearranged",
@@ -48,11 +40,7 @@ _ELSEWHERE = {
 _FLAG = re.compile(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Schedule(_Strict):
+class Schedule(Section):
     """Learning rates from a rule; see :func:`~mergekit_arm.streaming.plan.schedule.rate_at`."""
 
     schedule: Literal["constant", "linear", "cosine"]
@@ -63,59 +51,7 @@ class Schedule(_Strict):
     """Length of the rule; needed where the number of steps is not known (``--watch``)."""
 
 
-class Calibration(_Strict):
-    """What is measured, and how often: every field of ``mergekit-arm calibrate`` that applies."""
-
-    refresh: Literal["once", "every"] | int = "once"
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """Checked fields of :class:`CalibrationOptions`, defaults filled in."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _collect(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            raise ValueError("must be a mapping such as {dataset: ./calibration.jsonl}")
-        known = {
-            field.name for field in dataclasses.fields(CalibrationOptions) if field.init
-        } - set(_DECIDED)
-        if set(given) == {"refresh", "settings"}:
-            given = {"refresh": given["refresh"], **given["settings"]}
-        settings = {key: value for key, value in given.items() if key != "refresh"}
-        for key in settings:
-            if key not in known:
-                raise ValueError(
-                    f"unknown key {key!r}{did_you_mean(key, [*known, 'refresh'])}; "
-                    f"there are: refresh, {', '.join(sorted(known))}"
-                )
-        options = TypeAdapter(CalibrationOptions).validate_python(
-            {"model": "", "out": "", **settings}
-        )
-        values = {key: getattr(options, key) for key in sorted(known)}
-        return {"refresh": given.get("refresh", "once"), "settings": values}
-
-    @field_validator("refresh", mode="before")
-    @classmethod
-    def _check_refresh(cls, value: Any) -> Any:
-        steps = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if not steps and value not in ("once", "every"):
-            raise ValueError(f"must be once, every, or N for every Nth step, not {value!r}")
-        return value
-
-    def document(self) -> dict[str, Any]:
-        """Return the YAML section again, without defaults."""
-        defaults = CalibrationOptions(model="", out="")
-        chosen = {k: v for k, v in self.settings.items() if v != getattr(defaults, k)}
-        return {**chosen, "refresh": self.refresh}
-
-    def due(self, step: int) -> bool:
-        """Say whether the model is measured afresh before step ``step`` (from 1)."""
-        if self.refresh == "once":
-            return step == 1
-        every = 1 if self.refresh == "every" else int(self.refresh)
-        return (step - 1) % every == 0
-
-
-class Evaluation(_Strict):
+class Evaluation(Section):
     """How a step is judged, and what follows from it."""
 
     dataset: str | None = None
@@ -147,7 +83,7 @@ class Evaluation(_Strict):
         return self
 
 
-class StreamConfig(_Strict):
+class StreamConfig(Section):
     """One stream. ``parameters``, ``tokenizer`` and ``chat_template`` are mergekit's own keys."""
 
     merge_method: str

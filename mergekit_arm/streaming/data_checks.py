@@ -83,17 +83,18 @@ def disk_needed(plan: StreamPlan, keep: Keep) -> int:
 def _check_calibration(plan: StreamPlan, merge: MergeOptions) -> None:
     if plan.calibration is None:
         return
-    options = CalibrationOptions(
-        plan.config.base_model,
-        out="",
-        trust_remote_code=merge.trust_remote_code,
-        **plan.calibration.settings,
-    )
     # Without its adapter, which would be merged for nothing, and by a dry run into OUT.
     base = str(ModelReference.parse(plan.config.base_model).model)
     with find_model(base, trust_remote_code=merge.trust_remote_code), section("calibration"):
-        choose_device(options.device)
-        read_corpus(options.data(), choose_tokenizer(options))
+        for settings in plan.calibration.passes():
+            options = CalibrationOptions(
+                plan.config.base_model,
+                out="",
+                trust_remote_code=merge.trust_remote_code,
+                **settings,
+            )
+            choose_device(options.device)
+            read_corpus(options.data(), choose_tokenizer(options))
 
 
 def _check_evaluation(plan: StreamPlan, judge: Judge | None) -> None:

@@ -122,7 +122,7 @@ def _memory(plan: StreamPlan, merge: MergeOptions) -> int:
     if evaluation is not None and evaluation.dataset is not None:
         wanted.append((evaluation.device, evaluation.dtype))
     if plan.calibration is not None:
-        wanted.append((plan.calibration.settings["device"], plan.calibration.settings["dtype"]))
+        wanted += [(one["device"], one["dtype"]) for one in plan.calibration.passes()]
     running = [
         parameters * choose_dtype(dtype, choose_device(device)).itemsize + 3 * LOGIT_ELEMENTS * 4
         for device, dtype in wanted

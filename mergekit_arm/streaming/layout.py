@@ -33,6 +33,7 @@ STEP_CONFIG = "config.yml"
 METRICS = "metrics.json"
 PROVENANCE = "statistics.json"
 STEP_STATISTICS = "statistics"
+TASK_STATISTICS = "task_statistics"
 CHECKPOINT_STATISTICS = "checkpoint_statistics"
 
 # In a Trainer's output directory.
@@ -40,7 +41,7 @@ END_MARKER = "stream.end"
 
 _WRITTEN = (
     *(MODEL, STATE_FILE, JOURNAL, PLOT, CARD, "removed"),
-    *(STEP_CONFIG, METRICS, PROVENANCE, STEP_STATISTICS, CHECKPOINT_STATISTICS),
+    *(STEP_CONFIG, METRICS, PROVENANCE, STEP_STATISTICS, TASK_STATISTICS, CHECKPOINT_STATISTICS),
 )
 # The endings are ours, and tempfile's: eight characters of its alphabet.
 _UNFINISHED = re.compile(rf"\.({'|'.join(map(re.escape, _WRITTEN))})\.(partial|[a-z0-9_]{{8}})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -24,13 +25,19 @@ WALL = "whole process"
 """Seconds from start to exit of the process."""
 MEMORY = "peak memory"
 """Bytes: the largest resident set of the process."""
+FORWARD = "forward passes"
+"""Seconds of them alone."""
+LOADED = "time with loading"
+"""Seconds of the work and of loading the model."""
+EXTRA = "extra memory"
+"""Bytes by which the work raised the process's peak."""
 
 UNITS = {MEMORY: "MB"}
 """Quantity → unit, where it is not seconds."""
 
 Measured = Mapping[str, Any]
 Launch = Callable[..., Measured]
-"""``launch(task, **arguments)`` runs a task of ``worker.py`` and returns what it took."""
+"""``launch(task, **arguments)`` runs one of ``TASKS`` and returns what it took."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,29 @@ class Side:
     run: Callable[[], Measured]
 
 
+class Clock:
+    """Wall and processor time since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        return {
+            TIME: time.perf_counter() - self._wall,
+            PROCESSOR: time.process_time() - self._processor,
+        }
+
+
+def peak_bytes() -> int:
+    """Return the largest resident set that this process has had."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def launch(
     task: str, *, processes: int = 1, threads: int | None = None, **arguments: Any
 ) -> Measured:
-    """Run a task of ``worker.py`` in a fresh process, or in ``processes`` under torchrun.
+    """Run one of ``TASKS`` in a fresh process, or in ``processes`` under torchrun.
 
     Returns what the task measured itself, and the quantities ``WALL`` and ``MEMORY``
     (under torchrun the largest single process's).

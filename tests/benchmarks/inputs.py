@@ -86,19 +86,20 @@ class Workshop:
             self._made[key] = path
         return self._made[key]
 
-    def statistics(self, shape: str) -> Path:
-        """Return statistics of ``model(shape)``, of every kind, from a few tokens."""
-        if ("statistics", shape) not in self._made:
-            path = self.folder / f"{shape} statistics"
+    def statistics(self, shape: str, tuned: int = 0) -> Path:
+        """Return statistics of ``model(shape, tuned)``, of every kind, from a few tokens."""
+        if ("statistics", shape, tuned) not in self._made:
+            path = self.folder / f"{shape} {tuned} statistics"
             if shape == REAL:
                 text = self.folder / "text.txt"
                 self.launch("build_text", out=str(text))
-                self.calibrate(shape, text, path, samples=16)
+                tokenizer = str(self.model(shape))  # fine-tunes are saved without
+                self.calibrate(shape, text, path, tuned=tuned, samples=16, tokenizer=tokenizer)
             else:
                 few = self.tokens(shape, 4, 32) if self.quick else self.tokens(shape, 8, 512)
-                self.calibrate(shape, few, path)
-            self._made["statistics", shape] = path
-        return self._made["statistics", shape]
+                self.calibrate(shape, few, path, tuned=tuned)
+            self._made["statistics", shape, tuned] = path
+        return self._made["statistics", shape, tuned]
 
     def calibrate(
         self,
@@ -106,12 +107,13 @@ class Workshop:
         tokens: Path,
         out: Path | None = None,
         *,
+        tuned: int = 0,
         processes: int = 1,
         threads: int | None = None,
         **options: Any,
     ) -> Measured:
         """Calibrate once, into ``out`` or into a directory that is thrown away."""
-        model = self.model(shape)
+        model = self.model(shape, tuned)
         with self.scratch() as scratch:
             return self.launch(
                 "calibrate",

@@ -37,10 +37,7 @@ def results_table(rows: Sequence[Row], described: dict[str, Any]) -> Table:
     """Return one line for every row; the machine as its caption."""
     table = Table(
         caption=(
-            f"{described['processor']}, {described['cores']} cores, "
-            f"{described['memory_gib']} GiB; Python {described['python']}, "
-            + ", ".join(f"{package} {described[package]}" for package in _PACKAGES[1:3])
-            + ". Medians; in brackets the least and greatest of a single round."
+            sentence(described) + " Medians; in brackets the least and greatest of a single round."
         )
     )
     for heading in ("benchmark", "quantity", "measured"):
@@ -49,16 +46,30 @@ def results_table(rows: Sequence[Row], described: dict[str, Any]) -> Table:
         table.add_column(heading, justify="right")
     for row in rows:
         missed = row.at_most is not None and row.result > row.at_most
-        result = f"{row.result:.2f} ({row.lowest:.2f}–{row.highest:.2f})"
+        shown = result(row)
         table.add_row(
             row.benchmark,
             f"{row.quantity}, exponent" if row.kind == "exponent" else row.quantity,
-            _measured(row),
-            f"[red]{result}[/red]" if missed else result,
+            measured(row),
+            f"[red]{shown}[/red]" if missed else shown,
             str(len(next(iter(row.samples.values())))),
             "" if row.at_most is None else f"{row.at_most:g}",
         )
     return table
+
+
+def sentence(described: dict[str, Any]) -> str:
+    """Return the machine in one sentence."""
+    packages = ", ".join(f"{package} {described[package]}" for package in _PACKAGES[1:3])
+    return (
+        f"{described['processor']}, {described['cores']} cores, {described['memory_gib']} GiB; "
+        f"Python {described['python']}, {packages}."
+    )
+
+
+def result(row: Row) -> str:
+    """Return a row's ratio or exponent, and its spread over rounds."""
+    return f"{row.result:.2f} ({row.lowest:.2f}–{row.highest:.2f})"
 
 
 def write_json(path: Path, rows: Sequence[Row], settings: dict[str, Any]) -> None:
@@ -69,7 +80,8 @@ def write_json(path: Path, rows: Sequence[Row], settings: dict[str, Any]) -> Non
     beside.replace(path)
 
 
-def _measured(row: Row) -> str:
+def measured(row: Row) -> str:
+    """Return the medians of both sides."""
     parts = [f"{label} {_amount(row, median(values))}" for label, values in row.samples.items()]
     return (" / " if row.kind == "ratio" else ", ").join(parts)
 

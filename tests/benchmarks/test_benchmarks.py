@@ -6,6 +6,8 @@ import json
 import math
 import platform
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from tests.benchmarks import results
 from tests.benchmarks.__main__ import main
-from tests.benchmarks.catalogue import BENCHMARKS
+from tests.benchmarks.catalogue import BENCHMARKS, TASKS
 from tests.benchmarks.harness import (
+    EXTRA,
     MEMORY,
     TIME,
     WALL,
@@ -29,7 +33,7 @@ from tests.benchmarks.harness import (
 )
 from tests.benchmarks.inputs import Workshop
 from tests.benchmarks.report import machine, results_table, write_json
-from tests.benchmarks.worker import EXTRA, TASKS
+from tests.support.paths import ROOT
 
 
 def launch_here(
@@ -88,6 +92,15 @@ def test_the_command_measures_in_fresh_processes_and_keeps_what_exists(tmp_path:
     assert out.read_text() == before
 
 
+def test_what_starts_the_tasks_is_small() -> None:
+    """A child's peak memory starts at its parent's."""
+    program = "import sys; import tests.benchmarks.__main__; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "False\n"
+
+
 def test_a_task_that_fails_shows_its_output() -> None:
     with pytest.raises(RuntimeError, match="No such file"):
         launch("build_tokens", out="/nonexistent/tokens", sequences=1, length=1, words=2)
@@ -132,3 +145,7 @@ def test_results_name_the_machine_but_neither_host_nor_paths(tmp_path: Path) -> 
     assert str(tmp_path) not in text
     assert platform.node() not in text
     assert results_table(rows, described).row_count == 1
+
+
+def test_the_page_of_results_is_generated() -> None:
+    assert results.PAGE.read_text(encoding="utf-8") == results.page()

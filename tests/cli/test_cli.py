@@ -67,6 +67,7 @@ def test_unknown_commands_and_options_name_the_nearest() -> None:
     assert "--samples" in done.stderr
 
 
+@pytest.mark.slow
 def test_errors_are_one_line_unless_verbose(tmp_path: Path) -> None:
     wrong = ("calibrate", str(tmp_path), str(tmp_path / "out"), "--dataset", "./nowhere.jsonl")
     done = run(*wrong)

@@ -220,3 +220,16 @@ def test_bars_of_downloads_stay_unless_quiet(quiet: bool, family: Path, token_fi
         check=True,
     )
     assert done.stdout.split() == [str(quiet)] * 2, done.stderr
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_large_directory_is_streamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    for name in ("train-0.jsonl", "train-1.jsonl"):
+        (tmp_path / name).write_bytes(lines([f"{name} {number}" for number in range(5)]))
+    monkeypatch.setattr(files, "LARGE", 1 if large else 10**9)
+    rows, split = load_rows(str(tmp_path), None, None)
+    assert isinstance(rows, datasets.IterableDataset if large else datasets.Dataset)
+    assert split == "train"
+    assert len(list(in_order(rows, 1, ["text"]))) == 10

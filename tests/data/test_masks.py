@@ -17,6 +17,7 @@ from mergekit_arm.data.blocks import build_corpus
 from mergekit_arm.data.formats import Unusable
 from mergekit_arm.data.masks import read_ids
 from mergekit_arm.errors import InputError
+from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.read import Statistics
 from tests.calibration.test_calibrate import layer_inputs
 from tests.support.equality import assert_same_statistics
@@ -132,7 +133,7 @@ def test_padded_rows_measure_as_the_rows_without(
     inputs = layer_inputs(model.float().eval(), plain)
     record = statistics.metadata.weights["model.layers.1.mlp.down_proj.weight"]
     expected = torch.cat([x[0] for x in inputs["model.layers.1.mlp.down_proj"]]).abs().mean(0)
-    found = statistics.importance(record, "mean_abs").double()
+    found = IMPORTANCE.values(statistics, record, "mean_abs").double()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
     assert_same_statistics(tmp_path / "plain", tmp_path / "padded")
 
@@ -185,4 +186,4 @@ def test_an_over_long_row_is_cut_and_the_run_goes_on(tmp_path: Path) -> None:
         say=said.append,
     )
     assert Statistics("s", tmp_path / "stats").metadata.data.tokens == 20 + 128 + 20
-    assert any("1 longer than 128 tokens and not to their end" in note for note in said)
+    assert any("1 of them cut at 128 tokens" in note for note in said)

@@ -71,3 +71,9 @@ def test_no_more_rows_are_taken_than_needed() -> None:
     rows = iter(numbered([5] * 10))
     assert len(pack(rows, 12, 5).stream) == 15
     assert len(list(rows)) == 7
+
+
+def test_rows_of_one_content_are_counted_each() -> None:
+    """Their hashes are the same; that they are used once only would be false."""
+    packed = pack([(7, [1, 2, 3])] * 5, 12, 3)
+    assert len(packed.rows(12)) == 4

@@ -9,6 +9,7 @@ import io
 import json
 import subprocess
 import sys
+import sysconfig
 import tokenize
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +23,6 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mergekit_arm.cli.main import cli
 from mergekit_arm.demo import demo as demo_module
-from mergekit_arm.demo import text
 from mergekit_arm.demo.demo import DemoOptions, run_demo
 from mergekit_arm.demo.stream import early_steps
 from mergekit_arm.demo.text import DOMAINS, DomainText, paragraphs, standard_library
@@ -86,7 +86,7 @@ def test_code_is_only_code(corpora: dict[str, DomainText]) -> None:
 
 
 def test_a_python_without_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "_library", lambda: Path("/nonexistent"))
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": "/nonexistent"})
     with pytest.raises(Failure, match="without its sources"):
         standard_library()
 
@@ -170,6 +170,7 @@ def test_early_checkpoints_come_from_the_first_half() -> None:
     assert early_steps(2) == {1}
 
 
+@pytest.mark.slow
 def test_demo_reports_what_lies_on_disk(demo: tuple[Path, demo_module.LossTable, str]) -> None:
     out, losses, printed = demo
     assert json.loads((out / "losses.json").read_text()) == losses
@@ -226,7 +227,7 @@ def test_force_replaces_an_earlier_demo(tmp_path: Path, monkeypatch: pytest.Monk
     def stop(*_: object) -> None:
         raise click.Abort
 
-    monkeypatch.setattr(demo_module, "_train_models", stop)
+    monkeypatch.setattr(demo_module, "train_tokenizer", stop)
     with pytest.raises(click.Abort):
         run_demo(DemoOptions(tmp_path, force=True, characters=CHARACTERS), Console(quiet=True))
     assert not (tmp_path / "stale").exists()

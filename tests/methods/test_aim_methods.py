@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mergekit_arm.errors import InputError
 from mergekit_arm.methods.anchor import ABSENT
 
-OWN = {"aim", "arm"}
+OWN = {"aim", "arm", "regmean"}
 INNER = sorted(
     method.spec.name
     for method in merge_methods.registered_methods()

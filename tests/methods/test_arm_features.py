@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from tests.support.merges import run, weights
 from tests.support.models import perturbed, tiny_llama
-from tests.support.streams import add_tokenizer
+from tests.support.streams import write_with_another_token
 
 RATE = 0.7
 
@@ -127,16 +127,8 @@ def test_equal_matrices_of_layers_in_their_places_are_not(alike: Path, tmp_path:
 
 @pytest.mark.parametrize("source", ["union", "base"])
 def test_different_vocabularies(source: str, tmp_path: Path, measure: Callable[..., Path]) -> None:
-    base = tiny_llama(0)
-    size = len(add_tokenizer(tmp_path / "base"))
-    base.resize_token_embeddings(size)
-    base.save_pretrained(tmp_path / "base")
-    longer = perturbed(base, 1)
-    longer.resize_token_embeddings(size + 1)
-    longer.save_pretrained(tmp_path / "a")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
-    tokenizer.add_tokens(["<call>"])
-    tokenizer.save_pretrained(tmp_path / "a")
+    tokenizer = write_with_another_token(tmp_path)
+    size = len(tokenizer) - 1
     measure(tmp_path / "base", tmp_path / "stats")
     document = config(tmp_path) | {"tokenizer": {"source": source}}
     found = weights(run(mergekit_yaml, yaml.safe_dump(document), tmp_path / "merge"))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergekit_arm.methods.alignment import align, principal_planes
 from mergekit_arm.methods.step import Incoming, arm_step
@@ -23,6 +20,7 @@ from tests.support.arm_reference import (
     reference,
     tensor,
 )
+from tests.support.memory import PeakMemory
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -288,29 +286,6 @@ def test_bad_arguments_are_named(changes: dict[str, Any], message: str) -> None:
     } | changes
     with pytest.raises(ValueError, match=message):
         arm_step(torch.zeros(4, 8), **arguments)
-
-
-class PeakMemory(TorchDispatchMode):
-    """Counts the bytes of tensors made inside and alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        known = {id(one.untyped_storage()) for one in args if isinstance(one, Tensor)}
-        for one in result if isinstance(result, (tuple, list)) else [result]:
-            if not isinstance(one, Tensor):
-                continue
-            storage = one.untyped_storage()
-            key = id(storage)
-            if key not in self.live and key not in known:
-                self.live[key] = storage.nbytes()
-                weakref.finalize(storage, self.live.pop, key, None)
-        self.peak = max(self.peak, sum(self.live.values()))
-        return result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.read import Statistics
 from tests.support.merges import OMEGA, assert_relaxed, config, relaxed, run, weights
-from tests.support.models import perturbed, tiny_llama
-from tests.support.streams import add_tokenizer
+from tests.support.models import perturbed
+from tests.support.streams import write_with_another_token
 
 
 def sliced(folder: Path, *ranges: tuple[int, int], **changes: Any) -> str:
@@ -54,21 +54,6 @@ def test_layers_repeated_and_reordered(family: Path, tmp_path: Path) -> None:
             source = name.replace(f"layers.{number}.", f"layers.{taken[number]}.")
         assert_relaxed(tensor, family, source)
     assert len({name.split(".")[2] for name in found if ".layers." in name}) == 4
-
-
-@pytest.fixture(scope="module")
-def alike(tmp_path_factory: pytest.TempPathFactory, measure: Callable[..., Path]) -> Path:
-    """A family whose norms are all ones, as in a model that was never trained."""
-    folder = tmp_path_factory.mktemp("alike")
-    base = tiny_llama(0)
-    other = perturbed(base, 1)
-    for layer in base.model.layers:
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            torch.nn.init.ones_(norm.weight)
-    base.save_pretrained(folder / "base")
-    other.save_pretrained(folder / "a")
-    measure(folder / "base", folder / "stats")
-    return folder
 
 
 def test_equal_norms_of_renumbered_layers_have_their_own_statistics(
@@ -110,16 +95,8 @@ def test_equal_norms_left_as_merged_by_name(alike: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("source", ["union", "base"])
 def test_different_vocabularies(source: str, tmp_path: Path, measure: Callable[..., Path]) -> None:
-    base = tiny_llama(0)
-    size = len(add_tokenizer(tmp_path / "base"))
-    base.resize_token_embeddings(size)
-    base.save_pretrained(tmp_path / "base")
-    longer = perturbed(base, 1)
-    longer.resize_token_embeddings(size + 1)
-    longer.save_pretrained(tmp_path / "a")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
-    tokenizer.add_tokens(["<call>"])
-    tokenizer.save_pretrained(tmp_path / "a")
+    tokenizer = write_with_another_token(tmp_path)
+    size = len(tokenizer) - 1
     measure(tmp_path / "base", tmp_path / "stats")
     document = config(tmp_path, tokenizer={"source": source})
     found = weights(run(mergekit_yaml, yaml.safe_dump(document), tmp_path / "merge"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -30,27 +29,12 @@ from torch import Tensor
 from mergekit_arm.errors import InputError
 from mergekit_arm.methods.parameters import StatisticsReference
 from mergekit_arm.statistics.format import NEVER_USED
+from tests.support.edits import edit
 from tests.support.merges import config, relaxed, weights
-from tests.support.models import perturbed, tiny_llama
 
 WHOLE = ((0, 2),)
 SWAPPED = ((1, 2), (0, 1))
 ALL_SLICES: tuple[tuple[tuple[int, int], ...], ...] = (WHOLE, SWAPPED, ((1, 2),), ((0, 2), (0, 2)))
-
-
-@pytest.fixture(scope="module")
-def alike(tmp_path_factory: pytest.TempPathFactory, measure: Callable[..., Path]) -> Path:
-    """A family whose norms are all ones: their values tell no layer from another."""
-    folder = tmp_path_factory.mktemp("alike")
-    base = tiny_llama(0)
-    other = perturbed(base, 1)
-    for layer in base.model.layers:
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            torch.nn.init.ones_(norm.weight)
-    base.save_pretrained(folder / "base")
-    other.save_pretrained(folder / "a")
-    measure(folder / "base", folder / "stats")
-    return folder
 
 
 def document(folder: Path, ranges: tuple[tuple[int, int], ...], **changes: Any) -> dict[str, Any]:
@@ -211,12 +195,8 @@ def unused(family: Path, tmp_path: Path) -> Path:
     """Statistics of data on which one weight was never used."""
     stats = tmp_path / "stats"
     shutil.copytree(family / "stats", stats)
-    file = stats / "activation_stats.json"
-    metadata = json.loads(file.read_text())
-    record = metadata["weights"][LAST]
-    record.update(site=None, input_axis=None, reason=NEVER_USED)
-    file.write_text(json.dumps(metadata))
-    return stats
+    without = {"site": None, "input_axis": None, "reason": NEVER_USED}
+    return edit(stats, lambda metadata: metadata["weights"][LAST].update(without))
 
 
 def test_a_weight_never_used_is_refused_before_the_first_tensor(

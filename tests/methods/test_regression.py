@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mergekit_arm.methods.moments import LeastSquares, least_squares, plain_average, second_moment
 from mergekit_arm.methods.regression import regression_step
-from tests.methods.test_arm_kernel import PeakMemory
 from tests.support.arm_reference import REPEATABLE, tensor
+from tests.support.memory import PeakMemory
 from tests.support.moments_reference import Problem, full_rank, of_data, problems, wide_moment
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mergekit_arm.methods.moments import second_moment
 from mergekit_arm.methods.retaining import Retention, retaining_step, retention
 from mergekit_arm.methods.step import Incoming, arm_step
-from tests.methods.test_arm_kernel import PeakMemory
 from tests.support.arm_reference import REPEATABLE, orthonormal, tensor
+from tests.support.memory import PeakMemory
 from tests.support.moments_reference import (
     Problem,
     Stored,

@@ -21,6 +21,7 @@ from mergekit_arm.errors import InputError
 from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 from mergekit_arm.statistics.read import Statistics
+from tests.support.edits import edit
 from tests.support.models import VOCABULARY
 
 SITE = "model.layers.1.self_attn.q_proj"
@@ -42,10 +43,8 @@ def moe(tmp_path_factory: pytest.TempPathFactory, measure: Callable[..., Path]) 
 def changed(stats: Path, folder: Path, change: Change) -> Path:
     """Return a copy of ``stats`` after ``change`` of its metadata and tensors."""
     copy = shutil.copytree(stats, folder / "changed")
-    metadata = json.loads((copy / "activation_stats.json").read_text())
     tensors = load_file(copy / "model.safetensors")
-    change(metadata, tensors)
-    (copy / "activation_stats.json").write_text(json.dumps(metadata))
+    edit(copy, lambda metadata: change(metadata, tensors))
     save_file(tensors, copy / "model.safetensors")
     return copy
 

@@ -15,13 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
 from mergekit_arm.data.blocks import build_corpus
 from mergekit_arm.errors import InputError
 from mergekit_arm.statistics.combine import combine
 from mergekit_arm.statistics.read import Statistics
+from tests.support.byte_tokenizer import TEMPLATE, byte_tokenizer
+from tests.support.edits import edit
 from tests.support.equality import assert_same_statistics, load_statistics
 
 Calibrate = Callable[..., Path]
@@ -38,7 +40,7 @@ def part(family: Path, token_file: Path, tmp_path: Path) -> Calibrate:
         settings = {"model": str(family / "base"), "keep_sketch": True, "batch_size": 1}
         calibrate(
             CalibrationOptions(
-                out=str(tmp_path / name), dataset=str(data), **{**settings, **options}
+                out=str(tmp_path / name), **{"dataset": str(data), **settings, **options}
             )
         )
         return tmp_path / name
@@ -86,7 +88,7 @@ def test_sketches_add_up_by_the_matrix_that_lies_beside_them(
     c = shutil.copytree(b, tmp_path / "c")
     tensors = load_file(c / "model.safetensors")
     tensors["sketch_matrix.32"] = tensors["sketch_matrix.32"] + 1
-    save_file(tensors, c / "model.safetensors")
+    save_file(tensors, edit(c) / "model.safetensors")
     with pytest.raises(InputError, match="drawn from different random numbers"):
         combine([str(a), str(c)], tmp_path / "other")
 
@@ -103,7 +105,6 @@ def test_parts_of_one_data_set_share_nothing(part: Calibrate, tmp_path: Path) ->
     ("options", "message"),
     [
         ({"dtype": "bfloat16"}, "dtype was float32 for one and bfloat16|dtype was bfloat16"),
-        ({"seed": 1}, "seed was (42|1) for one"),
         ({"rank": 7}, "rank was (7|None) for one"),
         ({"energy": 0.5}, r"energy was [0-9.]+ for one"),
         ({"skip_first": 2}, "skip first was (0|2) for one"),
@@ -123,6 +124,86 @@ def test_what_does_not_add_up(
         combine([str(a), str(b)], tmp_path / "sum")
     assert str(b) in error.value.message or str(a) in error.value.message
     assert not (tmp_path / "sum").exists()
+
+
+def test_seeds_decide_only_which_rows_unless_sketches_are_drawn(
+    part: Calibrate, tmp_path: Path
+) -> None:
+    a, b = part("a", slice(0, 6)), part("b", slice(6, 12), seed=1)
+    metadata = combine([str(a), str(b)], tmp_path / "sum")
+    assert metadata.data.seed is None
+    assert_same_statistics(tmp_path / "sum", part("whole"), rtol=1e-6)
+    c, d = part("c", slice(0, 6), rank=8), part("d", slice(6, 12), rank=8, seed=1)
+    with pytest.raises(InputError, match=r"drawn with seed (42|1) for one and (42|1)"):
+        combine([str(c), str(d)], tmp_path / "sketches")
+
+
+def test_a_sketch_matrix_that_is_missing_is_named(part: Calibrate, tmp_path: Path) -> None:
+    a, b = part("a", slice(0, 6), rank=8), part("b", slice(6, 12), rank=8)
+    tensors = load_file(b / "model.safetensors")
+    del tensors["sketch_matrix.32"]
+    save_file(tensors, b / "model.safetensors")
+    with pytest.raises(InputError, match=r"does not hold sketch_matrix\.32.*--keep-sketch"):
+        combine([str(a), str(b)], tmp_path / "sum")
+
+
+def test_chats_and_text_add_up_and_the_record_says_both(family: Path, tmp_path: Path) -> None:
+    byte_tokenizer(TEMPLATE).save_pretrained(tmp_path / "tokenizer")
+    letters = "abcdefghijkl"
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": letter * 40}) + "\n" for letter in letters)
+    )
+    chats = ([{"role": "u", "content": letter * 30}] for letter in letters)
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
+    )
+    shared: dict[str, Any] = {
+        "model": str(small_bytes(tmp_path)),
+        "tokenizer": str(tmp_path / "tokenizer"),
+        "keep_sketch": True,
+        "sequence_length": 8,
+        "samples": 9,
+    }
+    given: dict[str, dict[str, Any]] = {
+        "text": {"dataset": "text.jsonl", "max_tokens_per_row": 8},
+        "chats": {"dataset": "chats.jsonl", "max_tokens_per_row": 16, "recipe": "packed"},
+    }
+    for name, own in given.items():
+        own["dataset"] = str(tmp_path / own["dataset"])
+        calibrate(CalibrationOptions(out=str(tmp_path / name), **{**shared, **own}))
+    data = combine([str(tmp_path / name) for name in given], tmp_path / "sum").data
+    one, other = (Statistics(n, tmp_path / n).metadata.data for n in given)
+    assert data.tokens == one.tokens + other.tokens
+    assert data.template_hash == other.template_hash
+    assert data.template_hash is not None
+    assert data.max_tokens_per_row == 16
+    assert data.tokenizer == shared["tokenizer"]
+    assert data.seed == 42
+    assert set(data.dataset.split(" + ")) == {one.dataset, other.dataset}
+
+
+def small_bytes(folder: Path) -> Path:
+    """Write a Llama with a token for each byte."""
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / "bytes")
+    return folder / "bytes"
+
+
+def test_what_mixtures_gave_is_in_the_sum(part: Calibrate, tmp_path: Path) -> None:
+    rows = (part("x", slice(0, 3)), part("y", slice(3, 6)))  # which writes x.jsonl and y.jsonl
+    mixed = part("mixed", dataset=tuple(f"{path}.jsonl" for path in rows))
+    alone = part("alone", slice(6, 12))
+    data = combine([str(mixed), str(alone)], tmp_path / "sum").data
+    assert data.mixture is not None
+    found = {Path(one.dataset).name: (one.sequences, one.tokens) for one in data.mixture}
+    assert found == {"x.jsonl": (3, 96), "y.jsonl": (3, 96), "alone.jsonl": (6, 192)}
 
 
 def test_importance_needs_no_sketch(part: Calibrate, tmp_path: Path) -> None:
@@ -145,7 +226,7 @@ def test_directories_that_do_not_say_what_they_measured(part: Calibrate, tmp_pat
     a, b = part("a", slice(0, 6)), part("b", slice(6, 12))
     tensors = load_file(b / "model.safetensors")
     del tensors["rows"]
-    save_file(tensors, b / "model.safetensors")
+    save_file(tensors, edit(b) / "model.safetensors")
     with pytest.raises(InputError, match="does not say which rows"):
         combine([str(a), str(b)], tmp_path / "sum")
 

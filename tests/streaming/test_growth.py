@@ -47,6 +47,26 @@ def follow(document: dict[str, Any], out: Path) -> list[dict[str, int]]:
     return held
 
 
+def follow_apart(document: dict[str, Any], out: Path) -> list[dict[str, int]]:
+    """Do as ``follow`` does in a process of its own.
+
+    What other tests have left behind in this one would hide growth, or look like it.
+    """
+    script = (
+        "import json, sys; from pathlib import Path; "
+        "from tests.streaming.test_growth import follow;"
+        "print(json.dumps(follow(json.loads(sys.argv[1]), Path(sys.argv[2]))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(document), str(out)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    held: list[dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
+    return held
+
+
 def assert_no_growth(held: list[dict[str, int]], model: int) -> None:
     """Check that what a stream holds grows by less than a ``model`` (bytes) every four steps."""
     first, rest = held[REFERENCE - 1], held[REFERENCE:]
@@ -83,6 +103,7 @@ def write_wide_run(folder: Path) -> None:
     write_tokens(folder / "tokens.jsonl", 1, rows=4)
 
 
+@pytest.mark.slow
 def test_twenty_steps_grow_nothing(tmp_path: Path) -> None:
     write_wide_run(tmp_path)
     document = config(
@@ -95,7 +116,7 @@ def test_twenty_steps_grow_nothing(tmp_path: Path) -> None:
             "keep": "last",  # the best step's weights would come to the last one's, once
         },
     )
-    held = follow(document, tmp_path / "out")
+    held = follow_apart(document, tmp_path / "out")
     assert len(held) == 20
     assert_no_growth(held, model=(tmp_path / "base" / "model.safetensors").stat().st_size)
 
@@ -135,20 +156,7 @@ def test_fifty_steps_with_135_million_parameters_grow_nothing(tmp_path: Path) ->
         evaluation={"dataset": str(tmp_path / "heldout.jsonl"), "keep": "last"},
         dtype="bfloat16",
     )
-    # In a process of its own: what other tests left behind would hide growth, or look like it.
-    script = (
-        "import json, sys; from pathlib import Path; "
-        "from tests.streaming.test_growth import follow;"
-        "print(json.dumps(follow(json.loads(sys.argv[1]), Path(sys.argv[2]))))"
-    )
-
-    done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(document), str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    held = json.loads(done.stdout.splitlines()[-1])
+    held = follow_apart(document, tmp_path / "out")
     assert len(held) == 50
     model = 4 * 134_515_008
     first = held[REFERENCE - 1]

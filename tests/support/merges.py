@@ -56,6 +56,28 @@ def weights(path: Path) -> dict[str, Tensor]:
     return merged
 
 
+def as_merged(path: Path) -> dict[str, Tensor]:
+    """A model's tensors under the names that mergekit gives them: it stacks a list of experts."""
+    found = weights(path)
+    for name in [one for one in found if one.endswith("block_sparse_moe.gate.weight")]:
+        found[name.replace("block_sparse_moe", "mlp")] = found.pop(name)
+    for start in sorted({one.partition(".experts.")[0] for one in found if ".experts." in one}):
+        parts = (
+            ("w1", "w2", "w3") if "block_sparse" in start else ("gate_proj", "down_proj", "up_proj")
+        )
+        count = sum(one.startswith(f"{start}.experts.") for one in found) // 3
+        gate, down, up = (
+            torch.stack([found.pop(f"{start}.experts.{i}.{w}.weight") for i in range(count)])
+            for w in parts
+        )
+        stacked = f"{start.replace('block_sparse_moe', 'mlp')}.experts"
+        found[f"{stacked}.gate_up_proj"], found[f"{stacked}.down_proj"] = (
+            torch.cat([gate, up], 1),
+            down,
+        )
+    return found
+
+
 def relaxed(folder: Path, name: str, base: Tensor, merged: Tensor, omega: float = OMEGA) -> Tensor:
     """AIM's formula in float64, from what the statistics say of the tensor of this name."""
     statistics = Statistics("stats", folder / "stats")

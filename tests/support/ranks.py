@@ -25,7 +25,12 @@ from mergekit_arm.cli.main import main
 LIMIT = 120.0
 """Seconds after which a job hangs; a machine with other work on it is slow."""
 
-
+_WHAT_A_CALIBRATION_IMPORTS = (
+    "datasets",
+    "mergekit_arm.cli.calibrate",
+    "mergekit_arm.calibration.calibrate",
+    "transformers.models.llama.modeling_llama",
+)
 _TORCH = re.compile(r"^(\[rank\d+\]:)?(\[W|frame #).*\n?", re.M)
 
 
@@ -75,7 +80,7 @@ def run_jobs(
     """
     # Forked from a server that has imported everything, a process starts at once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload([__name__, *_WHAT_A_CALIBRATION_IMPORTS])
     logs = {
         (job, rank): folder / f"job-{job}-rank-{rank}.log"
         for job, commands in enumerate(jobs)
@@ -145,7 +150,7 @@ def _take_part(tasks: Sequence[_Task], death: Death | None) -> None:
     # Nobody wants to wait a minute for a test.
     torch.set_num_threads(1)  # several processes share the cores
     faulthandler.dump_traceback_later(LIMIT - 5, file=2)  # where one that hangs does
-    heartbeat.BEAT, heartbeat.DEAD_AFTER, processes._POLL = 0.5, 5.0, 0.02
+    heartbeat.BEAT, heartbeat.DEAD_AFTER, processes.POLL = 0.5, 5.0, 0.02
     plain, count = Session.after_batch, 0
 
     def after_batch(self: Session, *arguments: Any) -> None:

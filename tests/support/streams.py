@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from mergekit_arm.demo.train import train_tokenizer
 from tests.support.models import VOCABULARY, perturbed, tiny_llama
@@ -42,6 +42,21 @@ def add_tokenizer(folder: Path, *, template: str | None = None) -> Any:
     tokenizer = train_tokenizer(["a small text about nothing much"] * 4, 320)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def write_with_another_token(folder: Path) -> Any:
+    """Save ``base``, and ``a`` with one token more, ``<call>``; return the tokenizer of ``a``."""
+    base = tiny_llama(0)
+    size = len(add_tokenizer(folder / "base"))
+    base.resize_token_embeddings(size)
+    base.save_pretrained(folder / "base")
+    longer = perturbed(base, 1)
+    longer.resize_token_embeddings(size + 1)
+    longer.save_pretrained(folder / "a")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    tokenizer.add_tokens(["<call>"])
+    tokenizer.save_pretrained(folder / "a")
     return tokenizer
 
 

@@ -93,6 +93,9 @@ def cover_checkpoint(
 
     Integer and boolean tensors too: mergekit casts them where a merge sets ``dtype``. Reads
     probes only.
+
+    Raises:
+        InputError: a tensor has another shape than its parameter.
     """
     first_name = {id(p): name for name, p in model.named_parameters()}
     canonical = {
@@ -110,6 +113,7 @@ def cover_checkpoint(
             coverage.weights.append(weight)
             coverage.taken.append(take_probe(tensor))
     parts = trace_parts(model, shapes)
+    _check_shapes(model, coverage, parts)
     for weight in coverage.weights:
         weight.parts = tuple(
             replace(part, parameter=canonical.get(part.parameter, part.parameter))
@@ -120,6 +124,21 @@ def cover_checkpoint(
         if weight.reason is None and weight.parts[0].parameter in buffers:
             weight.reason = BIAS if weight.parts[0].parameter.endswith("bias") else BUFFER
     return coverage
+
+
+def _check_shapes(
+    model: PreTrainedModel, coverage: Coverage, parts: Mapping[str, tuple[Part, ...]]
+) -> None:
+    wanted = {name: tuple(one.shape) for name, one in model.state_dict(keep_vars=True).items()}
+    for weight in coverage.weights:
+        for part in parts[weight.name]:
+            shape = wanted.get(part.parameter, weight.shape)
+            if not part.converted and shape != weight.shape:
+                raise InputError(
+                    f"{weight.name} of {model.name_or_path or coverage.architecture} has shape "
+                    f"{list(weight.shape)}, and config.json asks for {list(shape)}; "
+                    "copy or download both again"
+                )
 
 
 def _settle(weight: CoveredWeight, plan: ReadingPlan) -> str | None:

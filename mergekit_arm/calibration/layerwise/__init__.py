@@ -2,6 +2,6 @@
 
 ``walk`` explains the idea and leads; read it first. ``followers`` are the batches behind it,
 ``hidden`` what they hand from layer to layer. ``chain`` is the model with its layers taken out,
-``calls`` how it calls them, and ``weights`` reads a layer's weights. ``parts`` keeps what is
-finished, and ``estimate`` says early what all will take.
+``calls`` how it calls them, and ``weights`` reads a layer's weights. ``estimate`` says early what
+all will take.
 """

@@ -29,6 +29,10 @@ Visit = Callable[[int, LayerCall, Tensor, Callable[..., Any]], Any]
 forward. Returns what the model gets for the layer's output."""
 
 
+_SAME = 0.01
+"""Relative difference of two equal computations, at most: some GPU kernels add in any order."""
+
+
 class _Recorded(Exception):
     """All calls are recorded; the rest of the forward has no meaning."""
 
@@ -126,6 +130,11 @@ class Chain:
 
     def run(self, ids: Tensor, visit: Visit) -> None:
         """Pass ``ids`` through the model's forward, with ``visit`` in the place of every layer."""
+        embedding = self.model.get_input_embeddings()
+        for name, module in self.model.named_modules():
+            if module is embedding:
+                # Some models bring the ids to the device of its weights before they call it.
+                self._need(name, module, ())
         previous, self._visit = self._visit, visit
         try:
             self.model(**model_arguments(self.model, ids.to(self._device), {}))
@@ -191,6 +200,24 @@ class Chain:
         """
         if index != expected:
             raise NotWalkable("its layers are not called one after the other")
+
+    def check_memory(
+        self,
+        index: int,
+        call: LayerCall,
+        hidden: Tensor,
+        forward: Callable[..., Any],
+        output: Tensor,
+    ) -> None:
+        """Let ``hidden`` through a layer again, behind all others; before, ``output`` came out.
+
+        Raises:
+            NotWalkable: something else comes out, so that layers hand on something out of sight.
+        """
+        args, kwargs = call.fill(hidden)
+        again = self.form.unwrap(forward(*args, **kwargs))
+        if float((again - output).float().norm()) > _SAME * float(output.float().norm()):
+            raise NotWalkable(f"layer {index} depends on what other layers did")
 
     def drop_embeddings(self) -> None:
         """Let go of embedding tables; they are read again should one be called."""

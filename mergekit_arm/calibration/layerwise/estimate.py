@@ -49,6 +49,8 @@ def estimate_by_layer(
     return replace(
         one,
         seconds=len(chain) * (first.reading_seconds + one.seconds),
+        inputs=len(chain) * one.inputs,
+        finishing=len(chain) * one.finishing,
         weights=first.weights + sum(chain.loaded.values()),
         output=output,
         # What was saved stays until the new is written; each process saves its own, and

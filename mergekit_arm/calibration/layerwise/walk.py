@@ -13,6 +13,7 @@ and at every layer what was recorded must equal what really arrives, bit for bit
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -28,7 +29,7 @@ from mergekit_arm.calibration.layerwise.chain import Chain
 from mergekit_arm.calibration.layerwise.estimate import FirstLayer, estimate_by_layer
 from mergekit_arm.calibration.layerwise.followers import Followers
 from mergekit_arm.calibration.layerwise.hidden import HiddenStates, Key
-from mergekit_arm.calibration.layerwise.parts import Parts
+from mergekit_arm.calibration.running.finishing import Finishing
 from mergekit_arm.calibration.running.progress import Snapshot
 from mergekit_arm.calibration.running.session import DryRun, Session
 from mergekit_arm.calibration.sums.batches import Feeder, Span
@@ -39,8 +40,6 @@ from mergekit_arm.errors import first_line
 from mergekit_arm.machine import Cost
 
 _LEADER = "leader"
-_SAME = 0.01
-"""Relative difference of two equal computations, at most: some GPU kernels add in any order."""
 
 
 def measure_by_layer(
@@ -77,7 +76,8 @@ class _Walk:
         self._device = device
         self._session = session
         self._hidden = HiddenStates(session.progress, budget)
-        self._feeder = Feeder(session.corpus, session.sample, session.reports.say)
+        samples = session.samples(chain.model)
+        self._feeder = Feeder(session.corpus, samples, session.reports.say)
         self._leader = session.corpus.blocks[0][None, :DISCOVERY_TOKENS]
         self._leader_calls: list[LayerCall] = []
         self._arriving: Tensor | None = None
@@ -93,10 +93,15 @@ class _Walk:
         self._start = 0
         """Where the walk began: not at 0 if an earlier run had come further."""
         self._snapshot: Snapshot | None = None
-        self._parts = Parts(session, device)
+        self._over: dict[str, Any] | None = None
+        """Where all is measured: how many parts there are, and what the forward has shown."""
+        self._finishing = Finishing(session, device, "walk")
 
     def run(self) -> list[MeasuredSite]:
         self._resume()
+        if self._over:
+            self._coverage.plan.recall(self._over["plan"])
+            return self._finishing.sites(self._over["parts"])
         try:
             self._chain.run(self._leader, self._lead)
         except (RuntimeError, NotImplementedError) as error:
@@ -105,7 +110,11 @@ class _Walk:
             # What torch says of a weight that was used without its module being called.
             raise NotWalkable(f"it uses weights outside its layers: {first_line(error)}") from error
         self._measure_behind()
-        return self._parts.sites(len(self._chain) + 2)
+        parts = len(self._chain) + 2
+        if self._session.job.main:  # which alone writes
+            self._over = {"parts": parts, "plan": self._coverage.plan.discovered()}
+        self._session.after_last(self._position(), [])
+        return self._finishing.sites(parts)
 
     def _lead(
         self, index: int, call: LayerCall, hidden: Tensor, forward: Callable[..., Any]
@@ -163,31 +172,13 @@ class _Walk:
         self._followers.through_layer(forward, sites, passed)
         if self._session.options.dry_run:  # without a batch: another process says what there is
             raise DryRun
-        self._check_memory(index, call, hidden, forward, form.unwrap(outputs[0]))
-        self._parts.close(self._followers.stage + 1, sites, self._position())
+        chain.check_memory(index, call, hidden, forward, form.unwrap(outputs[0]))
+        self._finishing.close(self._followers.stage + 1, sites, self._position())
         chain.weights.unload(chain.layer(index), inner=True)
         self._hidden.drop((_LEADER, index))
         self._arriving = form.unwrap(outputs[0])
         self._followers.stage, self._followers.done = index + 1, 0
         return outputs[0]
-
-    def _check_memory(
-        self,
-        index: int,
-        call: LayerCall,
-        hidden: Tensor,
-        forward: Callable[..., Any],
-        output: Tensor,
-    ) -> None:
-        """Let the leader through the layer again, behind everybody else.
-
-        Raises:
-            NotWalkable: another output came out, so that layers hand on something out of sight.
-        """
-        args, kwargs = call.fill(hidden)
-        again = self._chain.form.unwrap(forward(*args, **kwargs))
-        if float((again - output).float().norm()) > _SAME * float(output.float().norm()):
-            raise NotWalkable(f"layer {index} depends on what other layers did")
 
     def _begin(self) -> None:
         """Record how the leader and every batch come to the layers."""
@@ -207,10 +198,10 @@ class _Walk:
         sites = plan_sites(self._chain.model, plans, self._session.options)
         self._followers.begin(
             self._spans,
-            sites if not self._parts.has(0) else [],
+            sites if not self._finishing.has(0) else [],
             resumed=(self._followers.stage, self._followers.done) != (0, 0),
         )
-        self._parts.close(0, sites, self._position())
+        self._finishing.close(0, sites, self._position())
 
     def _measure_behind(self) -> None:
         """Let every block through what follows the layers: the last norm, the head's input."""
@@ -231,7 +222,7 @@ class _Walk:
         )
         sites = self._sites(plans)
         self._followers.leave(sites, lambda _: self._passed(sites))
-        self._parts.close(self._followers.stage + 1, sites, self._position())
+        self._finishing.close(self._followers.stage + 1, sites, self._position())
 
     def _passed(self, sites: list[Site]) -> None:
         """Report a batch, and save progress if it is time."""
@@ -239,7 +230,7 @@ class _Walk:
 
     def _sites(self, plans: list[SitePlan]) -> list[Site]:
         """Return the sites of the stage; none where an earlier run has finished it."""
-        if self._parts.has(self._followers.stage + 1):
+        if self._finishing.has(self._followers.stage + 1):
             return []
         sites = plan_sites(self._chain.model, plans, self._session.options)
         if self._snapshot and self._followers.stage == self._start:
@@ -255,6 +246,9 @@ class _Walk:
 
     def _resume(self) -> None:
         self._snapshot = self._session.resume()
+        over = self._snapshot.position.get("over") if self._snapshot else None
+        # What the first process has goes for all.
+        self._over = json.loads(self._session.job.gather("over", json.dumps(over))[0])
         if self._snapshot is None:
             self._hidden.adopt([])
             return
@@ -276,6 +270,7 @@ class _Walk:
             "limit": self._feeder.limit,
             "hidden": self._needed(),
             "plan": self._coverage.plan.discovered(),
+            "over": self._over,
         }
 
     def persist(self) -> None:
@@ -288,6 +283,8 @@ class _Walk:
 
     def _needed(self) -> list[Key]:
         """Return the hidden states without which the walk cannot go on from here."""
+        if self._over:
+            return []
         behind = self._followers.stage == len(self._chain)
         return [(_LEADER, self._followers.stage), *self._followers.needed(behind=behind)]
 

@@ -14,7 +14,7 @@ class Preflight:
     tokens: int
     """To measure, by this process."""
     seconds: float
-    """For all of them."""
+    """For all of them to pass the model."""
     weights: int
     """Held at once."""
     sums: int
@@ -34,12 +34,20 @@ class Preflight:
     """For hidden states and saved progress, at most."""
     disk_free: int = 0
     low_memory: bool = False
+    inputs: int = 0
+    """To finish, once all tokens have passed."""
+    finishing: float = 0.0
+    """Seconds for that: mostly for eigenvectors."""
 
     def lines(self) -> list[str]:
         """Return the estimate in words."""
+        finishing = ""
+        if self.finishing:
+            took = duration_text(self.finishing)
+            finishing = f", and finishing {self.inputs:,} inputs about {took}"
         held = "one layer's weights" if self.low_memory else "weights"
         return [
-            f"{self.tokens:,} tokens will take about {duration_text(self.seconds)}.",
+            f"{self.tokens:,} tokens will take about {duration_text(self.seconds)}{finishing}.",
             (
                 f"Memory: {size_text(self.weights)} {held}, {size_text(self.sums)} sums, about "
                 f"{size_text(self.activations)} activations for {self.batch_size} sequences at "

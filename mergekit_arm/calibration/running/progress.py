@@ -2,8 +2,8 @@
 
 Beside ``OUT`` lies ``OUT.partial`` while a run is under way. In it every process keeps a file of
 its sums so far, exactly as they are in memory, and of how far they go. It is replaced in one
-step, so it is always whole. A walk layer by layer keeps finished layers and hidden states there
-too, in files of their own.
+step, so it is always whole. Sites that are finished lie in files of their own, and so do the
+hidden states of a walk layer by layer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.files import replacement
 
 _RECORD = "progress"
-_SUMS, _FINISHED = "sums", "finished"
+_SUMS, _FINISHED, _PIECES = _KEPT = "sums", "finished", "pieces"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class SavedProgress:
         """
         difference = None
         try:
-            for path in [*self.files(_SUMS), *self.files(_FINISHED)]:
+            for path in [path for kind in _KEPT for path in self.files(kind)]:
                 difference = difference or _difference(
                     self._read_record(path)["fingerprint"], self._fingerprint
                 )
@@ -127,20 +127,29 @@ class SavedProgress:
 
     def finished(self) -> int:
         """Return how many parts ``finish`` has written, one after the other."""
-        count = 0
-        while self.path(f"{_FINISHED}.{count}").is_file():
-            count += 1
-        return count
+        return self._count(_FINISHED)
 
     def finish(self, number: int, measured: Sequence[MeasuredSite]) -> None:
         """Keep sites that nothing will be added to any more as part ``number``."""
-        tensors, sites = pack(measured)
-        self._write(f"{_FINISHED}.{number}", tensors, {"sites": sites})
+        self._write_sites(f"{_FINISHED}.{number}", measured)
+        for path in self.files(f"{_PIECES}.{number}"):
+            path.unlink()
 
     def read_finished(self, number: int) -> list[MeasuredSite]:
         """Return what ``finish`` kept; tensors are mapped, and read when they are used."""
-        path = self.path(f"{_FINISHED}.{number}")
-        return unpack(_read_tensors(path), self._read_record(path)["sites"])
+        return self._read_sites(f"{_FINISHED}.{number}")
+
+    def add_piece(self, number: int, measured: Sequence[MeasuredSite]) -> None:
+        """Keep some sites of part ``number`` until the part is finished."""
+        name = f"{_PIECES}.{number}"
+        self._write_sites(f"{name}.{self._count(name)}", measured)
+        self._saved = time.monotonic()
+
+    def read_pieces(self, number: int) -> list[MeasuredSite]:
+        """Return what ``add_piece`` kept of part ``number``."""
+        name = f"{_PIECES}.{number}"
+        pieces = range(self._count(name))
+        return [site for piece in pieces for site in self._read_sites(f"{name}.{piece}")]
 
     def path(self, name: str) -> Path:
         """Return the path of this process's file of that name."""
@@ -152,9 +161,10 @@ class SavedProgress:
 
     def discard(self) -> None:
         """Remove what this process has saved, and the directory with the last of it."""
-        for name in (f"{self._prefix}*", f".{self._prefix}*"):  # whole, and half-written
-            for path in self.folder.glob(name):
-                path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process removed the directory
+            for name in (f"{self._prefix}*", f".{self._prefix}*"):  # whole, and half-written
+                for path in self.folder.glob(name):
+                    path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty: other processes' progress
             self.folder.rmdir()
 
@@ -166,6 +176,20 @@ class SavedProgress:
                 unfinished,
                 metadata={_RECORD: json.dumps({"fingerprint": self._fingerprint, **record})},
             )
+
+    def _write_sites(self, name: str, measured: Sequence[MeasuredSite]) -> None:
+        tensors, sites = pack(measured)
+        self._write(name, tensors, {"sites": sites})
+
+    def _read_sites(self, name: str) -> list[MeasuredSite]:
+        path = self.path(name)
+        return unpack(_read_tensors(path), self._read_record(path)["sites"])
+
+    def _count(self, name: str) -> int:
+        count = 0
+        while self.path(f"{name}.{count}").is_file():
+            count += 1
+        return count
 
     @staticmethod
     def _read_record(path: Path) -> dict[str, Any]:

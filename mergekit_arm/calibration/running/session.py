@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any, Protocol
 
+from transformers import PreTrainedModel
+
 from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.calibration.processes import Job, PeerLost
 from mergekit_arm.calibration.running.preflight import Preflight
@@ -20,11 +22,16 @@ from mergekit_arm.calibration.sums.sites import Site
 from mergekit_arm.data.blocks import Corpus
 from mergekit_arm.data.sample import TokenSample
 from mergekit_arm.errors import Failure
+from mergekit_arm.models.calling import token_counts
 
 TOKENS_PER_BATCH = 4096
 
 ProgressReport = Callable[[int, int], None]
 """Called after every batch with tokens done and tokens in all."""
+
+StageReport = Callable[[str, int, int], None]
+"""Called where other work begins, and on its way: its name, how much is done, and how much there
+is, which is 0 where nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +42,21 @@ class Reports:
     """One-line notes for the user."""
     progress: ProgressReport
     preflight: Callable[[Preflight], None]
+    stage: StageReport
 
     @staticmethod
     def of(
         say: Callable[[str], None] | None = None,
         progress: ProgressReport | None = None,
         preflight: Callable[[Preflight], None] | None = None,
+        stage: StageReport | None = None,
     ) -> Reports:
         """Return reports that go to what is given, and otherwise nowhere."""
         return Reports(
             say or (lambda note: None),
             progress or (lambda done, total: None),
             preflight or (lambda estimate: None),
+            stage or (lambda name, done, total: None),
         )
 
 
@@ -93,15 +103,24 @@ class Session:
     _stop: str | None = None
     _since: float = field(default_factory=time.perf_counter)
 
-    @property
-    def sample(self) -> TokenSample:
-        """The tokens that subspaces are measured on."""
-        return TokenSample(
-            self.corpus.lengths,
-            self.options.subspace_tokens,
-            seed=self.options.seed,
-            skip_first=self.options.skip_first,
-        )
+    def samples(self, model: PreTrainedModel) -> list[TokenSample]:
+        """Return the tokens that sampled kinds of statistics see.
+
+        One sample; of an encoder–decoder one of the encoder's tokens and one of the decoder's.
+        """
+        counts = [
+            token_counts(model, length, self.corpus.extra(block))
+            for block, length in enumerate(self.corpus.lengths)
+        ]
+        return [
+            TokenSample(
+                lengths,
+                self.options.subspace_tokens,
+                seed=self.options.seed,
+                skip_first=self.options.skip_first,
+            )
+            for lengths in zip(*counts, strict=True)
+        ]
 
     def spans(self) -> list[Span]:
         """Return this process's batches, of ``--batch-size`` or ``TOKENS_PER_BATCH``."""
@@ -175,7 +194,7 @@ class Session:
         now = time.perf_counter()
         self.seconds += now - self._since
         self._since = now
-        self._heed(position, sites)
+        self.heed(position, sites)
         if self.progress.due():
             self._save(position, sites)
             self._since = time.perf_counter()
@@ -186,28 +205,35 @@ class Session:
         Raises:
             Failure: as ``after_batch`` does.
         """
-        self.job.wait(stage, lambda: self._heed(position, sites))
+        self.job.wait(stage, lambda: self.heed(position, sites))
 
     def after_last(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
-        """Wait until all processes are through; save first, for one of them may never be.
+        """Save, so that nothing that follows can cost the sums; wait until all are through.
 
         Raises:
             Failure: as ``after_batch`` does.
         """
-        if self.job.processes > 1:
-            self._save(position, sites)
-            self.wait("measured", position, sites)
+        self._save(position, sites)
+        self.wait("measured", position, sites)
 
-    def _heed(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
-        """Save and stop if a signal asked for that, or another process is gone."""
+    def heed(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
+        """Save and stop if a signal asked for that, or another process is gone.
+
+        Raises:
+            Failure: it stops; progress is saved.
+        """
         try:
             self.job.check()
         except PeerLost as lost:
             self._save(position, sites)
-            raise PeerLost(f"{lost.message}; {self._saved_note()}") from lost
+            raise PeerLost(f"{lost.message}; {self.saved_note()}") from lost
         if self._stop:
             self._save(position, sites)
-            raise Failure(f"stopped by {self._stop}; {self._saved_note()}")
+            raise Failure(f"stopped by {self._stop}; {self.saved_note()}")
+
+    def saved_note(self) -> str:
+        """Return where progress is and what to do with it, to end a message."""
+        return f"progress is in {self.progress.folder}: the same command continues"
 
     def _save(self, position: Mapping[str, Any], sites: Iterable[Site]) -> None:
         if self.beside:
@@ -215,9 +241,6 @@ class Session:
         self.progress.save({**position, "seconds": self.seconds}, sites)
         if self.beside:
             self.beside.settle()
-
-    def _saved_note(self) -> str:
-        return f"progress is in {self.progress.folder}: the same command continues"
 
     def _request(self, number: int, _frame: FrameType | None) -> None:
         if self._stop and number == signal.SIGINT:

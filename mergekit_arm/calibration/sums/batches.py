@@ -38,17 +38,17 @@ class Batch:
     span: Span
     ids: Tensor
     """(sequences, length) int64"""
-    sample: Tensor | None
-    """Rows for sampled statistics; None means all."""
+    samples: Mapping[int, Tensor]
+    """Rows for sampled statistics, by the number of rows that an input has where it has one for
+    each token; of inputs with other numbers all rows are seen."""
     counted: Mapping[Call, int] = field(default_factory=dict)
     """How many calls an earlier attempt, which ran out of memory half-way, has added."""
     calls: Counter[Call] = field(default_factory=Counter)
 
     def sampled(self, rows: Tensor) -> Tensor:
         """Return the sampled rows of an input that has one row for each token, or all rows."""
-        if self.sample is None or rows.shape[0] != self.ids.numel():
-            return rows
-        return rows[self.sample.to(rows.device)]
+        sample = self.samples.get(rows.shape[0])
+        return rows if sample is None else rows[sample.to(rows.device)]
 
     def add(self, site: str, statistic: str, update: Callable[[], None]) -> None:
         """Run ``update``, unless this call's input was added before memory ran out."""
@@ -86,9 +86,12 @@ def plan_spans(
 class Feeder:
     """Hands batches to a forward pass, in smaller pieces once memory has run out."""
 
-    def __init__(self, corpus: Corpus, sample: TokenSample, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, corpus: Corpus, samples: Sequence[TokenSample], say: Callable[[str], None]
+    ) -> None:
+        """Prepare; ``samples`` has one for each part of the model that reads tokens of its own."""
         self._corpus = corpus
-        self._sample = sample
+        self._samples = samples
         self._say = say
         self.limit: int | None = None
         """Blocks at once, after memory ran out; None before."""
@@ -96,7 +99,12 @@ class Feeder:
     def batch(self, span: Span, counted: Mapping[Call, int] | None = None) -> Batch:
         """Return ``span``'s blocks as one batch."""
         ids = self._corpus.stack(span.first, span.count)
-        return Batch(span, ids, self._sample.rows(span.first, span.count), counted or {})
+        samples = {}
+        for sample in self._samples:
+            rows = sample.rows(span.first, span.count)
+            if rows is not None:
+                samples[sample.lengths[span.first] * span.count] = rows
+        return Batch(span, ids, samples, counted or {})
 
     def feed(self, span: Span, forward: Callable[[Batch], None]) -> None:
         """Pass ``span`` through ``forward``, halving the batch whenever memory runs out.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mergekit_arm.calibration.processes import Job
 from mergekit_arm.calibration.sums.sites import Site, site_name
+from mergekit_arm.machine import one_thread_each
 from mergekit_arm.statistics.format import SiteRecord
 from mergekit_arm.statistics.kinds.site import site_record
 
@@ -32,30 +34,59 @@ class MeasuredSite:
     """By key, without the site's name."""
 
 
-def add_up(sites: Iterable[Site], job: Job, device: torch.device) -> list[MeasuredSite]:
-    """Join the sites' sums of all processes, each of which calls this; return them on the first.
+def add_up(
+    inputs: Iterable[list[Site]], job: Job, device: torch.device, workers: int
+) -> Generator[list[MeasuredSite], None, None]:
+    """Join the sums of all processes, each of which calls this; yield them on the first.
 
-    Each process finishes its share, one site at a time, so that beside its own sums it holds the
-    totals of two sites at most. Its own stay what they are: should a process die now, they are
-    what must be saved. Sites that no process saw an input of are left out.
+    Each process finishes its share. A single one finishes ``workers`` inputs at once, each on one
+    thread: the numbers do not depend on how many cores there are, and small decompositions gain
+    nothing from several. Beside its own sums a process holds the totals of two inputs at most.
+    Its own stay what they are: should a process die now, they are what must be saved.
+
+    Args:
+        inputs: the sites of each input, as ``by_input`` returns them.
+        job: the processes.
+        device: where sums of inputs that this process has not seen are made.
+        workers: inputs at once, in a single process.
+
+    Yields:
+        What has been finished since: of some inputs at once with several processes. Nothing of
+        an input that no process saw, and nothing on the processes but the first.
     """
+    # Of one width side by side: what is finished at once then takes alike long.
+    inputs = sorted(inputs, key=lambda shares: shares[0].plan.width)
+    with one_thread_each(workers) as pool:
+        if job.processes == 1:
+            for shares in inputs:
+                for site in shares:
+                    if site.tokens:
+                        site.prepare(device)  # here, for what sites share is made once
+            yield from pool.map(partial(_finish_seen, device=device), inputs)
+            return
+        for first in range(0, len(inputs), job.processes):
+            mine: list[Site] = []
+            for process, shares in enumerate(inputs[first : first + job.processes]):
+                total = [_total(site, job, device) for site in shares]
+                if process == job.process:
+                    mine = total
+            yield _collect(_finish_seen(mine, device), job)
+
+
+def by_input(sites: Iterable[Site]) -> list[list[Site]]:
+    """Return the sites of every input together: one, or one for each of its experts."""
     shares: dict[int, list[Site]] = {}
     for site in sites:
         shares.setdefault(id(site.plan), []).append(site)
-    order = {site_name(group[0].plan): number for number, group in enumerate(shares.values())}
-    # Of one width side by side: what is finished at once then takes alike long.
-    groups = sorted(shares.values(), key=lambda group: group[0].plan.width)
-    measured: list[MeasuredSite] = []
-    for first in range(0, len(groups), job.processes):
-        mine: list[Site] = []
-        for process, group in enumerate(groups[first : first + job.processes]):
-            total = [_total(site, job, device) for site in group]
-            if process == job.process:
-                mine = total
-        seen = any(site.tokens for site in mine)
-        finished = [finish_site(mine, device)] if seen else []
-        measured += _collect(finished, job)
-    return sorted(measured, key=lambda site: order[site.name])
+    return list(shares.values())
+
+
+def _finish_seen(shares: list[Site], device: torch.device) -> list[MeasuredSite]:
+    """Return the finished input; nothing where nothing was seen of it."""
+    if not any(site.tokens for site in shares):
+        return []
+    with torch.inference_mode():  # which is a thread's own
+        return [finish_site(shares, device)]
 
 
 def _total(site: Site, job: Job, device: torch.device) -> Site:

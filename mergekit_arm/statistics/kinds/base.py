@@ -21,7 +21,7 @@ import enum
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -112,6 +112,9 @@ class Observer:
         return torch.stack([value.sum().float() for value in self.sums.values()]).sum()
 
 
+T = TypeVar("T")
+
+
 class Directory(Protocol):
     """What a kind needs of an open statistics directory (``statistics/read.py``)."""
 
@@ -128,7 +131,7 @@ class Directory(Protocol):
     def stored(self, name: str) -> Tensor:
         """Read a tensor that belongs to no site."""
 
-    def once(self, key: Hashable, read: Callable[[], Tensor]) -> Tensor:
+    def once(self, key: Hashable, read: Callable[[], T]) -> T:
         """Return what ``read`` made for ``key``, from memory if that was lately."""
 
     def first(self, key: Hashable) -> bool:
@@ -162,6 +165,10 @@ class Kind:
     def observer(self, width: int, device: torch.device) -> Observer:
         """Return an observer of an input of ``width`` channels that has seen nothing."""
         raise NotImplementedError
+
+    def measured(self, directory: Directory) -> bool:
+        """Say whether ``directory`` holds this kind at all."""
+        return self.name in directory.metadata.settings.statistics
 
     def stored(self, width: int) -> dict[str, TensorSpec]:
         """Return what a directory stores as ``<site>.<key>``; by default all that accumulated.

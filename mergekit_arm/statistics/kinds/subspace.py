@@ -172,6 +172,23 @@ class Subspace(Kind):
             lambda: orthonormal(directory.tensor(site, "basis")[:, :count], where),
         )
 
+    def eigenpairs(
+        self, directory: Directory, record: WeightRecord
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return all that is stored of C's leading eigenvectors and eigenvalues.
+
+        In × k and (k,), float32, as ``basis`` returns them; None where ``basis`` returns None.
+
+        Raises:
+            InputError: subspaces were not measured, or what is stored is damaged.
+        """
+        site = record.site or ""
+        if directory.metadata.sites[site].no_subspace is not None:
+            return None
+        where = f"activation_stats {directory.reference}: {site}"
+        basis = orthonormal(directory.tensor(site, "basis"), where)
+        return basis, directory.tensor(site, "eigenvalues")
+
     def columns(self, directory: Directory, record: WeightRecord, energy: float) -> int | None:
         """Return how many columns ``basis`` has, without reading them; None where it is None.
 

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from mergekit_arm.errors import InputError, did_you_mean, first_line
 from mergekit_arm.models.contents import Contents
+from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.config import (
     DEFAULT_LEARNING_RATE,
-    Calibration,
     StreamConfig,
 )
 from mergekit_arm.streaming.plan.document import check_document, step_document
@@ -99,7 +99,7 @@ def choose_calibration(config: StreamConfig, method: StepMethod) -> Calibration:
     """Return how the steps measure: subspaces hold the energy that the merge will ask for."""
     calibration = config.calibration or Calibration.model_validate({})
     specs = {spec.name: spec for spec in merge_methods.get(method.name).spec.parameters}
-    if "energy" not in specs:
+    if "energy" not in specs or calibration.task is not None:
         return calibration
     wanted = leaves(config.parameters.get("energy", specs["energy"].default))
     needed = max(float(one) for one in wanted if isinstance(one, (int, float)))
@@ -122,6 +122,7 @@ def check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | No
         checkpoint="checkpoint",
         learning_rate=None if rates is None else rate_at(rates, 0, 1),
         statistics=None,
+        task_statistics=None,
         checkpoint_statistics=None,
     )
     try:

@@ -11,6 +11,7 @@ import yaml
 from mergekit.config import ConfigYamlDumper, MergeConfiguration
 from mergekit.options import MergeOptions
 
+from mergekit_arm.methods.arm import TASK
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.plan.method import StepMethod
 
@@ -28,6 +29,7 @@ def step_document(
     checkpoint: str,
     learning_rate: float | None,
     statistics: Path | None,
+    task_statistics: Path | None,
     checkpoint_statistics: Path | None,
 ) -> dict[str, Any]:
     """Return the mergekit configuration of one step: ``current`` merged with ``checkpoint``."""
@@ -37,6 +39,8 @@ def step_document(
         (shared if method.rate_is_shared else incoming)[method.rate_parameter] = learning_rate
     if statistics is not None:
         shared["activation_stats"] = str(statistics)
+    if task_statistics is not None:
+        shared[TASK] = str(task_statistics)
     if checkpoint_statistics is not None:
         incoming["activation_stats"] = str(checkpoint_statistics)
     model: dict[str, Any] = {"model": checkpoint}

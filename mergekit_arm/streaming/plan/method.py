@@ -11,6 +11,8 @@ from mergekit.merge_methods import BasePolicy, MergeMethod, ParameterScope
 
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.methods import register_all
+from mergekit_arm.methods.arm import TASK, together
+from mergekit_arm.methods.base import StatisticsMethod
 from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 
@@ -33,8 +35,10 @@ class StepMethod:
     """Parameters without whose value the learning rate would mean nothing."""
 
 
-def fit_method(name: str, parameters: Mapping[str, Any]) -> StepMethod:
+def fit_method(name: str, parameters: Mapping[str, Any], retains: bool = False) -> StepMethod:
     """Return how ``name`` takes part in a stream with the user's ``parameters``.
+
+    ``retains``: the model is measured on the task's text as well, so as not to forget.
 
     Raises:
         InputError: no such method, not one for a base and one model, or parameters that it
@@ -54,16 +58,23 @@ def fit_method(name: str, parameters: Mapping[str, Any]) -> StepMethod:
     rate_parameter, shared = _rate_parameter(inner)
     fixed = _fixed(inner, parameters) if rate_parameter == "weight" else {}
     specs = {spec.name: spec for spec in method.spec.parameters}
+    if retains and TASK not in specs:
+        raise InputError(
+            f"calibration.task: {name} has no use for it; name the dataset under calibration itself"
+        )
+    problem = together(parameters, task=retains) if TASK in specs else None
+    if problem:
+        raise InputError(f"parameters: {problem}, which calibration.task measures")
     for key in parameters:
-        if key == "activation_stats" and key in specs:
+        if key in ("activation_stats", TASK) and key in specs:
             raise InputError(
-                "parameters: activation_stats: the stream measures the model at hand; remove it "
+                f"parameters: {key}: the stream measures the model at hand; remove it "
                 "and say how under calibration"
             )
         if key == rate_parameter:
             raise InputError(f"parameters: {key} is {name}'s learning rate: set learning_rate")
         if key not in specs:
-            own = [other for other in specs if other not in (rate_parameter, "activation_stats")]
+            own = [o for o in specs if o not in (rate_parameter, "activation_stats", TASK)]
             raise InputError(
                 f"parameters: {name} has no parameter {key!r}{did_you_mean(key, own)}; "
                 f"there are: {', '.join(own) or 'none'}"
@@ -73,7 +84,11 @@ def fit_method(name: str, parameters: Mapping[str, Any]) -> StepMethod:
             raise InputError(f"parameters: {name} needs {spec.name}; add it")
     statistics: tuple[str, ...] = ()
     if "activation_stats" in specs:
-        statistics = tuple(kind for key, kind in _STATISTICS_OF.items() if key in specs)
+        statistics = tuple(
+            kind
+            for key, kind in _STATISTICS_OF.items()
+            if key in specs or (retains and TASK in specs)
+        )
     return StepMethod(name, rate_parameter, shared, statistics, fixed)
 
 
@@ -91,6 +106,11 @@ def _check_inputs(method: MergeMethod, inner: MergeMethod) -> None:
             f"merge_method: {name} cannot be a step, which merges one model into a base "
             f"({error}); use arm, aim, task_arithmetic or another that can"
         ) from error
+    if isinstance(inner, StatisticsMethod) and inner.base_optional:
+        raise InputError(
+            f"merge_method: {name} weighs models against each other, and a step merges one; use "
+            "arm, aim, task_arithmetic or another that can"
+        )
     if inner.spec.contract.base not in (BasePolicy.REQUIRED, BasePolicy.OPTIONAL):
         raise InputError(
             f"merge_method: {name} takes no base, so that a step would forget the model it "

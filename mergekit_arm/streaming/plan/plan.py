@@ -15,7 +15,8 @@ from mergekit_arm.models.contents import Contents, describe
 from mergekit_arm.models.loading import choose_device
 from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.statistics.kinds.subspace import SUBSPACE
-from mergekit_arm.streaming.config import FINAL_DTYPES, Calibration, StreamConfig
+from mergekit_arm.streaming.calibration import Calibration
+from mergekit_arm.streaming.config import FINAL_DTYPES, StreamConfig
 from mergekit_arm.streaming.options import WatchOptions
 from mergekit_arm.streaming.plan.checks import (
     Checks,
@@ -119,7 +120,8 @@ def make_plan(
     check = Checks()
     notes: list[str] = []
     config = check.run(lambda: _with_absolute_base(config)) or config
-    method = check.run(lambda: fit_method(config.merge_method, config.parameters))
+    retains = config.calibration is not None and config.calibration.task is not None
+    method = check.run(lambda: fit_method(config.merge_method, config.parameters, retains))
     base = check.run(lambda: describe(config.base_model))
     dtype = check.run(lambda: config.dtype or _dtype_of(config.base_model, merge))
     if watch is None:
@@ -210,10 +212,13 @@ def _fingerprint(
         found[f"content of {name}"] = fingerprint[:16]
     if checkpoints:
         found["checkpoints found"] = ", ".join(checkpoints)
-    calibration = config.calibration.settings if config.calibration else {}
+    passes = config.calibration.passes() if config.calibration else []
+    names = ("calibration", "calibration.task")
+    read = [(name, one.get("dataset")) for name, one in zip(names, passes, strict=False)]
     evaluation = config.evaluation.dataset if config.evaluation else None
-    for name, data in (("calibration", calibration.get("dataset")), ("evaluation", evaluation)):
-        file = Path(data).expanduser() if data else None
+    for name, data in (*read, ("evaluation", evaluation)):
+        # Of several data sets, each with its weight, only the names are compared.
+        file = Path(data).expanduser() if isinstance(data, str) else None
         if file is not None and file.is_file():
             digest = check.run(lambda one=file: hash_file(one))  # type: ignore[misc]
             found[f"content of the {name} data"] = str(digest)[:16]

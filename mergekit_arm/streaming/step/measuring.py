@@ -19,6 +19,7 @@ from mergekit_arm.statistics.card import statistics_card
 from mergekit_arm.statistics.format import METADATA_FILE, Metadata, WeightRecord
 from mergekit_arm.statistics.locate import read_metadata
 from mergekit_arm.statistics.probe import content_hash, take_probe
+from mergekit_arm.statistics.read import Statistics
 from mergekit_arm.statistics.write import PROBES, write_statistics
 from mergekit_arm.streaming.config import section
 
@@ -83,10 +84,8 @@ def carry_over(earlier: Path, measured_at: int, model: Path, out: Path) -> Measu
         )
         record = old.model.model_copy(update={"content_hash": content, "revision": None})
         new = old.model_copy(update={"model": record, "weights": weights})
-        source = LazyTensorLoader.from_disk(str(earlier))
-        tensors: dict[str, Tensor] = {
-            name: source.get_tensor(name) for name in source.index.tensor_paths if name != PROBES
-        }
+        source = Statistics(str(earlier), earlier)
+        tensors: dict[str, Tensor] = {name: source.stored(name) for name in source.names}
         tensors[PROBES] = probes
         write_statistics(out, new, tensors, statistics_card(new, out.name))
     return Measurement(out, measured_at, read_metadata(str(out), out).data.tokens)

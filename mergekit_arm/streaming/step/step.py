@@ -26,6 +26,7 @@ from mergekit_arm.streaming.layout import (
     PROVENANCE,
     STEP_CONFIG,
     STEP_STATISTICS,
+    TASK_STATISTICS,
 )
 from mergekit_arm.streaming.plan.document import by_hand, step_document, to_yaml
 from mergekit_arm.streaming.plan.plan import PlannedStep
@@ -68,7 +69,7 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
     merge_options = _options_of(place, planned.step)
     current, checkpoint = place.model_of(state.current), planned.checkpoint.reference
     with clock.time("calibrate"):
-        own = _statistics(place, planned, current)
+        own, task = _statistics(place, planned, current)
         others = _checkpoint_statistics(place, planned)
     with clock.time("evaluate"):
         latest = _score_checkpoint(place, checkpoint)
@@ -81,10 +82,13 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
             checkpoint=checkpoint,
             learning_rate=rate,
             statistics=own.path if own else None,
+            task_statistics=task.path if task else None,
             checkpoint_statistics=others,
         )
         merged = str(folder / MODEL)
-        with forgetting([current, checkpoint, merged], [own.path if own else None, others]):
+        with forgetting(
+            [current, checkpoint, merged], [*(one.path for one in (own, task) if one), others]
+        ):
             with clock.time("merge"):
                 _merge_once(place, planned, document, merge_options)
             with clock.time("measure"):
@@ -111,7 +115,9 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
         attempts=attempts,
         accepted=accepted,
         statistics_from=own.measured_at if own else None,
-        calibration_tokens=own.tokens if own and own.measured_at == planned.step else 0,
+        calibration_tokens=sum(
+            one.tokens for one in (own, task) if one and one.measured_at == planned.step
+        ),
         rotation_degrees=move.rotation(),
         update_norm=move.update_norm,
         task_norm=move.task_norm,
@@ -126,7 +132,8 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
     details["tensors"] = {name: asdict(one) for name, one in move.tensors.items()}
     write_text(folder / METRICS, json.dumps(details, indent=1) + "\n")
     if own is not None:
-        write_text(folder / PROVENANCE, json.dumps(provenance(own), indent=1) + "\n")
+        facts = {**provenance(own), **({"task": provenance(task)} if task else {})}
+        write_text(folder / PROVENANCE, json.dumps(facts, indent=1) + "\n")
     return record
 
 
@@ -143,27 +150,39 @@ def _options_of(place: Workplace, step: int) -> MergeOptions:
     )
 
 
-def _statistics(place: Workplace, planned: PlannedStep, current: str) -> Measurement | None:
+def _statistics(
+    place: Workplace, planned: PlannedStep, current: str
+) -> tuple[Measurement | None, Measurement | None]:
+    """Return the current model's statistics, and those of the task's text where there are such."""
     calibration = place.plan.calibration
     if calibration is None:
-        return None
-    out = place.folder(planned.step) / STEP_STATISTICS
+        return None, None
     if planned.measures:
         merge_adapter(current, place.merge)
-        return measure_model(
-            current,
-            out,
-            planned.step,
-            calibration.settings,
-            place.plan.method.statistics,
-            place.merge,
-            say=place.say,
-            progress=place.progress,
-        )
-    last = place.state.steps[-1]
-    assert last.statistics_from is not None
-    earlier = place.folder(last.step) / STEP_STATISTICS
-    return carry_over(earlier, last.statistics_from, Path(current), out)
+    found: list[Measurement | None] = []
+    for name, settings in zip(
+        (STEP_STATISTICS, TASK_STATISTICS), calibration.passes(), strict=False
+    ):
+        out = place.folder(planned.step) / name
+        if planned.measures:
+            found.append(
+                measure_model(
+                    current,
+                    out,
+                    planned.step,
+                    settings,
+                    place.plan.method.statistics,
+                    place.merge,
+                    say=place.say,
+                    progress=place.progress,
+                )
+            )
+            continue
+        last = place.state.steps[-1]
+        assert last.statistics_from is not None
+        earlier = place.folder(last.step) / name
+        found.append(carry_over(earlier, last.statistics_from, Path(current), out))
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def _checkpoint_statistics(place: Workplace, planned: PlannedStep) -> Path | None:

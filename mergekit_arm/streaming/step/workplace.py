@@ -18,6 +18,7 @@ from mergekit_arm.streaming.layout import (
     SCRATCH,
     STEP_STATISTICS,
     STEPS,
+    TASK_STATISTICS,
 )
 from mergekit_arm.streaming.options import Keep
 from mergekit_arm.streaming.plan.plan import StreamPlan
@@ -83,12 +84,13 @@ class Workplace:
             folder = self.folder(record.step)
             if record.step not in kept:
                 remove(folder / MODEL)
-            for name in (STEP_STATISTICS, CHECKPOINT_STATISTICS):
+            for name in (STEP_STATISTICS, TASK_STATISTICS, CHECKPOINT_STATISTICS):
                 remove(folder / f"{name}.partial")  # of a calibration killed at its very end
             if self.keep == "all":
                 continue
             if record.step < newest or not running:
                 remove(folder / STEP_STATISTICS)
+                remove(folder / TASK_STATISTICS)
             remove(folder / CHECKPOINT_STATISTICS)
 
     def write_journal(self) -> None:

@@ -230,7 +230,7 @@ def test_memory_that_is_short_is_warned_of_before_the_run(
 
 def test_free_memory_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cached files count as used there, and go as soon as memory is wanted."""
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
     assert free_memory(CPU) > 100_000
     (tmp_path / "memory.max").write_text("70000\n")
     (tmp_path / "memory.current").write_text("50000\n")

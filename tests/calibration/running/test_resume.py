@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
 from mergekit_arm.calibration.running import progress as progress_module
+from mergekit_arm.calibration.running.progress import SavedProgress
 from mergekit_arm.errors import Failure, InputError
 from tests.support.calibrations import WAYS, Killed, files, kill_at, options, undisturbed
 
@@ -258,4 +259,19 @@ def test_a_model_that_gives_nan_leaves_no_progress(
     monkeypatch.setattr(LlamaMLP, "forward", forward)
     with pytest.raises(Failure, match="NaN or infinity"):
         calibrate(options(family, tmp_path / "s", token_file))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_process_may_be_the_one_to_remove_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = SavedProgress(tmp_path / "out.partial", {}, every=0)
+    progress.save({}, [])
+
+    def glob(folder: Path, _pattern: str) -> Iterator[Path]:
+        shutil.rmtree(folder)
+        yield from folder.iterdir()
+
+    monkeypatch.setattr(Path, "glob", glob)
+    progress.discard()
     assert list(tmp_path.iterdir()) == []

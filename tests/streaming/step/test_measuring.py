@@ -14,7 +14,7 @@ from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 from mergekit_arm.statistics.locate import read_metadata
 from mergekit_arm.statistics.read import open_statistics
-from mergekit_arm.streaming.config import Calibration
+from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.step.measuring import carry_over, measure_model
 from tests.support.models import perturbed, tiny_llama
 from tests.support.streams import write_tokens

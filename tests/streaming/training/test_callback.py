@@ -19,6 +19,7 @@ from tests.support.models import tiny_llama
 from tests.support.streams import config, weights, write_tokens
 
 
+@pytest.mark.slow
 def test_a_trainer_feeds_a_stream(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -95,16 +96,14 @@ def test_a_checkpoint_that_vanishes_half_way_is_passed_over(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = (save(models, tmp_path / "run", n) for n in (1, 2))
-    import mergekit_arm.streaming.training.watch as module
-
-    link = module._link
+    link = os.link
 
     def rotating(source: Path, target: Path) -> None:
         if source.parent == first and source.name == "model.safetensors":
             shutil.rmtree(first)
         link(source, target)
 
-    monkeypatch.setattr(module, "_link", rotating)
+    monkeypatch.setattr(os, "link", rotating)
     taken = watch(models, tmp_path).next(-1)
     assert not isinstance(taken, str)
     assert taken[0] == 2

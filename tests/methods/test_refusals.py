@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from click.testing import CliRunner
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file, save_file
 
+from tests.support.edits import edit
 from tests.support.models import perturbed, tiny_llama
 
 
@@ -119,13 +119,10 @@ def test_slices_of_another_model_are_refused(family: Path, tmp_path: Path) -> No
     assert_refused(merge(sliced, tmp_path), "another model or revision")
 
 
-def edited(family: Path, tmp_path: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+def edited(family: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     stats = tmp_path / "stats"
     shutil.copytree(family / "stats", stats)
-    metadata = json.loads((stats / "activation_stats.json").read_text())
-    edit(metadata)
-    (stats / "activation_stats.json").write_text(json.dumps(metadata))
-    return stats
+    return edit(stats, change)
 
 
 def test_missing_weight(family: Path, tmp_path: Path) -> None:

@@ -1,0 +1,239 @@
+"""What ``mergekit-arm calibrate --config`` measures: the statistics that a merge will read.
+
+A merge configuration names models, and statistics directories for them. Its section
+``calibration``, which mergekit passes over, says on what text each directory is measured::
+
+    calibration:
+      default: {samples: 128}
+      ./specialist-a-stats: {dataset: ./a.jsonl}
+
+``default`` holds for all directories, the others' keys are the directories. Everything is checked
+before anything is measured.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from pydantic import ValidationError
+
+from mergekit_arm.calibration.options import CalibrationOptions
+from mergekit_arm.calibration.reading import read_data
+from mergekit_arm.calibration.settings import NOT_IN_FILES, checked_settings
+from mergekit_arm.errors import InputError, did_you_mean, first_line
+from mergekit_arm.files import is_path
+from mergekit_arm.models.loading import choose_device, find_model
+from mergekit_arm.models.tensors import CheckpointTensors
+from mergekit_arm.statistics.read import open_statistics
+from mergekit_arm.statistics.write import check_destination
+
+SECTION = "calibration"
+DEFAULT = "default"
+_STATS = ("activation_stats", "task_stats")
+"""Parameters whose values are statistics; under the top level, both are of the base model."""
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A statistics directory that the merge reads."""
+
+    directory: str
+    """As it is written."""
+    model: str
+    general: bool
+    """Of the base, on general text: for this alone there is a data set by default."""
+
+
+def plan_config(
+    path: str | Path, given: Mapping[str, Any], say: Callable[[str], None]
+) -> list[CalibrationOptions]:
+    """Return what is to be measured for the merge configuration at ``path``, all of it checked.
+
+    A directory that exists is left as it is (unless ``force`` is given), and is checked to be of
+    the model it is named for, as is what lies on the Hub. ``say`` is told what becomes of each.
+
+    Args:
+        path: a mergekit configuration, its paths relative to the working directory.
+        given: fields of ``CalibrationOptions`` that hold wherever the file says nothing else.
+        say: receives one line for each directory.
+
+    Raises:
+        InputError: the first thing that is wrong; nothing has been measured then.
+    """
+    document = _read(path)
+    wanted = _wanted(path, document)
+    section = _section(path, document, wanted)
+    flags = {name: value for name, value in given.items() if name not in NOT_IN_FILES}
+    default = {**section.pop(DEFAULT, {}), **flags}
+    planned = []
+    for key, one in wanted.items():
+        directory = one.directory
+        if not given.get("force") and (os.path.isdir(directory) or not _is_here(directory)):
+            _check_left(directory, one.model, say)
+            continue
+        options = _options(path, one, {**default, **section.get(key, {})}, given)
+        try:
+            _check(options)
+        except InputError as error:
+            raise InputError(f"{directory}: {error.message}") from error
+        data = options.dataset if isinstance(options.dataset, str) else ", ".join(options.dataset)
+        say(f"{directory}: to be measured on {one.model} with {data}")
+        planned.append(options)
+    return planned
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: no merge configuration ({first_line(error)})") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: no merge configuration: it must be a mapping with merge_method")
+    return document
+
+
+def _wanted(path: str | Path, document: Mapping[str, Any]) -> dict[str, _Wanted]:
+    """Return the directories that the merge reads by their places, and the model of each."""
+    try:
+        config = MergeConfiguration.model_validate(document)
+    except (ValidationError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: mergekit does not accept it: {' '.join(str(error).split())[:200]}"
+        ) from error
+    found: dict[str, _Wanted] = {}
+    for model, parameters, is_base in _parameters(config):
+        for name in _STATS:
+            for directory in _words((parameters or {}).get(name)):
+                if model is None:
+                    raise InputError(f"{path}: {name} {directory}: there is no base_model")
+                one = _Wanted(directory, str(model), is_base and name == _STATS[0])
+                other = found.setdefault(_place(directory), one)
+                if other.model != one.model:
+                    raise InputError(
+                        f"{path}: {directory} is named for {other.model} and for {one.model}: "
+                        "each model has its own statistics"
+                    )
+    if not found:
+        raise InputError(f"{path}: no {' or '.join(_STATS)} in it, so that nothing is to measure")
+    return found
+
+
+def _parameters(
+    config: MergeConfiguration,
+) -> Iterator[tuple[ModelReference | None, Mapping[str, Any] | None, bool]]:
+    """Yield every place where statistics are named: the model they are of, and the parameters."""
+    yield config.base_model, config.parameters, True
+    parts = [config, *(config.modules or {}).values()]
+    for part in parts:
+        if part is not config:
+            yield config.base_model, part.parameters, True
+        for model in part.models or []:
+            yield model.model, model.parameters, model.model == config.base_model
+        for output in part.slices or []:
+            base = output.base_model or config.base_model
+            yield base, output.parameters, True
+            for source in output.sources:
+                yield source.model, source.parameters, source.model == base
+
+
+def _words(setting: Any) -> Iterator[str]:
+    """Yield the values of a setting: one, a gradient's, or those of filters."""
+    if isinstance(setting, list):
+        for one in setting:
+            yield from _words(one)
+    elif isinstance(setting, str):
+        yield setting
+    elif setting is not None:
+        yield from _words(getattr(setting, "value", None))
+
+
+def _place(directory: str) -> str:
+    """Return what is the same however a directory is written."""
+    return os.path.abspath(directory) if _is_here(directory) else directory
+
+
+def _is_here(directory: str) -> bool:
+    """Say whether a name is a directory's, there or not, and not one on the Hub."""
+    return os.path.isdir(directory) or is_path(directory) or directory.count("/") != 1
+
+
+def _section(
+    path: str | Path, document: Mapping[str, Any], wanted: Mapping[str, _Wanted]
+) -> dict[str, dict[str, Any]]:
+    section = document.get(SECTION) or {}
+    where = f"{path}: {SECTION}"
+    if not isinstance(section, dict) or not all(isinstance(one, dict) for one in section.values()):
+        raise InputError(
+            f"{where} must hold mappings such as {{./a-stats: {{dataset: ./a.jsonl}}}}"
+        )
+    found = {}
+    for key, settings in section.items():
+        places = (key, os.path.abspath(str(key)))  # a/b may be on the Hub, or here
+        name = next((one for one in places if one in {DEFAULT, *wanted}), None)
+        if name is None:
+            known = [one.directory for one in wanted.values()]
+            raise InputError(
+                f"{where}: {key} is no statistics directory of this merge"
+                f"{did_you_mean(str(key), [DEFAULT, *known])}; there are: {', '.join(known)}"
+            )
+        found[name] = settings
+    return found
+
+
+def _options(
+    path: str | Path,
+    wanted: _Wanted,
+    settings: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> CalibrationOptions:
+    directory = wanted.directory
+    if "dataset" not in settings and not wanted.general:
+        raise InputError(
+            f"{path}: no dataset for {directory}: add {SECTION}: {{{directory}: {{dataset: …}}}}, "
+            f"the text that {wanted.model} is to be measured on"
+        )
+    decided = {name: given[name] for name in NOT_IN_FILES if name in given}
+    try:
+        checked = checked_settings(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {SECTION}: {directory}: {place}: {first['msg']}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: {SECTION}: {directory}: {error}") from error
+    return CalibrationOptions(model=wanted.model, out=directory, **{**checked, **decided})
+
+
+def _check(options: CalibrationOptions) -> None:
+    """Refuse what a calibration would refuse before its first forward pass, as far as it is quick.
+
+    The data are read as the calibration will; of base+adapter, the base's configuration.
+    """
+    check_destination(Path(options.out), options.force)
+    choose_device(options.device)
+    model = str(ModelReference.parse(options.model).model)
+    with find_model(model, trust_remote_code=options.trust_remote_code) as source:
+        read_data(options, source, lambda _note: None)
+
+
+def _check_left(directory: str, model: str, say: Callable[[str], None]) -> None:
+    """Check that statistics that exist are ``model``'s, as far as its files tell."""
+    statistics = open_statistics(directory)
+    parsed = ModelReference.parse(model)
+    note = ""
+    if parsed.lora is None and os.path.isdir(parsed.model.path):
+        checkpoint = CheckpointTensors(Path(parsed.model.path))
+        for name in checkpoint.names:
+            tensor = checkpoint.get(name)
+            if tensor.is_floating_point() and tensor.numel():
+                statistics.matcher.find(name, tensor)
+    elif str(ModelReference.parse(statistics.metadata.model.reference)) != str(parsed):
+        note = f" (measured on {statistics.metadata.model.reference}; the merge compares values)"
+    say(f"{directory}: there already, of {model}{note}")

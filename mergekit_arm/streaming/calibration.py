@@ -1,0 +1,83 @@
+"""The section ``calibration`` of a stream's YAML file: what is measured, and how often."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from mergekit_arm.calibration.options import CalibrationOptions
+from mergekit_arm.calibration.settings import checked_settings
+
+_TEXTS = ("general", "task")
+
+
+class Section(BaseModel):
+    """A part of the file: no other keys than its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Calibration(Section):
+    """What is measured, and how often: every field of ``mergekit-arm calibrate`` that applies."""
+
+    refresh: Literal["once", "every"] | int = "once"
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Checked fields of :class:`CalibrationOptions`, defaults filled in."""
+    task: dict[str, Any] | None = None
+    """The same for the task's text, where ``settings`` are for general text beside it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            raise ValueError("must be a mapping such as {dataset: ./calibration.jsonl}")
+        if set(given) == {"refresh", "settings", "task"}:
+            return given  # what this function made, once more
+        checked = functools.partial(
+            checked_settings, decided=("statistics",), beside=("refresh", *_TEXTS)
+        )
+        refresh = {"refresh": given.get("refresh", "once")}
+        shared = {key: value for key, value in given.items() if key not in ("refresh", *_TEXTS)}
+        texts = [given[key] for key in _TEXTS if key in given]
+        if not texts:
+            return {**refresh, "settings": checked(shared), "task": None}
+        if len(texts) == 1 or not all(isinstance(one, Mapping) for one in texts):
+            raise ValueError(
+                "general and task belong together, each a mapping such as {dataset: ./task.jsonl}"
+            )
+        general, task = ({**shared, **text} for text in texts)
+        if "dataset" not in general or "dataset" not in task:
+            raise ValueError("general and task each need a dataset")
+        return {**refresh, "settings": checked(general), "task": checked(task)}
+
+    @field_validator("refresh", mode="before")
+    @classmethod
+    def _check_refresh(cls, value: Any) -> Any:
+        steps = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not steps and value not in ("once", "every"):
+            raise ValueError(f"must be once, every, or N for every Nth step, not {value!r}")
+        return value
+
+    def document(self) -> dict[str, Any]:
+        """Return the YAML section again, without defaults."""
+        defaults = CalibrationOptions(model="", out="")
+        general, *task = (
+            {k: v for k, v in one.items() if v != getattr(defaults, k) or k == "dataset"}
+            for one in self.passes()
+        )
+        texts = {"general": general, "task": task[0]} if task else general
+        return {**texts, "refresh": self.refresh}
+
+    def passes(self) -> list[dict[str, Any]]:
+        """Return the settings of each pass over the model: general text's, then the task's."""
+        return [self.settings] if self.task is None else [self.settings, self.task]
+
+    def due(self, step: int) -> bool:
+        """Say whether the model is measured afresh before step ``step`` (from 1)."""
+        if self.refresh == "once":
+            return step == 1
+        every = 1 if self.refresh == "every" else int(self.refresh)
+        return (step - 1) % every == 0
