@@ -102,8 +102,7 @@ def choose_device(name: str) -> torch.device:
         InputError: unknown, or not on this machine.
     """
     if name == "auto":
-        present = torch.accelerator.is_available()
-        found = torch.accelerator.current_accelerator() if present else None
+        found = torch.accelerator.current_accelerator(check_available=True)
         return found or torch.device("cpu")
     try:
         device = torch.device(name)

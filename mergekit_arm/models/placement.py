@@ -16,10 +16,6 @@ Placement = dict[str, Any]
 
 _ROOM = 0.6  # of an accelerator's free memory for weights; activations and sums need the rest
 
-# Up to 5.12, transformers lets weights be read back from the disk only where the map names two
-# devices, and leaves a model that cannot run where it names one. No module has the second name.
-_ALL_TO_DISK = {"": "disk", "no module": "cpu"}
-
 
 def spread(device_map: str, stack: ExitStack, out: Path) -> Placement:
     """Place weights by an accelerate strategy; what fits nowhere else goes beside ``out``."""
@@ -28,7 +24,7 @@ def spread(device_map: str, stack: ExitStack, out: Path) -> Placement:
 
 def offload(device: torch.device, stack: ExitStack, out: Path) -> Placement:
     """Keep weights on the disk, but for what an accelerator holds; never in main memory."""
-    placement: Placement = {"device_map": _ALL_TO_DISK, "offload_folder": _folder(stack, out)}
+    placement: Placement = {"device_map": {"": "disk"}, "offload_folder": _folder(stack, out)}
     if device.type == "cuda":
         number = torch.cuda.current_device() if device.index is None else device.index
         placement["device_map"] = "auto"

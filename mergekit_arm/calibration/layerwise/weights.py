@@ -65,8 +65,8 @@ class LayerWeights:
             for source in self._sources[name]
         }
         with _quiet():
-            # None is the plan for tensor parallelism, which transformers asked for up to 5.13
-            # and takes no longer; there the fourth place is the index of what lies on disk.
+            # None is the plan for tensor parallelism, which transformers 5.13 asks for; newer
+            # releases have in its place what lies on the disk, None too.
             found, _ = convert_and_load_state_dict_in_model(
                 self._model, wanted, self._settings, None
             )
