@@ -65,7 +65,11 @@ class LayerWeights:
             for source in self._sources[name]
         }
         with _quiet():
-            found, _ = convert_and_load_state_dict_in_model(self._model, wanted, self._settings)
+            # None is the plan for tensor parallelism, which transformers 5.13 asks for; newer
+            # releases have in its place what lies on the disk, None too.
+            found, _ = convert_and_load_state_dict_in_model(
+                self._model, wanted, self._settings, None
+            )
         if found.conversion_errors or found.mismatched_keys:
             problem = [*found.conversion_errors, *map(str, found.mismatched_keys)][0]
             raise NotWalkable(f"{problem} does not fit the model")
