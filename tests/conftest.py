@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mergekit.io.tasks import LoaderCache
 
 from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
 from tests.support.models import VOCABULARY, perturbed, tiny_llama
@@ -35,6 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("long"):
             item.add_marker("slow")
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST_FIRST))
+
+
+@pytest.fixture(autouse=True)
+def no_model_of_another_test() -> Iterator[None]:
+    """mergekit keeps open models by the name in the configuration, and tests share names."""
+    yield
+    LoaderCache.loaders.clear()
 
 
 @pytest.fixture(scope="session")
