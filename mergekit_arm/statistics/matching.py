@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 
 import torch
@@ -35,9 +35,6 @@ class Matcher:
         self._probes = probes
         self.weights: Mapping[str, WeightRecord] = {**metadata.weights, **metadata.converted}
         """Every tensor that can be found: the checkpoint's and those made from them."""
-        names = {*self.weights, *metadata.aliases}
-        self.roles = Counter(without_numbers(name) for name in names)
-        """How many tensors a merge may ask for whose names differ in their numbers only."""
         self._by_probe: dict[torch.dtype, dict[bytes, list[str]]] = {}
         self._lock = threading.Lock()
 

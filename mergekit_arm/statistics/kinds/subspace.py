@@ -163,27 +163,26 @@ class Subspace(Kind):
         Raises:
             InputError: subspaces were not measured, or hold less energy than asked for.
         """
-        site, count = record.site, self.columns(directory, record, energy)
-        if site is None or count is None:
+        site = self._measured_at(directory, record)
+        if site is None:
             return None
         where = f"activation_stats {directory.reference}: {site}"
-        return directory.once(
-            (self.name, site, energy),
-            lambda: orthonormal(directory.tensor(site, "basis")[:, :count], where),
-        )
+
+        def read() -> Tensor:
+            stored = directory.tensor(site, "basis")
+            return orthonormal(stored[:, : self.columns(directory, record, energy)], where)
+
+        return directory.once((self.name, site, energy), read)
 
     def eigenpairs(
         self, directory: Directory, record: WeightRecord
     ) -> tuple[Tensor, Tensor] | None:
-        """Return all that is stored of C's leading eigenvectors and eigenvalues.
+        """Return all that is stored of C's eigenvectors and eigenvalues: in × k and (k,), float32.
 
-        In × k and (k,), float32, as ``basis`` returns them; None where ``basis`` returns None.
-
-        Raises:
-            InputError: subspaces were not measured, or what is stored is damaged.
+        None where ``basis`` returns None. Raises InputError where that does, or it is damaged.
         """
-        site = record.site or ""
-        if directory.metadata.sites[site].no_subspace is not None:
+        site = self._measured_at(directory, record)
+        if site is None:
             return None
         where = f"activation_stats {directory.reference}: {site}"
         basis = orthonormal(directory.tensor(site, "basis"), where)
@@ -195,9 +194,8 @@ class Subspace(Kind):
         Raises:
             InputError: as ``basis`` does.
         """
-        assert record.site is not None
-        site = record.site
-        if directory.metadata.sites[site].no_subspace is not None:
+        site = self._measured_at(directory, record)
+        if site is None:
             return None
         return columns_for_energy(
             directory.tensor(site, "eigenvalues"),
@@ -206,6 +204,12 @@ class Subspace(Kind):
             measured=directory.metadata.settings.energy or 1.0,
             where=f"activation_stats {directory.reference}: {site}",
         )
+
+    @staticmethod
+    def _measured_at(directory: Directory, record: WeightRecord) -> str | None:
+        """Return the site of a measured weight; None where the run left subspaces out there."""
+        assert record.site is not None
+        return None if directory.metadata.sites[record.site].no_subspace else record.site
 
     def adder(self, parts: Sequence[Directory], width: int) -> SubspaceSketch:
         # Ω as stored: another torch may draw other numbers from the same seed.
