@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from mergekit_arm.errors import Failure, first_line
 from mergekit_arm.files import remove
-from mergekit_arm.judging.judge import Judge
+from mergekit_arm.judging.judge import Judge, empty_cache
 from mergekit_arm.machine import free_memory
 from mergekit_arm.models.tensors import open_tensors
 from mergekit_arm.streaming.plan.document import to_yaml
@@ -105,8 +105,7 @@ class Workshop:
             device = self._model.device
             self._model = None
             gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            empty_cache(device)
 
     def _keep_inputs(self, document: Mapping[str, Any]) -> None:
         """Let mergekit keep what it reads of the inputs, if memory allows."""
