@@ -116,6 +116,8 @@ class Workshop:
             for loader in loaders.values()
             for shard in loader.index.shards
         )
+        if self._options.read_to_gpu:
+            return  # they would stay there, beside the evaluated model
         if size <= KEPT_SHARE * free_memory(torch.device("cpu")):
             for one, loader in loaders.items():
                 if not isinstance(loader, KeptTensors):

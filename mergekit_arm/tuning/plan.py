@@ -15,6 +15,7 @@ from mergekit_arm.errors import InputError
 from mergekit_arm.judging.judge import Judge
 from mergekit_arm.judging.sets import EvaluationSet, HeldOutSet
 from mergekit_arm.models.loading import choose_device
+from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.sections import section
 from mergekit_arm.statistics.read import open_statistics
 from mergekit_arm.tuning.candidates import (
@@ -143,6 +144,12 @@ def make_tune_plan(config: TuneConfig, settings: TuningSettings, merge: MergeOpt
     test = judges[1] if len(judges) > 1 else None
     fingerprint = _fingerprint(config, settings, merge, judges[0], [*filter(None, [base]), *inputs])
     return TunePlan(config, settings, quests, base, inputs, judges[0], test, fingerprint, notes)
+
+
+def has_tokenizer(document: Mapping[str, Any], merge: MergeOptions) -> bool:
+    """Say whether the model whose tokenizer mergekit copies has one."""
+    base, inputs = _models(document)
+    return load_own_tokenizer(base or inputs[0], merge.trust_remote_code) is not None
 
 
 def _baseline(document: dict[str, Any]) -> Quest:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +108,7 @@ class Space:
 
         Where methods are compared, parameters that are not ``known`` to this one are left out.
         """
-        filled = deepcopy(dict(self.document))
+        filled = _copy(self.document)
         for dimension in self.dimensions:
             if dimension.name in values:
                 for place in dimension.places:
@@ -246,6 +245,13 @@ def _describe(document: Mapping[str, Any], place: Path) -> str:
             name += f" of {str(node['model']).rstrip('/').rpartition('/')[2]}"
         node = node[key]
     return ", ".join([name, *notes])
+
+
+def _copy(node: Any) -> Any:
+    """Copy a document; what YAML's anchors made one object in two places becomes two."""
+    if isinstance(node, Mapping):
+        return {key: _copy(value) for key, value in node.items()}
+    return [_copy(value) for value in node] if isinstance(node, list) else node
 
 
 def _is_filter(node: Any) -> bool:

@@ -26,7 +26,7 @@ from mergekit_arm.tuning.layout import (
 )
 from mergekit_arm.tuning.measuring import Told
 from mergekit_arm.tuning.options import TuneOptions
-from mergekit_arm.tuning.plan import TunePlan, make_tune_plan
+from mergekit_arm.tuning.plan import TunePlan, has_tokenizer, make_tune_plan
 from mergekit_arm.tuning.results import TuneResult
 from mergekit_arm.tuning.run import OnTrial, Run
 from mergekit_arm.tuning.search import STUDY_FILE
@@ -103,8 +103,12 @@ def plan_tuning(
     settings = options.settings(read.settings)
     there = check_out(out)
     seed = options.merge.random_seed
+    copies = options.merge.copy_tokenizer and has_tokenizer(read.space.document, options.merge)
     merge = complete_options(options.merge, out).model_copy(
-        update={"random_seed": settings.seed if seed is None else seed}
+        update={
+            "random_seed": settings.seed if seed is None else seed,
+            "copy_tokenizer": copies,
+        }
     )
     plan = make_tune_plan(read, settings, merge)
     if there and not options.force:

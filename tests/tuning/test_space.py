@@ -73,6 +73,18 @@ def test_methods_get_the_parameters_that_they_know() -> None:
     assert {name for _, name in parameter_names(filled)} == {"weight", "normalize"}
 
 
+def test_an_anchor_is_a_space_at_each_of_its_places() -> None:
+    document = yaml.safe_load("""
+merge_method: linear
+models:
+  - {model: a, parameters: &both {weight: {tune: [0, 1]}}}
+  - {model: b, parameters: *both}
+""")
+    space = find_space(document)
+    filled = space.fill("linear", {"weight of a": 0.25, "weight of b": 0.75}, frozenset())
+    assert [one["parameters"]["weight"] for one in filled["models"]] == [0.25, 0.75]
+
+
 @pytest.mark.parametrize(
     ("parameters", "said"),
     [
