@@ -90,12 +90,13 @@ def command(
 
     with Display(console) as display:
 
-        def ended(trial: TrialRecord, best: TrialRecord | None, budget: int) -> None:
+        def ended(trial: TrialRecord, best: TrialRecord | None, done: int, budget: int) -> None:
             if not merge_options.quiet or trial.reason is not None:
-                line(trial_line(trial, best, budget), "yellow" if trial.reason else None)
+                line(trial_line(trial, best, done, budget), "yellow" if trial.reason else None)
             if trial.study == "tune":
-                gain = f", best {best.gain:+.4f}" if best is not None and best.gain else ""
-                display.whole("Trials", trial.number + 1, budget, gain)
+                gain = best.gain if best is not None else None
+                note = "" if gain is None else f", best {gain:+.4f}"
+                display.whole("Trials", done, budget, note)
 
         result = tune(
             config,

@@ -87,6 +87,8 @@ class Finish:
         both = [one for one in (baseline, best) if one is not None]
         if (baseline.gain if baseline and baseline.gain else 0.0) > (best.gain or 0.0):
             self.say(f"the baseline {_label(both[0])} was better than the best trial")
+        if best.gain is not None and best.gain <= 0:
+            self.say("no trial is better than the base: the best of them is written all the same")
         document = document_of_trial(plan, best)
         scores = {name: self.state.scores[name] for name in plan.references}
         evaluation = _rows(plan, plan.judge, scores)

@@ -31,8 +31,9 @@ from mergekit_arm.tuning.trying import Trying
 
 _DRAW_EVERY = 30.0  # seconds
 
-OnTrial = Callable[[TrialRecord, TrialRecord | None, int], None]
-"""Called with a trial that has ended, the best so far, and its study's number of trials."""
+OnTrial = Callable[[TrialRecord, TrialRecord | None, int, int], None]
+"""Called with a trial that has ended, and of its study: the best so far, how many trials have
+ended, and how many there will be."""
 
 
 @dataclass
@@ -110,7 +111,9 @@ class Run:
         found = self._records()
         last = next(one for one in found if (one.study, one.number) == (quest.name, number))
         best = best_of(found, quest.name, pareto=self.plan.pareto)
-        self.on_trial(last, best, quest.budget)
+        mine = [one for one in found if one.study == quest.name]
+        ended = sum(one.outcome != "running" for one in mine)
+        self.on_trial(last, best, ended, quest.budget)
         self._write(found)
         if time.monotonic() - self.drawn > _DRAW_EVERY:
             self._draw(found)

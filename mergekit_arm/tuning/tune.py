@@ -54,8 +54,8 @@ def tune(
         options: mergekit's options, and what holds instead of the file's settings.
         say: receives one-line notes for the user.
         tell: called while models are scored, with a name, scored tokens so far and in all.
-        on_trial: called with every trial of this process that has ended, the best so far and
-            the number of trials of its study.
+        on_trial: called with every trial of this process that has ended, and of its study: the
+            best so far, how many have ended, and how many there will be.
 
     Raises:
         InputError: something in ``config`` or what it names is wrong, or ``out`` holds another
@@ -84,7 +84,7 @@ def tune(
             merge,
             say,
             tell or (lambda name, done, total: None),
-            on_trial or (lambda trial, best, budget: None),
+            on_trial or (lambda trial, best, done, budget: None),
         )
         return run.complete(with_model=options.model)
 

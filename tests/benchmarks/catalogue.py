@@ -14,11 +14,12 @@ from tests.benchmarks.groups import (
     merging,
     regmean,
     start_up,
+    tuning,
 )
 from tests.benchmarks.harness import Row
 from tests.benchmarks.inputs import Workshop
 
-_COMPARED = (calibration, merging, regmean, authors, start_up, kernels, eigenvectors)
+_COMPARED = (calibration, merging, regmean, tuning, authors, start_up, kernels, eigenvectors)
 
 BENCHMARKS: dict[str, Callable[[Workshop], list[Row]]] = {
     name: run for group in _COMPARED for name, run in group.BENCHMARKS.items()

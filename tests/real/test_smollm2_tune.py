@@ -73,7 +73,7 @@ def test_three_methods_are_tuned(
     ends: list[float] = []
     said: list[str] = []
 
-    def ended(trial: TrialRecord, best: TrialRecord | None, budget: int) -> None:
+    def ended(trial: TrialRecord, best: TrialRecord | None, done: int, budget: int) -> None:
         ends.append(time.perf_counter())
         said.append(f"{trial.study} {trial.describe()} {trial.gain:+.3f} {trial.seconds}")
 

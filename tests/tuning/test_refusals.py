@@ -180,7 +180,7 @@ def test_the_command_prints_every_trial_and_the_end(family: Path, tmp_path: Path
     arguments = ["tune", str(file), str(tmp_path / "out"), "--trials", "2", "--no-model"]
     done = CliRunner().invoke(cli, [*arguments, "--no-baseline"])
     assert done.exit_code == 0, done.output
-    for said in ("trial 1/2", "trial 2/2", "gain", "best", "Evaluation, on which",
+    for said in ("1/2  trial 0", "2/2  trial 1", "gain", "best", "Evaluation, on which",
                  "Test, on which nothing was searched", "best.yml"):  # fmt: skip
         assert said in done.output
     assert not (tmp_path / "out" / "model").exists()

@@ -47,10 +47,10 @@ def space_report(plan: TunePlan, forecast: TuneForecast) -> Iterator[RenderableT
     yield Text("nothing is wrong", style="green")
 
 
-def trial_line(trial: TrialRecord, best: TrialRecord | None, budget: int) -> str:
+def trial_line(trial: TrialRecord, best: TrialRecord | None, done: int, budget: int) -> str:
     """Return one line about a trial that has ended."""
     name = "baseline" if trial.study == "baseline" else "trial"
-    parts = [f"{name} {trial.number + 1}/{budget}", trial.describe()]
+    parts = [f"{done}/{budget}", f"{name} {trial.number}", trial.describe()]
     if trial.reason is not None:
         parts.append(f"failed: {trial.reason}")
     elif trial.gain is not None:
