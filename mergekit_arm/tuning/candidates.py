@@ -111,6 +111,8 @@ def baseline_document(
 def check_by_planning(space: Space, points: Sequence[Point], options: MergeOptions) -> None:
     """Let mergekit plan each point's merge: reads headers and probes, and merges nothing.
 
+    Not where an input is an adapter, which would have to be merged for it.
+
     Raises:
         click.ClickException: one of our own methods refused.
         InputError: mergekit does not accept one.
@@ -120,6 +122,8 @@ def check_by_planning(space: Space, points: Sequence[Point], options: MergeOptio
             configuration = MergeConfiguration.model_validate(document_of(space, point))
         except (ValidationError, RuntimeError) as error:
             raise InputError(f"mergekit does not accept it: {_said(error)}") from error
+        if any(model.lora is not None for model in configuration.referenced_models()):
+            return
         try:
             architecture = get_architecture_info(configuration, options)
             LoaderCache().setup(options=options)

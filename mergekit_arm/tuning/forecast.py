@@ -33,7 +33,7 @@ class TuneForecast:
     """Scored tokens of all sets, of one model."""
     seconds: float | None
     """For one model: a trial's, or the base's on a few sequences and without a merge; None where
-    only commands judge, and none has run yet."""
+    no trial has run, and only commands judge or the base is an adapter's."""
     by_trials: bool
     """Whether trials were timed, merges with them."""
     disk: int | None
@@ -83,8 +83,8 @@ def _data(plan: TunePlan) -> list[str]:
 
 def _time_base(plan: TunePlan) -> float | None:
     """Return the seconds that all the data takes, by a few sequences of it."""
-    if not plan.judge.has_data:
-        return None
+    if not plan.judge.has_data or "+" in plan.references[0]:
+        return None  # an adapter would have to be merged first
     model = plan.judge.load(plan.references[0])
     seconds = 0.0
     for name in _data(plan):

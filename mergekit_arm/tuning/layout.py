@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.streaming.layout import LORA_CACHE
 from mergekit_arm.tuning.search import LOCK_FILE, STUDY_FILE
 
 STATE_FILE = "tune_state.json"
@@ -17,7 +18,7 @@ METRIC_LOG = "metric.log"
 WORK = ".work"
 """Begins the names of what one process has in hand; its number follows."""
 PREPARING = ".preparing.lock"
-_OURS = (STATE_FILE, STUDY_FILE, LOCK_FILE, PREPARING)
+_OURS = (STATE_FILE, STUDY_FILE, LOCK_FILE, PREPARING, LORA_CACHE)
 
 
 def check_out(out: Path) -> bool:
