@@ -34,7 +34,7 @@ from mergekit_arm.demo.text import DOMAINS, DomainText, standard_library
 from mergekit_arm.demo.train import new_model, save, token_blocks, train, train_tokenizer
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.streaming.config import Evaluation
-from mergekit_arm.streaming.evaluation.score import Judge
+from mergekit_arm.streaming.judge import StepJudge
 
 BASE_DOMAIN, *SPECIALTIES = DOMAINS
 BASE = "base"
@@ -190,7 +190,7 @@ def _measure(bar: Progress) -> LossTable:
     return losses
 
 
-def _judge(domain: str) -> Judge:
+def _judge(domain: str) -> StepJudge:
     """Return what a stream would judge by: all of the domain's held-out text."""
     settings = Evaluation(
         dataset=f"heldout/{domain}.jsonl",
@@ -200,7 +200,7 @@ def _judge(domain: str) -> Judge:
         device="cpu",
         dtype="float32",
     )
-    return Judge(settings, [CALIBRATION.model], MergeOptions())
+    return StepJudge(settings, [CALIBRATION.model], MergeOptions())
 
 
 def _config(

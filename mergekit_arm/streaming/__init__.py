@@ -8,9 +8,9 @@
 Read this folder in the order of what happens. ``config`` is the YAML file, ``options`` the flags,
 ``references`` how models are named, ``layout`` how files are. ``plan`` turns these into steps and
 refuses what does not hold together; ``data_checks`` looks at data and disk, and ``forecast`` is
-the dry run. ``stream`` is the loop; ``step`` is what it repeats, ``evaluation`` how a step is
-judged, and ``state`` what is saved for a resume. ``training`` finds the checkpoints, also while
-they are being written. ``report`` is the final model's card and the picture.
+the dry run. ``stream`` is the loop; ``step`` is what it repeats, ``judge`` how a step is judged,
+and ``state`` what is saved for a resume. ``training`` finds the checkpoints, also while they are
+being written. ``report`` is the final model's card and the picture.
 """
 
 from __future__ import annotations

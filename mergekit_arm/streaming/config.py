@@ -6,9 +6,7 @@ values name (models, data, methods) is looked at in ``plan`` and ``data_checks``
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +20,15 @@ from pydantic import (
 )
 
 from mergekit_arm.errors import InputError, did_you_mean
-from mergekit_arm.streaming.calibration import Calibration, Section
+from mergekit_arm.judging.sets import EvaluationSet, HeldOutSet, MetricSet
+from mergekit_arm.sections import Section
+from mergekit_arm.streaming.calibration import Calibration
 
 FINAL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 """What the final model can be in."""
+
+DATA, METRIC = "", "metric"
+"""Names of a stream's evaluation sets; the first has none, for the section itself is it."""
 
 DEFAULT_LEARNING_RATE = 0.5
 HIGHEST_LEARNING_RATE = 2.0
@@ -36,8 +39,6 @@ _ELSEWHERE = {
     "modules": "a stream merges whole models; modules cannot be rearranged",
     "out_dtype": "dtype is the final model's; every step is computed in float32",
 }
-
-_FLAG = re.compile(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)")
 
 
 class Schedule(Section):
@@ -81,6 +82,17 @@ class Evaluation(Section):
         if self.metric_command is not None and "{model}" not in self.metric_command:
             raise ValueError("metric_command must say where the model goes: {model}")
         return self
+
+    def sets(self) -> dict[str, EvaluationSet]:
+        """Return what models are scored on: ``DATA``, ``METRIC`` or both."""
+        found: dict[str, EvaluationSet] = {}
+        if self.dataset is not None:
+            shared = HeldOutSet.model_fields.keys() & Evaluation.model_fields.keys()
+            found[DATA] = HeldOutSet(**{name: getattr(self, name) for name in shared})
+        if self.metric_command is not None:
+            assert self.metric_goal is not None
+            found[METRIC] = MetricSet(metric_command=self.metric_command, goal=self.metric_goal)
+        return found
 
 
 class StreamConfig(Section):
@@ -170,20 +182,6 @@ def load_config(source: StreamConfig | Mapping[str, Any] | str | Path) -> Stream
     if not isinstance(document, Mapping):
         raise InputError(f"{source}: must be a mapping that starts with merge_method, base_model …")
     return _validate(dict(document), str(source))
-
-
-@contextmanager
-def section(name: str) -> Iterator[None]:
-    """Put ``name`` before what is refused inside, and keys where ``calibrate`` has flags.
-
-    Raises:
-        InputError: the same, reworded.
-    """
-    try:
-        yield
-    except InputError as error:
-        message = _FLAG.sub(lambda flag: flag[1].replace("-", "_"), error.message)
-        raise InputError(f"{name}: {message}") from error
 
 
 def _validate(document: dict[str, Any], where: str) -> StreamConfig:

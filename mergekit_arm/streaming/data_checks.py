@@ -16,8 +16,8 @@ from mergekit_arm.errors import did_you_mean
 from mergekit_arm.files import size_of
 from mergekit_arm.machine import free_disk
 from mergekit_arm.models.loading import choose_device, find_model
-from mergekit_arm.streaming.config import section
-from mergekit_arm.streaming.evaluation.score import Judge
+from mergekit_arm.sections import section
+from mergekit_arm.streaming.judge import StepJudge
 from mergekit_arm.streaming.options import Keep
 from mergekit_arm.streaming.plan.checks import Checks
 from mergekit_arm.streaming.plan.document import STEP_BYTES
@@ -25,12 +25,12 @@ from mergekit_arm.streaming.plan.plan import StreamPlan
 from mergekit_arm.units import size_text
 
 
-def make_judge(plan: StreamPlan, merge: MergeOptions) -> Judge | None:
+def make_judge(plan: StreamPlan, merge: MergeOptions) -> StepJudge | None:
     """Return what scores the stream's models, None without ``evaluation``."""
     if plan.config.evaluation is None:
         return None
     others = [checkpoint.reference for checkpoint in (plan.checkpoints or [])[:1]]
-    return Judge(
+    return StepJudge(
         plan.config.evaluation,
         [plan.config.base_model, *others],
         merge,
@@ -38,7 +38,7 @@ def make_judge(plan: StreamPlan, merge: MergeOptions) -> Judge | None:
     )
 
 
-def data_problems(plan: StreamPlan, judge: Judge | None, merge: MergeOptions) -> list[str]:
+def data_problems(plan: StreamPlan, judge: StepJudge | None, merge: MergeOptions) -> list[str]:
     """Tokenise the calibration and held-out data as the steps will; return what is wrong."""
     check = Checks()
     check.run(lambda: _check_calibration(plan, merge))
@@ -97,7 +97,7 @@ def _check_calibration(plan: StreamPlan, merge: MergeOptions) -> None:
             read_corpus(options.data(), choose_tokenizer(options))
 
 
-def _check_evaluation(plan: StreamPlan, judge: Judge | None) -> None:
+def _check_evaluation(plan: StreamPlan, judge: StepJudge | None) -> None:
     if judge is None:
         return
     with section("evaluation"):

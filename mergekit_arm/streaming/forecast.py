@@ -11,6 +11,7 @@ import torch
 from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.judging.loss import LOGIT_ELEMENTS
 from mergekit_arm.machine import free_disk, free_memory
 from mergekit_arm.models.loading import choose_device, choose_dtype
 from mergekit_arm.streaming.config import StreamConfig
@@ -21,7 +22,6 @@ from mergekit_arm.streaming.data_checks import (
     keep_problems,
     make_judge,
 )
-from mergekit_arm.streaming.evaluation.score import LOGIT_ELEMENTS
 from mergekit_arm.streaming.options import StreamOptions, complete_options
 from mergekit_arm.streaming.plan.checks import Checks
 from mergekit_arm.streaming.plan.document import STEP_BYTES

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.files import write_text
-from mergekit_arm.streaming.evaluation.score import Score
+from mergekit_arm.streaming.judge import Score
 from mergekit_arm.streaming.layout import BEFORE_STATE, STATE_FILE
 
 STATE_VERSION = 1

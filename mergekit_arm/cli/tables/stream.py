@@ -8,8 +8,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mergekit_arm.streaming.evaluation.score import Score
 from mergekit_arm.streaming.forecast import Forecast
+from mergekit_arm.streaming.judge import Score
 from mergekit_arm.streaming.state import StepRecord
 from mergekit_arm.streaming.stream import StreamResult
 from mergekit_arm.units import duration_text, size_text

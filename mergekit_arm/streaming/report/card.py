@@ -7,7 +7,7 @@ import os
 import yaml
 
 from mergekit_arm.streaming.config import StreamConfig
-from mergekit_arm.streaming.evaluation.score import Score
+from mergekit_arm.streaming.judge import Score
 from mergekit_arm.streaming.state import State
 
 _TEMPLATE = """---

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mergekit_arm.files import write_bytes
-from mergekit_arm.streaming.evaluation.score import Score
+from mergekit_arm.streaming.judge import Score
 from mergekit_arm.streaming.state import State, StepRecord
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.

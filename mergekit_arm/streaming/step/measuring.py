@@ -15,13 +15,13 @@ from torch import Tensor
 from mergekit_arm.calibration.calibrate import calibrate
 from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.errors import InputError
+from mergekit_arm.sections import section
 from mergekit_arm.statistics.card import statistics_card
 from mergekit_arm.statistics.format import METADATA_FILE, Metadata, WeightRecord
 from mergekit_arm.statistics.locate import read_metadata
 from mergekit_arm.statistics.probe import content_hash, take_probe
 from mergekit_arm.statistics.read import Statistics
 from mergekit_arm.statistics.write import PROBES, write_statistics
-from mergekit_arm.streaming.config import section
 
 
 @dataclass(frozen=True)

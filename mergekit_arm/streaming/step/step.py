@@ -18,7 +18,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_arm.files import remove, size_of, write_text
 from mergekit_arm.statistics.kinds.subspace import SUBSPACE
-from mergekit_arm.streaming.evaluation.score import Score
+from mergekit_arm.streaming.judge import Score
 from mergekit_arm.streaming.layout import (
     CHECKPOINT_STATISTICS,
     METRICS,

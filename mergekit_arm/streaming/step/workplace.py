@@ -10,7 +10,7 @@ from pathlib import Path
 from mergekit.options import MergeOptions
 
 from mergekit_arm.files import fresh_directory, remove, write_text
-from mergekit_arm.streaming.evaluation.score import Judge, Score
+from mergekit_arm.streaming.judge import Score, StepJudge
 from mergekit_arm.streaming.layout import (
     CHECKPOINT_STATISTICS,
     JOURNAL,
@@ -35,7 +35,7 @@ class Workplace:
     merge: MergeOptions
     keep: Keep
     state: State
-    judge: Judge | None
+    judge: StepJudge | None
     say: Callable[[str], None]
     progress: Callable[[int, int], None] | None = None
 
