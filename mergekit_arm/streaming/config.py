@@ -23,32 +23,19 @@ from pydantic import (
 
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.streaming.calibration import Calibration, Section
+from mergekit_arm.streaming.rates import PerRun, Rates, Schedule, Search, read_rates
 
 FINAL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 """What the final model can be in."""
 
-DEFAULT_LEARNING_RATE = 0.5
-HIGHEST_LEARNING_RATE = 2.0
-
 _ELSEWHERE = {
-    "models": "a stream merges one checkpoint a step; list them under checkpoints",
+    "models": "a stream merges checkpoints step by step; list them under checkpoints",
     "slices": "a stream merges whole models; layers cannot be rearranged",
     "modules": "a stream merges whole models; modules cannot be rearranged",
     "out_dtype": "dtype is the final model's; every step is computed in float32",
 }
 
 _FLAG = re.compile(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)")
-
-
-class Schedule(Section):
-    """Learning rates from a rule; see :func:`~mergekit_arm.streaming.plan.schedule.rate_at`."""
-
-    schedule: Literal["constant", "linear", "cosine"]
-    peak: float = Field(gt=0, le=HIGHEST_LEARNING_RATE)
-    final: float | None = Field(default=None, gt=0, le=HIGHEST_LEARNING_RATE)
-    warmup: int = Field(default=0, ge=0)
-    steps: int | None = Field(default=None, ge=1)
-    """Length of the rule; needed where the number of steps is not known (``--watch``)."""
 
 
 class Evaluation(Section):
@@ -83,17 +70,31 @@ class Evaluation(Section):
         return self
 
 
+class Compare(Section):
+    """What is measured only to be looked at; no step depends on it."""
+
+    checkpoints: bool = True
+    """The score of every checkpoint as it is, before it is merged: one evaluation each."""
+    average: bool = True
+    """The score of the uniform average of the merged checkpoints: one merge and one evaluation."""
+    angles: bool = True
+    """How far each step goes and how far it turns: the three models are read once more."""
+
+
 class StreamConfig(Section):
     """One stream. ``parameters``, ``tokenizer`` and ``chat_template`` are mergekit's own keys."""
 
     merge_method: str
     base_model: str
-    checkpoints: str | list[str]
+    checkpoints: str | list[str | list[str]]
+    """A Trainer's directory, or models; a list of several in it are merged in one step."""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    learning_rate: float | list[float] | Schedule | None = None
+    learning_rate: Any = None
+    """Checked :data:`~mergekit_arm.streaming.rates.Rates`; None: the default."""
     passes: int = Field(default=1, ge=1)
     calibration: Calibration | None = None
     evaluation: Evaluation | None = None
+    compare: Compare = Compare()
     dtype: str | None = None
     """Of the final model; none: as the base model's configuration says."""
     tokenizer_source: str | None = None
@@ -114,24 +115,9 @@ class StreamConfig(Section):
 
     @field_validator("learning_rate", mode="before")
     @classmethod
-    def _read_learning_rate(cls, value: Any) -> Any:
-        # Decided here, so that a mistake is reported for the form that was meant.
-        if isinstance(value, Mapping):
-            return Schedule.model_validate(value)
-        rates = value if isinstance(value, list) else [value]
-        if value is None or isinstance(value, Schedule):
-            return value
-        for rate in rates:
-            try:
-                fits = not isinstance(rate, bool) and 0 < float(rate) <= HIGHEST_LEARNING_RATE
-            except (TypeError, ValueError):
-                fits = False
-            if not fits:
-                raise ValueError(
-                    f"must lie in (0, {HIGHEST_LEARNING_RATE:g}], not {rate!r}; "
-                    "or be a list of such, or {schedule: cosine, peak: 0.6, final: 0.1}"
-                )
-        return value
+    def _read_learning_rate(cls, value: Any) -> Rates | None:
+        # Decided by its form, so that a mistake is reported for the one that was meant.
+        return None if value is None else read_rates(value)
 
     @field_validator("dtype")
     @classmethod
@@ -144,10 +130,26 @@ class StreamConfig(Section):
 
     @field_validator("checkpoints")
     @classmethod
-    def _check_checkpoints(cls, value: str | list[str]) -> str | list[str]:
-        if not value:
+    def _check_checkpoints(cls, value: str | list[str | list[str]]) -> Any:
+        if not value or (isinstance(value, list) and not all(value)):
             raise ValueError("name a Trainer's output directory, or list model references")
         return value
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Reads YAML in which no key stands twice: the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                name = self.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
+                if name in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{name} stands twice", key.start_mark
+                    )
+                seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def load_config(source: StreamConfig | Mapping[str, Any] | str | Path) -> StreamConfig:
@@ -161,7 +163,7 @@ def load_config(source: StreamConfig | Mapping[str, Any] | str | Path) -> Stream
     if isinstance(source, Mapping):
         return _validate(dict(source), "stream configuration")
     try:
-        document = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+        document = yaml.load(Path(source).read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506
     except OSError as error:
         raise InputError(f"{source}: {error.strerror}; name the stream's YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -205,10 +207,12 @@ def _explain(error: ValidationError) -> str:
         key = place[-1]
         models: dict[str, type[BaseModel]] = {
             "evaluation": Evaluation,
-            "learning_rate": Schedule,
+            "compare": Compare,
         }
         outer = place[0] if len(place) > 1 else ""
         known = models.get(outer, StreamConfig).model_fields
+        if outer == "learning_rate":
+            known = {**Schedule.model_fields, **Search.model_fields, **PerRun.model_fields}
         inside = f" in {outer}" if outer else ""
         return (
             f"unknown key {key!r}{inside}{did_you_mean(key, known)}; there are: {', '.join(known)}"
