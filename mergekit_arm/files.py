@@ -112,7 +112,7 @@ def size_of(path: Path) -> int:
 
 
 def sampled_hash(path: Path) -> str:
-    """Return the SHA-256 of a file's size and of 64 pieces of it, the first and the last among them.
+    """Return the SHA-256 of a file's size and of 64 pieces of it, from end to end.
 
     All of a file of up to 256 KiB. A change between the pieces of a larger one that leaves its
     size as it is goes unnoticed.

@@ -24,7 +24,6 @@ from mergekit.merge_methods import (
     TensorGroup,
 )
 from mergekit.merge_methods.base import ParameterSpec
-from torch import Tensor
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.methods.parameters import (

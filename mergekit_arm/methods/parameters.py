@@ -151,8 +151,8 @@ def earlier_model() -> ParameterSpec:
     def validate(value: Any) -> str | None:
         if value is not None and not re.fullmatch("[0-9a-f]{16,64}", str(value)):
             raise InputError(
-                f"{MEASURED_ON} must be the content_hash in the statistics' metadata (16 or more of "
-                f"its digits), not {value!r}"
+                f"{MEASURED_ON} must be the content_hash in the statistics' metadata (16 or more "
+                f"of its digits), not {value!r}"
             )
         return None if value is None else str(value)
 

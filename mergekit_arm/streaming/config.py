@@ -6,24 +6,18 @@ values name (models, data, methods) is looked at in ``plan`` and ``data_checks``
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import yaml
-from pydantic import (
-    BaseModel,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator
 
 from mergekit_arm.errors import InputError, did_you_mean
-from mergekit_arm.streaming.calibration import Calibration, Section
+from mergekit_arm.judging.sets import HeldOutSet
+from mergekit_arm.sections import Section, read_mapping
+from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.rates import PerRun, Rates, Schedule, Search, read_rates
+from mergekit_arm.streaming.verdict import METRIC_KEYS, SETS, Evaluation
 
 FINAL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 """What the final model can be in."""
@@ -35,50 +29,16 @@ _ELSEWHERE = {
     "out_dtype": "dtype is the final model's; every step is computed in float32",
 }
 
-_FLAG = re.compile(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)")
-
-
-class Evaluation(Section):
-    """How a step is judged, and what follows from it."""
-
-    dataset: str | None = None
-    subset: str | None = None
-    split: str | None = None
-    text_column: str | None = None
-    samples: int = Field(default=256, ge=1)
-    sequence_length: int = Field(default=512, ge=2)
-    batch_size: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=42, ge=0)
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    keep: Literal["best", "last"] = "best"
-    patience: int | None = Field(default=None, ge=1)
-    backtrack: bool = False
-    metric_command: str | None = None
-    metric_goal: Literal["minimize", "maximize"] | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Evaluation:
-        if self.dataset is None and self.metric_command is None:
-            raise ValueError("needs a dataset, a metric_command, or both")
-        if (self.metric_command is None) != (self.metric_goal is None):
-            raise ValueError(
-                "metric_command and metric_goal (minimize or maximize) belong together"
-            )
-        if self.metric_command is not None and "{model}" not in self.metric_command:
-            raise ValueError("metric_command must say where the model goes: {model}")
-        return self
-
 
 class Compare(Section):
     """What is measured only to be looked at; no step depends on it."""
 
     checkpoints: bool = True
-    """The score of every checkpoint as it is, before it is merged: one evaluation each."""
+    """The scores of every checkpoint as it is, before it is merged: one evaluation each."""
     average: bool = True
-    """The score of the uniform average of the merged checkpoints: one merge and one evaluation."""
+    """The scores of the checkpoints' uniform average: one merge and one evaluation at the end."""
     angles: bool = True
-    """How far each step goes and how far it turns: the three models are read once more."""
+    """How far each step goes and turns: the weights of its models are read once more."""
 
 
 class StreamConfig(Section):
@@ -87,7 +47,7 @@ class StreamConfig(Section):
     merge_method: str
     base_model: str
     checkpoints: str | list[str | list[str]]
-    """A Trainer's directory, or models; a list of several in it are merged in one step."""
+    """A Trainer's directory, or models; those in a list within the list are merged in one step."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     learning_rate: Any = None
     """Checked :data:`~mergekit_arm.streaming.rates.Rates`; None: the default."""
@@ -109,8 +69,10 @@ class StreamConfig(Section):
     def document(self) -> dict[str, Any]:
         """Return the YAML again, without defaults."""
         document = self.model_dump(mode="json", exclude_defaults=True)
-        if self.calibration is not None:
-            document["calibration"] = self.calibration.document()
+        for key in ("calibration", "evaluation"):
+            section = getattr(self, key)
+            if section is not None:
+                document[key] = section.document()
         return document
 
     @field_validator("learning_rate", mode="before")
@@ -130,26 +92,10 @@ class StreamConfig(Section):
 
     @field_validator("checkpoints")
     @classmethod
-    def _check_checkpoints(cls, value: str | list[str | list[str]]) -> Any:
+    def _check_checkpoints(cls, value: str | list[str | list[str]]) -> str | list[str | list[str]]:
         if not value or (isinstance(value, list) and not all(value)):
             raise ValueError("name a Trainer's output directory, or list model references")
         return value
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Reads YAML in which no key stands twice: the first would be lost without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge":
-                name = self.construct_object(key, deep=True)  # type: ignore[no-untyped-call]
-                if name in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"{name} stands twice", key.start_mark
-                    )
-                seen.add(name)
-        return super().construct_mapping(node, deep)
 
 
 def load_config(source: StreamConfig | Mapping[str, Any] | str | Path) -> StreamConfig:
@@ -161,34 +107,9 @@ def load_config(source: StreamConfig | Mapping[str, Any] | str | Path) -> Stream
     if isinstance(source, StreamConfig):
         return source
     if isinstance(source, Mapping):
-        return _validate(dict(source), "stream configuration")
-    try:
-        document = yaml.load(Path(source).read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506
-    except OSError as error:
-        raise InputError(f"{source}: {error.strerror}; name the stream's YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{source}: not YAML ({reason})") from error
-    if not isinstance(document, Mapping):
-        raise InputError(f"{source}: must be a mapping that starts with merge_method, base_model …")
-    return _validate(dict(document), str(source))
-
-
-@contextmanager
-def section(name: str) -> Iterator[None]:
-    """Put ``name`` before what is refused inside, and keys where ``calibrate`` has flags.
-
-    Raises:
-        InputError: the same, reworded.
-    """
-    try:
-        yield
-    except InputError as error:
-        message = _FLAG.sub(lambda flag: flag[1].replace("-", "_"), error.message)
-        raise InputError(f"{name}: {message}") from error
-
-
-def _validate(document: dict[str, Any], where: str) -> StreamConfig:
+        where, document = "stream configuration", dict(source)
+    else:
+        where, document = str(source), read_mapping(Path(source))
     for key, remedy in _ELSEWHERE.items():
         if key in document:
             raise InputError(f"{where}: {key}: {remedy}")
@@ -204,15 +125,8 @@ def _explain(error: ValidationError) -> str:
     first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     place = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        key = place[-1]
-        models: dict[str, type[BaseModel]] = {
-            "evaluation": Evaluation,
-            "compare": Compare,
-        }
-        outer = place[0] if len(place) > 1 else ""
-        known = models.get(outer, StreamConfig).model_fields
-        if outer == "learning_rate":
-            known = {**Schedule.model_fields, **Search.model_fields, **PerRun.model_fields}
+        outer, key = place[0] if len(place) > 1 else "", place[-1]
+        known = _keys_of(outer)
         inside = f" in {outer}" if outer else ""
         return (
             f"unknown key {key!r}{inside}{did_you_mean(key, known)}; there are: {', '.join(known)}"
@@ -221,3 +135,12 @@ def _explain(error: ValidationError) -> str:
     # The names of a union's branches say nothing to the user.
     path = ".".join(part for part in place if "[" not in part and part not in ("str", "int"))
     return f"{path}: {message[:1].lower()}{message[1:]}" if path else message
+
+
+def _keys_of(section: str) -> Iterable[str]:
+    if section == "evaluation":
+        own = [key for key in Evaluation.model_fields if key != SETS]
+        return [*HeldOutSet.model_fields, *METRIC_KEYS, *own]
+    if section == "learning_rate":
+        return [key for one in (Schedule, Search, PerRun) for key in one.model_fields]
+    return {"compare": Compare}.get(section, StreamConfig).model_fields

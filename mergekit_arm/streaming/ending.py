@@ -33,7 +33,7 @@ def finish(place: Workplace, reason: str) -> int:
     # A finished model is published as it lies there: nothing half-written goes into it.
     card = stream_card(place.plan, state, chosen)
     write_text(place.out / MODEL / CARD, card, staging=place.out)
-    draw_stream(state, place.out / PLOT)
+    draw_stream(state, place.plan.config.evaluation, place.out / PLOT)
     place.prune(finished=True)
     for name in (INCOMING, LORA_CACHE, METRIC_LOG):
         remove(place.out / name)
@@ -62,7 +62,10 @@ def _make_model(place: Workplace, chosen: int) -> None:
     copies = options.copy_tokenizer and place.plan.has_tokenizer
     with forgetting([source]):
         merge(
-            document, to_yaml(document), model, options.model_copy(update={"copy_tokenizer": copies})
+            document,
+            to_yaml(document),
+            model,
+            options.model_copy(update={"copy_tokenizer": copies}),
         )
     state.final = made
     state.save(place.out)

@@ -25,7 +25,6 @@ from mergekit_arm.streaming.plan.checks import Checks
 from mergekit_arm.streaming.plan.document import STEP_BYTES
 from mergekit_arm.streaming.plan.plan import StreamPlan, make_plan
 from mergekit_arm.streaming.state import State, read_state
-from mergekit_arm.units import size_text
 
 _LIBRARIES = 700 << 20  # bytes resident once torch, transformers and mergekit are imported
 

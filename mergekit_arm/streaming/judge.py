@@ -92,9 +92,10 @@ class StreamJudge:
         )
         for name, score in found.items():
             if not math.isfinite(score):
+                data = getattr(self.settings.sets[name], "dataset", name)
                 raise Failure(
-                    f"the loss of {reference} on {getattr(self.settings.sets[name], 'dataset', name)} "
-                    f"is {score}: the model is broken; try a lower learning_rate"
+                    f"the loss of {reference} on {data} is {score}: the model is broken; "
+                    "try a lower learning_rate"
                 )
         return found
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming.calibration import Section
+from mergekit_arm.sections import Section
 
 DEFAULT_LEARNING_RATE = 0.5
 HIGHEST_LEARNING_RATE = 2.0
@@ -117,7 +117,7 @@ def check_rates(setting: Rates, steps: int | None) -> None:
 
 
 def rates_at(setting: Rates, index: int, steps: int | None, runs: int = 1) -> list[Rate] | None:
-    """Return the rate of each of ``runs`` models at step ``index`` (from 0), None past a list's end.
+    """Return the rates of ``runs`` models at step ``index`` (from 0), None past a list's end.
 
     Raises:
         InputError: another number of runs was given rates.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mergekit_arm.models.contents import describe
 from mergekit_arm.errors import InputError
+from mergekit_arm.models.contents import describe
 from mergekit_arm.streaming.state import difference
 from mergekit_arm.streaming.step.workplace import Workplace
 
@@ -28,7 +28,9 @@ def score_again(place: Workplace, judge: dict[str, str]) -> None:
                 one.scores = place.score(one.reference, run_commands=False) if there else {}
             if not record.accepted:
                 record.current = state.scores_of(
-                    next((o.step for o in reversed(state.steps[: record.step - 1]) if o.accepted), 0)
+                    next(
+                        (o.step for o in reversed(state.steps[: record.step - 1]) if o.accepted), 0
+                    )
                 )
             elif place.has(record.step):
                 record.current = place.score(place.model_of(record.step))

@@ -140,7 +140,12 @@ class State(_Record):
     @property
     def current(self) -> int:
         """The last accepted step; 0 is the base."""
-        return next((record.step for record in reversed(self.steps) if record.accepted), 0)
+        return self.before(len(self.steps) + 1)
+
+    def before(self, step: int) -> int:
+        """Return the step whose model ``step`` started from; 0 is the base."""
+        earlier = reversed(self.steps[: step - 1])
+        return next((record.step for record in earlier if record.accepted), 0)
 
     @property
     def best(self) -> int:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove
+from mergekit_arm.judging.judge import Scores
 from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.data_checks import data_problems, disk_problems, keep_problems
 from mergekit_arm.streaming.ending import finish
@@ -26,7 +27,7 @@ from mergekit_arm.streaming.forecast import seconds_left
 from mergekit_arm.streaming.judge import Progress, judged_by, make_judge
 from mergekit_arm.streaming.layout import LOCK_FILE, LORA_CACHE, MODEL, PLOT, unfinished
 from mergekit_arm.streaming.options import StreamOptions, complete_options
-from mergekit_arm.streaming.plan.plan import PlannedStep, StreamPlan, make_plan
+from mergekit_arm.streaming.plan.plan import PlannedStep, make_plan
 from mergekit_arm.streaming.references import plain_path
 from mergekit_arm.streaming.report.plot import draw_stream
 from mergekit_arm.streaming.rescoring import score_again
@@ -51,6 +52,8 @@ class StreamResult:
     stopped: str
     steps: list[StepRecord]
     skipped: list[Skipped]
+    average: Scores
+    """Of the merged checkpoints' uniform average; empty where it was not scored."""
 
 
 def stream(
@@ -171,7 +174,13 @@ class _Loop:
             raise Failure(f"{place.out}: no checkpoint was merged ({'; '.join(whys) or reason})")
         chosen = finish(place, reason)
         return StreamResult(
-            place.out, place.out / MODEL, chosen, reason, list(state.steps), list(state.skipped)
+            out=place.out,
+            model=place.out / MODEL,
+            chosen=chosen,
+            stopped=reason,
+            steps=list(state.steps),
+            skipped=list(state.skipped),
+            average=state.average.scores if state.average else {},
         )
 
     def _all_steps(self) -> str:
@@ -281,5 +290,5 @@ class _Loop:
         if place.merge.lora_merge_cache == str(place.out / LORA_CACHE):
             remove(place.out / LORA_CACHE)
         if time.monotonic() - self.drawn > _DRAW_EVERY:
-            draw_stream(place.state, place.out / PLOT)
+            draw_stream(place.state, place.plan.config.evaluation, place.out / PLOT)
             self.drawn = time.monotonic()

@@ -9,15 +9,20 @@ from pydantic import Field, model_validator
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.judging.judge import Scores
-from mergekit_arm.judging.sets import DTYPE, EvaluationSet, HeldOutSet, MetricSet, read_sets
+from mergekit_arm.judging.sets import DTYPE, EvaluationSet, HeldOutSet, read_sets
 from mergekit_arm.sections import Section
 
 LOSS, METRIC = "loss", "metric"
 """Names of the sets where the file gives none."""
 
 _OF_DATA = tuple(HeldOutSet.model_fields)
-_METRIC_KEYS = {"metric_command": "metric_command", "metric_goal": "goal", "metric_timeout": "timeout"}
-_INNER = "sets"
+METRIC_KEYS = {
+    "metric_command": "metric_command",
+    "metric_goal": "goal",
+    "metric_timeout": "timeout",
+}
+SETS = "sets"
+"""The field under which the checked sets stand; no key of the file."""
 
 
 class Evaluation(Section):
@@ -36,7 +41,7 @@ class Evaluation(Section):
     def _collect(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             raise ValueError("must be a mapping such as {dataset: ./heldout.jsonl}")
-        if _INNER in given:
+        if SETS in given:
             return given  # what this function made, once more
         own = {key: given[key] for key in cls.model_fields if key in given}
         named = {key: value for key, value in given.items() if isinstance(value, Mapping)}
@@ -44,7 +49,7 @@ class Evaluation(Section):
         sets = _named(named, rest) if named else _unnamed(rest)
         unknown = {key: value for key, value in rest.items() if not _known(key, bool(named))}
         try:
-            return {**own, **unknown, _INNER: read_sets(sets, "")}
+            return {**own, **unknown, SETS: read_sets(sets, "")}
         except InputError as error:
             raise ValueError(_told(error.message)) from error
 
@@ -93,16 +98,29 @@ class Evaluation(Section):
         one, two = self.standing(scores, base), self.standing(other, base)
         return one is not None and (two is None or one > two)
 
+    def better_of(self, scores: Scores, other: Scores) -> bool:
+        """Say whether a checkpoint's ``scores`` are better than ``other``, by the sets of both.
+
+        Commands are not run for them, so that a loss decides where a command decides the steps.
+        """
+        names = [name for name in self.deciding if name in scores and name in other]
+        change = 0.0
+        for name in names or [n for n in scores if n in other]:
+            one = self.sets[name]
+            difference = scores[name] - other[name]
+            change += one.weight * (difference if one.goal == "maximize" else -difference)
+        return change > 0
+
     def document(self) -> dict[str, Any]:
         """Return the YAML section again, without defaults."""
-        own = self.model_dump(mode="json", exclude_defaults=True, exclude={_INNER})
+        own = self.model_dump(mode="json", exclude_defaults=True, exclude={SETS})
         written = {
             name: one.model_dump(mode="json", exclude_unset=True) for name, one in self.sets.items()
         }
         if not set(written) <= {LOSS, METRIC}:
             return {**written, **own}
         metric = written.get(METRIC, {})
-        command = {key: metric[field] for key, field in _METRIC_KEYS.items() if field in metric}
+        command = {key: metric[field] for key, field in METRIC_KEYS.items() if field in metric}
         return {**written.get(LOSS, {}), **command, **own}
 
 
@@ -112,7 +130,7 @@ def bound_of(one: EvaluationSet) -> float | None:
 
 
 def _known(key: str, named: bool) -> bool:
-    return key in _OF_DATA or (not named and key in _METRIC_KEYS)
+    return key in _OF_DATA or (not named and key in METRIC_KEYS)
 
 
 def _named(named: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +151,7 @@ def _unnamed(given: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("metric_command and metric_goal (minimize or maximize) belong together")
     if command is not None:
         found[METRIC] = {
-            field: given[key] for key, field in _METRIC_KEYS.items() if given.get(key) is not None
+            field: given[key] for key, field in METRIC_KEYS.items() if given.get(key) is not None
         }
     if not found:
         raise ValueError("needs a dataset, a metric_command, or both; or named sets of such")

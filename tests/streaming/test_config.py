@@ -11,11 +11,11 @@ import yaml
 from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming.config import Schedule, StreamConfig, load_config
-from mergekit_arm.streaming.evaluation.score import run_metric
+from mergekit_arm.judging.metric import run_metric
+from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.plan.method import fit_method
 from mergekit_arm.streaming.plan.plan import make_plan
-from mergekit_arm.streaming.plan.schedule import check_rates, rate_at
+from mergekit_arm.streaming.rates import Schedule, check_rates, rate_at
 from mergekit_arm.streaming.references import absolute_reference
 from tests.support.paths import EXAMPLES
 from tests.support.streams import config, write_run

@@ -119,7 +119,7 @@ def _other_content(before: MergedCheckpoint, after: RunCheckpoint) -> str | None
 
 
 def _part(reference: str) -> str:
-    """Return the adapter of a reference, or its model: an adapter that is gone has lost its base."""
+    """Return a reference's adapter, or its model; an adapter that is gone has lost its base."""
     return reference.rpartition("+")[2]
 
 

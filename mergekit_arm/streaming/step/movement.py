@@ -86,7 +86,7 @@ def measure_move(document: Mapping[str, Any], merged: str, options: MergeOptions
             continue
         if len({tensor.shape for tensor in tensors}) == 1:
             goal = tensors[2] if len(tensors) == 3 else torch.stack(tensors[2:]).mean(dim=0)
-            moves[weight.name] = compare(*tensors[:2], goal)
+            moves[weight.name] = compare(tensors[0], tensors[1], goal)
     return Move(moves)
 
 

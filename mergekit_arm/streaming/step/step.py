@@ -212,7 +212,9 @@ def _choose(step: _Step) -> Attempt | None:
         if number == len(state.tried):
             state.tried.append(step.judge(rates))
             state.save(place.out)
-        if not planned.search and not (backtrack and place.better(start, state.tried[number].scores)):
+        if not planned.search and not (
+            backtrack and place.better(start, state.tried[number].scores)
+        ):
             return state.tried[number]
         if backtrack and number < HALVINGS:
             place.say(
@@ -259,6 +261,4 @@ def _describe(place: Workplace, one: RunCheckpoint) -> MergedCheckpoint:
         earlier = [known for record in place.state.steps for known in record.merged]
         same = [known for known in earlier if known.reference == one.reference and known.scores]
         scores = same[0].scores if same else place.score(one.reference, run_commands=False)
-    return MergedCheckpoint(
-        name=one.name, reference=one.reference, content=content, scores=scores
-    )
+    return MergedCheckpoint(name=one.name, reference=one.reference, content=content, scores=scores)

@@ -81,8 +81,7 @@ class Workplace:
         Raises:
             InputError: its weights are not there any more.
         """
-        before = self.state.steps[: step - 1]
-        number = next((one.step for one in reversed(before) if one.accepted), 0)
+        number = self.state.before(step)
         if number and not self.has(number):
             raise InputError(
                 f"{self.out}: the float32 weights of step {number} are gone, from which the stream "
@@ -145,6 +144,6 @@ class Workplace:
             remove(path)
 
     def write_journal(self) -> None:
-        """Write ``stream.jsonl`` anew from the state: a line a step, a line for what was skipped."""
+        """Write ``stream.jsonl`` anew: a line for every step, and for what was skipped."""
         lines = (json.dumps(one.model_dump(mode="json")) for one in self.state.handled)
         write_text(self.out / JOURNAL, "".join(f"{line}\n" for line in lines))

@@ -189,7 +189,7 @@ def watch_run(
     options: WatchOptions | None,
     say: Callable[[str], None],
 ) -> Iterator[Watch | None]:
-    """Take the checkpoints of ``folder`` into ``out`` for the duration; None without ``options``."""
+    """Take the checkpoints of ``folder`` into ``out`` meanwhile; None without ``options``."""
     if options is None or folder is None:
         yield None
         return

@@ -14,15 +14,9 @@ from mergekit.options import MergeOptions
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.streaming import StreamOptions, stream
 from mergekit_arm.streaming.config import Evaluation
-from mergekit_arm.streaming.evaluation.heldout import HeldOut, ScoredSequence, load_heldout
-from mergekit_arm.streaming.evaluation.score import Judge, mean_loss, run_metric
+from mergekit_arm.streaming.judge import StepJudge
 from tests.support.models import VOCABULARY, perturbed, tiny_llama
-from tests.support.streams import add_tokenizer, config, weights, write_run, write_tokens
-
-TEMPLATE = (
-    "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+from tests.support.streams import config, weights, write_run, write_tokens
 
 
 @pytest.fixture(scope="module")
@@ -42,118 +36,13 @@ def scripted(folder: Path, *numbers: float) -> dict[str, Any]:
     }
 
 
-def test_the_loss_is_that_of_a_plain_loop() -> None:
-    model = tiny_llama(3).eval()
-    generator = torch.Generator().manual_seed(1)
-    sequences = []
-    for length in (3, 9, 9, 17, 5):
-        ids = torch.randint(VOCABULARY, (length,), generator=generator)
-        scored = torch.rand(length, generator=generator) < 0.6
-        scored[0], scored[1] = False, True
-        sequences.append(ScoredSequence(ids, scored))
-    expected: list[float] = []
-    with torch.inference_mode():
-        for sequence in sequences:
-            for position in range(1, len(sequence.ids)):
-                if sequence.scored[position]:
-                    logits = model(input_ids=sequence.ids[None, :position]).logits[0, -1].double()
-                    expected.append(-float(logits.log_softmax(0)[sequence.ids[position]]))
-    held = HeldOut(sequences, answers_only=True)
-    assert held.scored_tokens == len(expected)
-    for batch_size in (None, 1, 2, 5):
-        loss = mean_loss(model, held, batch_size)
-        assert loss == pytest.approx(sum(expected) / len(expected), rel=1e-6)
-
-
-def test_batches_stay_within_their_bound() -> None:
-    sequences = [ScoredSequence(torch.ones(n).long(), torch.ones(n).bool()) for n in range(1, 30)]
-    batches = list(HeldOut(sequences, False).batches(elements=2000, width=20, batch_size=None))
-    assert all(ids.numel() * 20 <= 2000 for ids, _, _ in batches)
-    assert sum(int(mask.sum()) for _, mask, _ in batches) == sum(range(1, 30))
-
-
-def test_of_chats_only_the_answers_are_scored(tmp_path: Path) -> None:
-    tokenizer = add_tokenizer(tmp_path, template=TEMPLATE)
-    chat = [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "one?"},
-        {"role": "assistant", "content": "two"},
-        {"role": "user", "content": "three?"},
-        {"role": "assistant", "content": "four five"},
-    ]
-    file = tmp_path / "chats.jsonl"
-    file.write_text(json.dumps({"messages": chat}) + "\n")
-    held = load_heldout(Evaluation(dataset=str(file)), [tokenizer])
-    assert held.answers_only
-    answers = [tokenizer.decode(s.ids[s.scored]) for s in held.sequences]
-    assert answers == ["two\n", "four five\n"]
-    contexts = [tokenizer.decode(s.ids[~s.scored]) for s in held.sequences]
-    assert contexts[0] == "<system>be brief\n<user>one?\n<assistant>"
-    assert contexts[1] == contexts[0] + "two\n<user>three?\n<assistant>"
-
-
-def test_other_forms_of_chats_are_scored_alike(tmp_path: Path) -> None:
-    """ShareGPT's and Alpaca's rows, the first of them empty."""
-    tokenizer = add_tokenizer(tmp_path, template=TEMPLATE)
-    turns = [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two"}]
-    for number, rows in enumerate(
-        (
-            [{"conversations": []}, {"conversations": turns}],
-            [{"instruction": "", "output": ""}, {"instruction": "one?", "output": "two"}],
-        )
-    ):
-        file = tmp_path / f"{number}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        for seed in range(3):
-            held = load_heldout(Evaluation(dataset=str(file), seed=seed), [tokenizer])
-            assert [tokenizer.decode(s.ids[s.scored]) for s in held.sequences] == ["two\n"]
-
-
-@pytest.mark.parametrize("role", ["user", "gpt"])
-def test_chats_without_an_answer_are_refused(tmp_path: Path, role: str) -> None:
-    tokenizer = add_tokenizer(tmp_path, template=TEMPLATE)
-    chat = [{"role": "user", "content": "one?"}, {"role": role, "content": "two?"}]
-    file = tmp_path / "chats.jsonl"
-    file.write_text(json.dumps({"messages": chat}) + "\n")
-    with pytest.raises(InputError, match="no row has a message of the role assistant"):
-        load_heldout(Evaluation(dataset=str(file)), [tokenizer])
-
-
-def test_long_chats_keep_what_precedes_the_answer(tmp_path: Path) -> None:
-    tokenizer = add_tokenizer(tmp_path, template=TEMPLATE)
-    file = tmp_path / "chats.jsonl"
-    for question, answer in (("q" * 50, "short"), ("q", "a" * 50)):
-        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        file.write_text(json.dumps({"messages": chat}) + "\n")
-        settings = Evaluation(dataset=str(file), sequence_length=16)
-        (sequence,) = load_heldout(settings, [tokenizer]).sequences
-        assert len(sequence.ids) == 16
-        text = tokenizer.decode(sequence.ids[sequence.scored])
-        assert text == ("short\n" if answer == "short" else "a" * len(text))
-        assert not sequence.scored[0]
-
-
-def test_chats_need_a_template_from_somewhere(tmp_path: Path) -> None:
-    bare = add_tokenizer(tmp_path / "bare")
-    other = add_tokenizer(tmp_path / "other", template=TEMPLATE)
-    file = tmp_path / "chats.jsonl"
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    file.write_text(json.dumps({"messages": chat}) + "\n")
-    settings = Evaluation(dataset=str(file))
-    with pytest.raises(InputError, match="neither the base nor the checkpoint has a chat"):
-        load_heldout(settings, [bare])
-    assert load_heldout(settings, [bare, other]).scored_tokens == 2
-    judge = Judge(settings, [str(tmp_path / "bare"), str(tmp_path / "other")], MergeOptions())
-    assert judge.heldout.answers_only
-
-
 def test_the_journal_holds_the_losses_of_current_base_and_checkpoint(
     run: Path, tmp_path: Path
 ) -> None:
     heldout = write_tokens(tmp_path / "heldout.jsonl", 12)
     settings = {"dataset": str(heldout), "keep": "last"}
     result = stream(config(run, evaluation=settings), tmp_path / "out", StreamOptions(keep="all"))
-    judge = Judge(Evaluation(**settings), [str(run / "base")], MergeOptions())
+    judge = StepJudge(Evaluation(**settings), [str(run / "base")], MergeOptions())
     for record in result.steps:
         expected = {
             "current": judge.score(
@@ -227,20 +116,12 @@ def test_backtracking_halves_the_rate_until_it_helps(run: Path, tmp_path: Path) 
     assert not (out / "steps" / "003" / "model").exists()
 
 
-def test_a_metric_command_is_quoted_and_its_last_number_counts(tmp_path: Path) -> None:
-    path = tmp_path / "a model's name"
-    assert (
-        run_metric("echo loss; echo 3; echo -1.5e-3; echo {model}", str(path), tmp_path) == -1.5e-3
-    )
-    assert run_metric("test -d {scratch} && echo 1 # {model}", "x", tmp_path) == 1
-
-
 @pytest.mark.parametrize(
     ("command", "said"),
     [
         ("echo out of memory >&2; exit 3 # {model}", "ended with status 3: out of memory"),
         ("exit 4 # {model}", "ended with status 4: it said nothing"),
-        ("echo nan {model}", "printed no line that is a number"),
+        ("echo nan {model}", "metric_command's last line is 'nan"),
     ],
 )
 def test_a_failing_metric_command_stops_the_stream_and_resumes(
