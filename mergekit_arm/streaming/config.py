@@ -37,6 +37,8 @@ class Compare(Section):
     """The scores of every checkpoint as it is, before it is merged: one evaluation each."""
     average: bool = True
     """The scores of the checkpoints' uniform average: one merge and one evaluation at the end."""
+    commands: bool = False
+    """Whether these get the numbers of commands as well, and not only their losses."""
     angles: bool = True
     """How far each step goes and turns: the weights of its models are read once more."""
 

@@ -28,7 +28,8 @@ def finish(place: Workplace, reason: str) -> int:
     if chosen == 0:
         place.say("no step was better than the base: the final model is the base")
     _make_model(place, chosen)
-    if place.plan.config.compare.average and place.judge is not None:
+    evaluation, compare = place.plan.config.evaluation, place.plan.config.compare
+    if compare.average and evaluation and (evaluation.has_data or compare.commands):
         _average(place)
     # A finished model is published as it lies there: nothing half-written goes into it.
     card = stream_card(place.plan, state, chosen)
@@ -97,7 +98,7 @@ def _average(place: Workplace) -> None:
     try:
         with forgetting([*references, str(model)]):
             merge(document, to_yaml(document), model, options)
-        state.average.scores = place.score(str(model))
+        state.average.scores = place.score_aside(str(model))
     except Failure as error:  # it is there to be looked at: the stream does not depend on it
         state.average.missing = error.message
         place.say(f"the uniform average is not scored: {error.message}")

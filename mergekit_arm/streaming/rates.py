@@ -18,9 +18,8 @@ Rate = float | list[dict[str, Any]]
 """Of one model at one step: a number, or mergekit's list of ``{filter, value}``."""
 
 _FORMS = (
-    f"must lie in (0, {HIGHEST_LEARNING_RATE:g}], not {{!r}}; or be a list of such, "
-    "[{filter: mlp, value: 0.3}, {value: 0.5}], {schedule: cosine, peak: 0.6, final: 0.1}, "
-    "{search: [0.25, 0.5, 1.0]} or {runs: [0.5, 0.3]}"
+    "or be a list of such, [{filter: mlp, value: 0.3}, {value: 0.5}], "
+    "{schedule: cosine, peak: 0.6, final: 0.1}, {search: [0.25, 0.5, 1.0]} or {runs: [0.5, 0.3]}"
 )
 
 
@@ -219,5 +218,5 @@ def _number(value: Any) -> float:
     except (TypeError, ValueError):
         found = float("nan")
     if not 0 < found <= HIGHEST_LEARNING_RATE:
-        raise ValueError(_FORMS.format(value))
+        raise ValueError(f"must lie in (0, {HIGHEST_LEARNING_RATE:g}], not {value!r}; {_FORMS}")
     return found

@@ -25,7 +25,7 @@ def score_again(place: Workplace, judge: dict[str, str]) -> None:
             record.base = state.base
             for one in record.merged:
                 there = place.plan.config.compare.checkpoints and _is_there(one.reference)
-                one.scores = place.score(one.reference, run_commands=False) if there else {}
+                one.scores = place.score_aside(one.reference) if there else {}
             if not record.accepted:
                 record.current = state.scores_of(
                     next(

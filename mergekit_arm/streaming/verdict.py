@@ -69,6 +69,11 @@ class Evaluation(Section):
         ]
         return found or list(self.sets)
 
+    @property
+    def has_data(self) -> bool:
+        """Whether a set is data, and not a command."""
+        return any(isinstance(one, HeldOutSet) for one in self.sets.values())
+
     def standing(self, scores: Scores, base: Scores) -> tuple[bool, float] | None:
         """Return how good a model is beside the base, to be compared; None where it is not known.
 

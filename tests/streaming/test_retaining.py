@@ -142,14 +142,13 @@ def test_sections_that_are_refused(calibration: dict[str, Any], said: str, run: 
     ("changes", "said"),
     [
         ({"parameters": {"rotation": -0.4}}, "rotation has no meaning with task_stats"),
-        ({"parameters": {"task_stats": "x"}}, "task_stats: the stream measures the model"),
         ({"merge_method": "aim", "parameters": {}}, "calibration.task: aim has no use for it"),
     ],
 )
 def test_methods_and_parameters_that_are_refused(
     changes: dict[str, Any], said: str, run: Path
 ) -> None:
-    _, problems = make_plan(load_config(retaining(run, **changes)), MergeOptions(), None)
+    _, problems = make_plan(load_config(retaining(run, **changes)), MergeOptions())
     assert any(said in problem for problem in problems), problems
 
 

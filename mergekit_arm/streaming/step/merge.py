@@ -58,7 +58,7 @@ def _copy_generation_config(
     configuration: MergeConfiguration, out: Path, options: MergeOptions
 ) -> None:
     """Copy what mergekit leaves out where it writes a tokenizer of its own."""
-    base = configuration.base_model or configuration.models[0].model
+    base = configuration.base_model or configuration.referenced_models()[0]
     if (out / _GENERATION).exists() or not options.copy_tokenizer:
         return
     if base.lora is not None:

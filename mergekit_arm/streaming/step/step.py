@@ -260,5 +260,5 @@ def _describe(place: Workplace, one: RunCheckpoint) -> MergedCheckpoint:
     if place.plan.config.compare.checkpoints:
         earlier = [known for record in place.state.steps for known in record.merged]
         same = [known for known in earlier if known.reference == one.reference and known.scores]
-        scores = same[0].scores if same else place.score(one.reference, run_commands=False)
+        scores = same[0].scores if same else place.score_aside(one.reference)
     return MergedCheckpoint(name=one.name, reference=one.reference, content=content, scores=scores)

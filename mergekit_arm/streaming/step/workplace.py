@@ -111,6 +111,10 @@ class Workplace:
         finally:
             remove(scratch)
 
+    def score_aside(self, reference: str) -> Scores:
+        """Return the scores of a model that is only looked at: no commands unless asked for."""
+        return self.score(reference, run_commands=self.plan.config.compare.commands)
+
     def better(self, scores: Scores, other: Scores) -> bool:
         """Say whether ``scores`` are better than ``other``; without evaluation the later is."""
         evaluation = self.plan.config.evaluation

@@ -169,7 +169,7 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         merged = self._merged()
         if merged > global_step:
             raise InputError(
-                f"{self.out} holds a stream that has come to checkpoint-{merged}, and this training "
+                f"{self.out} holds a stream that came to checkpoint-{merged}, and this training "
                 f"begins at step {global_step}: it is another training's; give another OUT"
             )
         self.out.mkdir(parents=True, exist_ok=True)

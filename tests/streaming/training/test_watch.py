@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,6 @@ import pytest
 import torch
 
 from mergekit_arm.errors import Failure, InputError
-from mergekit_arm.files import hash_file
 from mergekit_arm.streaming import StreamOptions, WatchOptions, stream
 from mergekit_arm.streaming.training.checkpoints import is_last
 from mergekit_arm.streaming.training.watch import Watch, take
@@ -46,6 +46,10 @@ def save(models: Path, run: Path, number: int, *, last: bool = False) -> Path:
     return folder
 
 
+def digest(model: Path) -> str:
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+
+
 def watch(models: Path, tmp_path: Path, options: WatchOptions = FAST) -> Watch:
     return Watch(
         tmp_path / "run", tmp_path / "in", str(models / "base"), options, lambda note: None
@@ -66,8 +70,8 @@ def test_a_checkpoint_is_taken_when_it_is_complete(models: Path, tmp_path: Path)
     (folder / "trainer_state.json").write_text("{}")
     taken = follower.next(-1)
     assert not isinstance(taken, str)
-    assert taken[0] == 1
-    assert taken[1].reference == str(tmp_path / "in" / "checkpoint-1")
+    assert taken.name == "checkpoint-1"
+    assert taken.reference == str(tmp_path / "in" / "checkpoint-1")
 
 
 def test_without_a_trainers_state_a_checkpoint_must_have_settled(
@@ -83,12 +87,12 @@ def test_without_a_trainers_state_a_checkpoint_must_have_settled(
 
 def test_what_was_taken_outlives_its_original(models: Path, tmp_path: Path) -> None:
     folder = save(models, tmp_path / "run", 1)
-    original = hash_file(folder / "model.safetensors")
+    original = digest(folder)
     taken = watch(models, tmp_path).next(-1)
     assert not isinstance(taken, str)
     shutil.rmtree(folder)
     copy = tmp_path / "in" / "checkpoint-1"
-    assert hash_file(copy / "model.safetensors") == original
+    assert digest(copy) == original
     assert not (copy / "optimizer.pt").exists()
 
 
@@ -106,7 +110,7 @@ def test_a_checkpoint_that_vanishes_half_way_is_passed_over(
     monkeypatch.setattr(os, "link", rotating)
     taken = watch(models, tmp_path).next(-1)
     assert not isinstance(taken, str)
-    assert taken[0] == 2
+    assert taken.name == "checkpoint-2"
     assert [path.name for path in (tmp_path / "in").iterdir()] == [second.name]
 
 
