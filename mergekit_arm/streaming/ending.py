@@ -35,7 +35,8 @@ def finish(place: Workplace, reason: str) -> int:
     card = stream_card(place.plan, state, chosen)
     write_text(place.out / MODEL / CARD, card, staging=place.out)
     draw_stream(state, place.plan.config.evaluation, place.out / PLOT)
-    place.prune(finished=True)
+    if state.chosen is None:
+        place.prune(finished=True)
     for name in (INCOMING, LORA_CACHE, METRIC_LOG):
         remove(place.out / name)
     state.chosen, state.stopped = chosen, reason

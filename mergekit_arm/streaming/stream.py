@@ -164,7 +164,8 @@ class _Loop:
         state.skipped = [one for one in state.skipped if one.position < last]
         score_again(place, judged_by(place.plan))
         state.save(place.out)
-        place.prune(finished=state.chosen is not None)
+        if state.chosen is None:  # what a finished stream kept was asked for
+            place.prune()
         place.write_journal()
         reason = self._all_steps()
         if self.watch is not None:

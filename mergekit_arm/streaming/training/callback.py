@@ -33,7 +33,8 @@ from mergekit_arm.streaming.training.watch import OVER, take
 
 LOG = logging.getLogger(__name__)
 
-_ORPHAN = 20.0  # seconds in which the stream of a training that was killed notices that
+ORPHAN = 20.0
+"""Seconds in which the stream of a training that was killed has noticed that."""
 
 _MEETING = 5.0  # seconds between two meetings of processes that wait for the stream
 
@@ -174,7 +175,7 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
             )
         self.out.mkdir(parents=True, exist_ok=True)
         try:
-            FileLock(self.out / LOCK_FILE).acquire(timeout=_ORPHAN).lock.release()
+            FileLock(self.out / LOCK_FILE).acquire(timeout=ORPHAN).lock.release()
         except Timeout as error:
             raise InputError(
                 f"{self.out}: another process runs this stream; end it, or wait for it"

@@ -241,7 +241,7 @@ def test_a_run_without_a_checkpoint_fails_and_may_be_followed_again(
     document = config(tmp_path, base_model=str(models / "base"), evaluation=evaluation)
     hasty = StreamOptions(watch=WatchOptions(poll=0.02, timeout=0.1))
     notes: list[str] = []
-    with pytest.raises(Failure, match="no checkpoint came"):
+    with pytest.raises(Failure, match="no checkpoint was merged"):
         stream(document, tmp_path / "out", hasty, say=notes.append)
     assert any("checkpoint-1 is left out" in note and "truncated" in note for note in notes)
     assert not (tmp_path / "out" / "model").exists()
