@@ -42,6 +42,8 @@ class Attempt(_Record):
     rates: list[Any] | None
     """Of each checkpoint; None where the method has no learning rate."""
     scores: Scores
+    bytes: int
+    """Of the weights that it wrote."""
 
 
 class StepRecord(_Record):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mergekit.options import MergeOptions
@@ -64,7 +65,6 @@ class _Step:
     statistics: StepStatistics
     options: MergeOptions
     clock: _Clock
-    written: int = 0
 
     @property
     def merged(self) -> str:
@@ -95,13 +95,11 @@ class _Step:
         config, model = folder / STEP_CONFIG, folder / MODEL
         if model.is_dir():
             if config.is_file() and config.read_text(encoding="utf-8") == text:
-                self.written += size_of(model)
                 return
             remove(model)
         write_text(config, text)
         with self.forgetting(), self.clock.time("merge"):
             merge(document, text, model, self.options)
-        self.written += size_of(model)
 
     def _comment(self, document: dict[str, Any]) -> list[str]:
         folder = self.place.folder(self.planned.step)
@@ -120,7 +118,8 @@ class _Step:
         """Merge with ``rates`` and score the result."""
         self.merge(rates)
         with self.clock.time("evaluate"):
-            return Attempt(rates=rates, scores=self.place.score(self.merged))
+            scores = self.place.score(self.merged)
+        return Attempt(rates=rates, scores=scores, bytes=size_of(Path(self.merged)))
 
     def measure(self, chosen: Attempt | None) -> Move | None:
         """Return how far the model went; None where that is switched off.
@@ -182,7 +181,7 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
         base=state.base or {},
         best_step=planned.step if better else state.best,
         seconds=clock.seconds,
-        bytes=step.written,
+        bytes=sum(one.bytes for one in state.tried),
     )
     details: dict[str, Any] = record.model_dump(mode="json")
     if move is not None:
