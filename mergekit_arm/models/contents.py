@@ -7,7 +7,8 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,9 +128,37 @@ def _describe_part(path: str, revision: str | None) -> Contents:
         digest.update(_recognise(file).encode())
     if is_adapter(folder):
         return Contents({}, 0, digest.hexdigest())
-    files = open_tensors(path, folder)
-    shapes = {name: tuple(files.get(name).shape) for name in files.names}
+    shapes = _shapes(path, folder)
     return Contents(shapes, sum(math.prod(shape) for shape in shapes.values()), digest.hexdigest())
+
+
+def _shapes(path: str, folder: Path) -> dict[str, tuple[int, ...]]:
+    files = open_tensors(path, folder)  # which refuses an index that promises too much
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        if file.suffix != ".safetensors":  # mapped, where reading one tensor reads no values
+            return {name: tuple(files.get(name).shape) for name in files.names}
+        with _opened(file) as descriptor:
+            header = json.loads(_header(descriptor))
+        shapes |= {name: tuple(header[name]["shape"]) for name in files.names if name in header}
+    return dict(sorted(shapes.items()))
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[int]:
+    """Open a file of which little is read: of a mapped one the kernel reads what is near, too."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _header(descriptor: int) -> bytes:
+    """Return the JSON at the beginning of a safetensors file, whose length stands before it."""
+    return os.pread(descriptor, int.from_bytes(os.pread(descriptor, 8, 0), "little"), 8)
 
 
 def _recognise(file: Path) -> str:
@@ -146,21 +175,15 @@ def _recognise(file: Path) -> str:
         with zipfile.ZipFile(file) as archive:
             members = [(one.filename, one.file_size, one.CRC) for one in archive.infolist()]
         return hashlib.sha256(repr(members).encode()).hexdigest()
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        if hasattr(os, "posix_fadvise"):  # or the kernel reads a hundred pages for one
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
-        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-        header = os.pread(descriptor, length, 8)
+    with _opened(file) as descriptor:
+        header = _header(descriptor)
         digest = hashlib.sha256(header)
-        digest.update(str(os.fstat(descriptor).st_size).encode())
+        digest.update(str(file.stat().st_size).encode())
         for name, tensor in sorted(json.loads(header).items()):
             if name != "__metadata__":
                 start, end = tensor["data_offsets"]
-                middle = max(start, (start + end - _PROBE) // 2)
-                digest.update(os.pread(descriptor, min(_PROBE, end - start), 8 + length + middle))
-    finally:
-        os.close(descriptor)
+                middle = 8 + len(header) + max(start, (start + end - _PROBE) // 2)
+                digest.update(os.pread(descriptor, min(_PROBE, end - start), middle))
     return digest.hexdigest()
 
 

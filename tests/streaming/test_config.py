@@ -72,6 +72,8 @@ dtype: bfloat16
         ({"calibration": "x.jsonl"}, "calibration: must be a mapping"),
         ({"calibration": {"sample": 3}}, "unknown key 'sample' (did you mean 'samples'?)"),
         ({"calibration": {"samples": "many"}}, "calibration"),
+        ({"calibration": {"samples": 0}}, "calibration: samples must be 1 or more, not 0"),
+        ({"evaluation": {"dataset": "x", "samples": 0}}, "samples: input should be greater"),
         ({"calibration": {"refresh": 0}}, "must be once, every, or N for every Nth step, not 0"),
         ({"calibration": {"refresh": True}}, "or N for every Nth step, not True"),
         ({"calibration": {"refresh": "every 2"}}, "calibration.refresh: must be once, every, or"),
@@ -95,7 +97,7 @@ def test_a_wrong_key_or_value_is_one_line(changes: dict[str, Any], said: str) ->
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "a: [", "\x00"])
+@pytest.mark.parametrize("text", ["", "- 1", "a: [", "\x00", "passes: 1\npasses: 2"])
 def test_a_file_that_is_no_configuration_is_one_line(tmp_path: Path, text: str) -> None:
     file = tmp_path / "stream.yml"
     file.write_text(text)

@@ -169,6 +169,54 @@ def test_a_stream_follows_training_to_its_end(models: Path, tmp_path: Path, endi
     assert not (tmp_path / "out" / "incoming").exists()
 
 
+def test_what_is_rotated_away_during_a_long_step_is_merged(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mergekit_arm.streaming.step.step as module
+
+    run = tmp_path / "run"
+    merge = module.merge
+
+    def slow(document: Any, text: str, *rest: Any) -> None:
+        if "checkpoint-1" in text:  # a trainer that keeps one checkpoint saves three more
+            for number in (2, 3, 4):
+                folder = save(models, run, number, last=number == 4)
+                time.sleep(0.5)
+                shutil.rmtree(folder)
+        merge(document, text, *rest)
+
+    monkeypatch.setattr(module, "merge", slow)
+    save(models, run, 1)
+    document = config(tmp_path, base_model=str(models / "base"))
+    result = stream(document, tmp_path / "out", StreamOptions(watch=FAST))
+    assert [one.checkpoint for one in result.steps] == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
+    assert not (tmp_path / "out" / "incoming").exists()
+
+
+def test_what_vanishes_before_it_is_whole_is_told(models: Path, tmp_path: Path) -> None:
+    folder = save(models, tmp_path / "run", 1)
+    (folder / "config.json").unlink()
+    notes: list[str] = []
+    options = WatchOptions(poll=0.02, timeout=0.5)
+    with Watch(tmp_path / "run", tmp_path / "in", "base", options, notes.append) as follower:
+        time.sleep(0.2)
+        shutil.rmtree(folder)
+        assert follower.next(-1) == "no new checkpoint in 0.5 s"
+    assert "checkpoint-1 was deleted before it could be taken" in notes
+
+
+def test_a_watched_stream_goes_on_with_further_training(models: Path, tmp_path: Path) -> None:
+    save(models, tmp_path / "run", 1, last=True)
+    document = config(tmp_path, base_model=str(models / "base"))
+    stream(document, tmp_path / "out", StreamOptions(watch=FAST))
+    again = stream(document, tmp_path / "out", StreamOptions(watch=FAST))  # ended, it waits not
+    assert len(again.steps) == 1
+    save(models, tmp_path / "run", 2, last=True)
+    assert len(stream(document, tmp_path / "out", StreamOptions(watch=FAST)).steps) == 2
+    save(models, tmp_path / "run", 3)
+    assert len(stream(document, tmp_path / "out").steps) == 3  # and without --watch as well
+
+
 def interrupted(document: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Watch until the merge of checkpoint-2, which is not made."""
     import mergekit_arm.streaming.step.step as module
