@@ -14,7 +14,7 @@ from pathlib import Path
 
 import huggingface_hub
 from mergekit.common import ModelReference
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.files import is_path, sampled_hash
@@ -85,11 +85,10 @@ def missing_part(folder: Path) -> str | None:
             return f"no {file.name}"
         try:
             if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt"):
-                    pass
+                _check_length(file)
             elif not zipfile.is_zipfile(file):  # its directory is at the end
                 return f"a truncated {file.name}"
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             return f"a truncated {file.name} ({first_line(error)})"
     return None
 
@@ -154,6 +153,19 @@ def _opened(file: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _check_length(file: Path) -> None:
+    """Refuse a file that is not as long as its header says.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: it is shorter or longer, or has no header.
+    """
+    with _opened(file) as descriptor:
+        header = _header(descriptor)
+    ends = [one["data_offsets"][1] for name, one in json.loads(header).items() if name[:2] != "__"]
+    if 8 + len(header) + max(ends, default=0) != file.stat().st_size:
+        raise ValueError("it is not as long as its header says")
 
 
 def _header(descriptor: int) -> bytes:
