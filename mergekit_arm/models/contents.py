@@ -170,7 +170,10 @@ def _check_length(file: Path) -> None:
 
 def _header(descriptor: int) -> bytes:
     """Return the JSON at the beginning of a safetensors file, whose length stands before it."""
-    return os.pread(descriptor, int.from_bytes(os.pread(descriptor, 8, 0), "little"), 8)
+    length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    if length > os.fstat(descriptor).st_size:
+        raise ValueError("it is no safetensors file")
+    return os.pread(descriptor, length, 8)
 
 
 def _recognise(file: Path) -> str:

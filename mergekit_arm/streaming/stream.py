@@ -113,7 +113,8 @@ def stream(
         state = state or State(fingerprint=plan.fingerprint)
         made = [place / "steps" / f"{one.step:03d}" / MODEL for one in state.steps if one.accepted]
         further = [str(one) for one in made if one.is_dir()][:1]
-        judge = make_judge(plan, merge, further, say=say, progress=evaluating)
+        shown = say if merge.verbosity > 0 else None  # else it is in metric.log
+        judge = make_judge(plan, merge, further, say=shown, progress=evaluating)
         if not begun:
             _refuse(disk_problems(plan, place, options.keep))
             _refuse(data_problems(plan, judge, merge))

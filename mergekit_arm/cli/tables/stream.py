@@ -94,5 +94,5 @@ def stream_summary(result: StreamResult) -> Table:
 
 
 def _scores(name: str, scores: Scores) -> list[str]:
-    prefix = f"{name} " if name else ""
-    return [f"{prefix}{which} {score:.4f}" for which, score in scores.items()]
+    found = "  ".join(f"{which} {score:.4f}" for which, score in scores.items())
+    return [f"{name} {found}".strip()] if found else []

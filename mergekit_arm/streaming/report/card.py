@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +38,7 @@ is kept in float32 and cast once, at the end.
 Directories are given by their last part. Made with {versions}.
 """
 
+_PATH = re.compile(r"""(?:(?<=^)|(?<=[\s='"(+:,]))(?:~|\.{1,2})?/[^\s'"|;&)+:,]+""")
 _PACKAGES = ("mergekit-arm", "mergekit", "torch", "transformers", "safetensors")
 
 
@@ -70,18 +72,15 @@ def stream_card(plan: StreamPlan, state: State, chosen: int) -> str:
 def without_paths(document: Any) -> Any:
     """Return a configuration in which directories and files of this machine are their names."""
     if isinstance(document, dict):
-        return {key: without_paths(value) for key, value in document.items()}
+        keep = ("chat_template",)
+        return {k: v if k in keep else without_paths(v) for k, v in document.items()}
     if isinstance(document, list):
         return [without_paths(value) for value in document]
-    if isinstance(document, str):
-        words = [_name_of(word) for word in document.split(" ")]
-        return " ".join("+".join(_name_of(part) for part in word.split("+")) for word in words)
-    return document
+    return _name_of(document) if isinstance(document, str) else document
 
 
-def _name_of(word: str) -> str:
-    local = word.startswith(("/", "./", "../", "~/"))
-    return Path(word).name if local else word
+def _name_of(text: str) -> str:
+    return _PATH.sub(lambda path: Path(path[0]).name, text)
 
 
 def _comparison(evaluation: Evaluation | None, state: State, chosen: int) -> Iterator[str]:
