@@ -67,7 +67,7 @@ Examples:
 )
 @click.option("--finish", is_flag=True, help="Make OUT/model of the steps there are; take no more.")
 @click.option("--strict", is_flag=True, help="End at a checkpoint that cannot be merged.")
-@click.option("--fed", is_flag=True, hidden=True)  # what StreamCallback starts; it feeds us
+@click.option("--fed", is_flag=True, help="With --watch: StreamCallback hands the checkpoints on.")
 @add_merge_options  # type: ignore[untyped-decorator]  # mergekit is untyped
 def command(
     merge_options: MergeOptions,
@@ -122,7 +122,7 @@ def command(
 
 def _refuse_without_watch() -> None:
     context = click.get_current_context()
-    for name in ("end_marker", "watch_timeout", "poll"):
+    for name in ("end_marker", "watch_timeout", "poll", "fed"):
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise InputError(f"--{name.replace('_', '-')} belongs to --watch: add that")
 

@@ -46,6 +46,8 @@ class Judge:
     """Receives what commands print."""
     log: Path | None = None
     """Holds what the last command printed."""
+    on_share: Callable[[str], OnShare] | None = None
+    """From a set's name, what is called with every share of a loss that :meth:`score` takes."""
     _held: dict[str, HeldOut] = field(default_factory=dict)
 
     @property
@@ -80,18 +82,11 @@ class Judge:
         """Return where the file has the set, for messages."""
         return f"{self.where}.{name}" if name else self.where
 
-    def score(
-        self,
-        reference: str,
-        scratch: Path,
-        *,
-        run_commands: bool = True,
-        on_share: Callable[[str], OnShare] | None = None,
-    ) -> Scores:
+    def score(self, reference: str, scratch: Path, *, run_commands: bool = True) -> Scores:
         """Score a model without adapter; a loss may be infinite or no number.
 
-        ``run_commands`` false leaves out the user's. ``on_share`` as for :meth:`losses`. Loads
-        the model for the losses, and frees it before a command starts.
+        ``run_commands`` false leaves out the user's. Loads the model for the losses, and frees it
+        before a command starts.
 
         Raises:
             InputError: the model cannot be scored on this data.
@@ -99,7 +94,7 @@ class Judge:
         """
         found: Scores = {}
         if self.has_data:
-            found = self._losses_of(reference, on_share)
+            found = self._losses_of(reference)
         if run_commands and self.has_commands:
             # A directory: what evaluators know of Hub names ends before @revision.
             folder = ModelReference.parse(reference).local_path(self.merge.transformers_cache)
@@ -153,9 +148,9 @@ class Judge:
         ) as source:
             return load_model(source, device, choose_dtype(self.dtype, device))
 
-    def _losses_of(self, reference: str, on_share: Callable[[str], OnShare] | None) -> Scores:
+    def _losses_of(self, reference: str) -> Scores:
         model = self.load(reference)
-        found = self.losses(model, on_share)
+        found = self.losses(model, self.on_share)
         device, alive = model.device, weakref.ref(model)
         del model
         if alive() is not None:  # a cycle holds it; collecting always would cost half a second

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove, write_text
 from mergekit_arm.models.contents import describe
@@ -13,6 +15,7 @@ from mergekit_arm.streaming.layout import (
     METRIC_LOG,
     MODEL,
     PLOT,
+    PROVENANCE,
 )
 from mergekit_arm.streaming.plan.document import average_document, cast_document, to_yaml
 from mergekit_arm.streaming.report.card import stream_card
@@ -32,7 +35,9 @@ def finish(place: Workplace, reason: str) -> int:
     if compare.average and evaluation and (evaluation.has_data or compare.commands):
         _average(place)
     # A finished model is published as it lies there: nothing half-written goes into it.
-    card = stream_card(place.plan, state, chosen)
+    facts = place.folder(chosen or len(state.steps)) / PROVENANCE
+    measured = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else None
+    card = stream_card(place.plan, state, chosen, measured)
     write_text(place.out / MODEL / CARD, card, staging=place.out)
     draw_stream(state, place.plan.config.evaluation, place.out / PLOT)
     if state.chosen is None:

@@ -52,6 +52,7 @@ class StreamJudge:
             settings.dtype,
             changes_tokens,
             say=say,
+            on_share=self._shares if progress is not None else None,
         )
         if not named:
             self._judge.place = lambda name: "evaluation"  # type: ignore[method-assign]
@@ -86,10 +87,9 @@ class StreamJudge:
         Raises:
             Failure: a loss that is not finite, or a command that fails or prints no number.
         """
-        self._judge.log = scratch.with_name(METRIC_LOG)
-        found = self._judge.score(
-            reference, scratch, run_commands=run_commands, on_share=self._shares
-        )
+        if self._judge.has_commands:
+            self._judge.log = scratch.with_name(METRIC_LOG)
+        found = self._judge.score(reference, scratch, run_commands=run_commands)
         for name, score in found.items():
             if not math.isfinite(score):
                 data = getattr(self.settings.sets[name], "dataset", name)

@@ -144,6 +144,7 @@ def test_the_card_names_no_place_of_this_machine(run: Path, tmp_path: Path) -> N
     assert "| checkpoint-1 | 0.5 |" in card
     configuration = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert configuration["checkpoints"] == ["checkpoint-1", "checkpoint-2"]
+    assert "Activations were measured over 192 tokens of `tokens.jsonl` (SHA-256 of the" in card
     assert configuration["evaluation"]["said"]["metric_command"] == "sh score.sh --model={model}"
     assert configuration["calibration"]["dataset"] == "tokens.jsonl"
     for package in ("mergekit-arm ", "mergekit 0.", "torch ", "transformers "):

@@ -38,7 +38,9 @@ def plan_report(forecast: Forecast) -> Iterator[RenderableType]:
     elif plan is not None:
         yield Text(f"Follows {plan.config.checkpoints}; the number of steps is not known yet.")
     if needs is not None:
-        if forecast.seconds is not None:
+        if forecast.seconds == 0:
+            yield Text("time     none: every step is done")
+        elif forecast.seconds is not None:
             yield Text(f"time     about {duration_text(forecast.seconds)} more, by the steps done")
         else:
             yield Text("time     known once a step is done: run the same dry run again then")

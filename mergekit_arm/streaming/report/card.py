@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ is kept in float32 and cast once, at the end.
 ## Steps
 
 {steps}
+{statistics}
 
 ## Configuration
 
@@ -42,8 +43,12 @@ _PATH = re.compile(r"""(?:(?<=^)|(?<=[\s='"(+:,]))(?:~|\.{1,2})?/[^\s'"|;&)+:,]+
 _PACKAGES = ("mergekit-arm", "mergekit", "torch", "transformers", "safetensors")
 
 
-def stream_card(plan: StreamPlan, state: State, chosen: int) -> str:
+def stream_card(
+    plan: StreamPlan, state: State, chosen: int, measured: Mapping[str, Any] | None = None
+) -> str:
     """Return the card's Markdown: the model beside its likes, all steps, the YAML, versions.
+
+    ``measured``: what a step's statistics say of their data, where it read any.
 
     No date, no duration and no path of this machine, so that the same stream gives the same
     bytes wherever it was made.
@@ -62,6 +67,7 @@ def stream_card(plan: StreamPlan, state: State, chosen: int) -> str:
         count=len(state.steps),
         origin=origin,
         comparison="\n".join(_comparison(plan.config.evaluation, state, chosen)),
+        statistics="\n".join(_measured(measured)),
         steps="\n".join([_table(_steps(plan.config.evaluation, state, chosen)), *_skipped(state)]),
         config=yaml.safe_dump(without_paths(plan.config.document()), sort_keys=False,
                               allow_unicode=True),
@@ -118,6 +124,19 @@ def _comparison(evaluation: Evaluation | None, state: State, chosen: int) -> Ite
             yield (
                 f"- {name}: loss in nats per token over {data['tokens']:,} tokens of `{source}` "
                 f"(SHA-256 of the token ids {data['sha256'][:16]}){kept}"
+            )
+    yield ""
+
+
+def _measured(measured: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield on which text the statistics were measured that the steps read."""
+    for facts in (measured or {}, (measured or {}).get("task", {})):
+        data = facts.get("data")
+        if data is not None:
+            yield (
+                f"\nActivations were measured over {data['tokens']:,} tokens of "
+                f"`{_name_of(data['dataset'])}` (SHA-256 of the token ids "
+                f"{data['content_hash'][:16]})."
             )
 
 
