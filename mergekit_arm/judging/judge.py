@@ -46,6 +46,8 @@ class Judge:
     """Receives what commands print."""
     log: Path | None = None
     """Holds what the last command printed."""
+    on_share: Callable[[str], OnShare] | None = None
+    """From a set's name, what is called with every share of a loss that :meth:`score` takes."""
     _held: dict[str, HeldOut] = field(default_factory=dict)
 
     @property
@@ -150,7 +152,7 @@ class Judge:
 
     def _losses_of(self, reference: str) -> Scores:
         model = self.load(reference)
-        found = self.losses(model)
+        found = self.losses(model, self.on_share)
         device, alive = model.device, weakref.ref(model)
         del model
         if alive() is not None:  # a cycle holds it; collecting always would cost half a second

@@ -13,8 +13,8 @@ from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.streaming import StreamOptions, stream
-from mergekit_arm.streaming.config import Evaluation
-from mergekit_arm.streaming.judge import StepJudge
+from mergekit_arm.streaming.judge import StreamJudge
+from mergekit_arm.streaming.verdict import Evaluation
 from tests.support.models import VOCABULARY, perturbed, tiny_llama
 from tests.support.streams import config, weights, write_run, write_tokens
 
@@ -42,22 +42,21 @@ def test_the_journal_holds_the_losses_of_current_base_and_checkpoint(
     heldout = write_tokens(tmp_path / "heldout.jsonl", 12)
     settings = {"dataset": str(heldout), "keep": "last"}
     result = stream(config(run, evaluation=settings), tmp_path / "out", StreamOptions(keep="all"))
-    judge = StepJudge(Evaluation(**settings), [str(run / "base")], MergeOptions())
+    judge = StreamJudge(Evaluation.model_validate(settings), [str(run / "base")], MergeOptions())
     for record in result.steps:
         expected = {
             "current": judge.score(
                 str(tmp_path / "out" / "steps" / f"{record.step:03d}" / "model"),
                 tmp_path,
-                run_command=False,
             ),
-            "base": judge.score(str(run / "base"), tmp_path, run_command=False),
-            "latest_checkpoint": judge.score(record.reference, tmp_path, run_command=False),
+            "base": judge.score(str(run / "base"), tmp_path),
+            "checkpoint": judge.score(record.merged[0].reference, tmp_path),
         }
-        for which, score in expected.items():
-            assert score.loss is not None
-            found = getattr(record, which)
-            assert found.loss == pytest.approx(score.loss, rel=1e-7)
-            assert found.perplexity == pytest.approx(math.exp(score.loss), rel=1e-6)
+        found = {"current": record.current, "base": record.base}
+        found["checkpoint"] = record.merged[0].scores
+        for which, scores in expected.items():
+            assert set(found[which]) == {"loss"}
+            assert found[which]["loss"] == pytest.approx(scores["loss"], rel=1e-7)
     assert result.chosen == 6  # keep: last
 
 
@@ -65,7 +64,7 @@ def test_the_best_step_becomes_the_model(run: Path, tmp_path: Path) -> None:
     evaluation = scripted(tmp_path, 9, 5, 3, 4, 3, 6, 7)
     out = tmp_path / "out"
     result = stream(config(run, evaluation=evaluation), out, StreamOptions(keep="all"))
-    assert [record.current.metric for record in result.steps] == [5, 3, 4, 3, 6, 7]
+    assert [record.current["metric"] for record in result.steps] == [5, 3, 4, 3, 6, 7]
     assert [record.best_step for record in result.steps] == [1, 2, 2, 2, 2, 2]
     assert result.chosen == 2  # the first of equals
     best, model = weights(out / "steps" / "002" / "model"), weights(result.model)
@@ -103,9 +102,9 @@ def test_backtracking_halves_the_rate_until_it_helps(run: Path, tmp_path: Path) 
     out = tmp_path / "out"
     result = stream(config(run, evaluation=evaluation), out, StreamOptions(keep="all"))
     assert [record.learning_rate for record in result.steps[:3]] == [0.5, 0.125, 0.03125]
-    assert [record.attempts for record in result.steps] == [1, 3, 5, 1, 1, 1]
+    assert [len(record.tried) for record in result.steps] == [1, 3, 5, 1, 1, 1]
     assert [record.accepted for record in result.steps] == [True, True, False, True, True, True]
-    assert result.steps[2].current.metric == 7
+    assert result.steps[2].current["metric"] == 7
     current = weights(run / "base")
     rates = {1: 0.5, 2: 0.125, 4: 0.5, 5: 0.5, 6: 0.5}
     for number, rate in rates.items():
@@ -137,9 +136,9 @@ def test_a_failing_metric_command_stops_the_stream_and_resumes(
 def test_a_broken_model_is_not_given_a_score(tmp_path: Path) -> None:
     base = tiny_llama(0)
     base.save_pretrained(tmp_path / "base")
-    broken = perturbed(base, 1)
-    broken.model.norm.weight.data[0] = math.inf
-    broken.save_pretrained(tmp_path / "run" / "checkpoint-1")
+    perturbed(base, 1).save_pretrained(tmp_path / "run" / "checkpoint-1")
+    base.model.norm.weight.data[0] = math.inf
+    base.save_pretrained(tmp_path / "base")
     heldout = write_tokens(tmp_path / "heldout.jsonl", 12)
     with pytest.raises(Failure, match=r"the loss of .* is nan"):
         stream(config(tmp_path, evaluation={"dataset": str(heldout)}), tmp_path / "out")
