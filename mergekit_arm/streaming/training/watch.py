@@ -133,8 +133,11 @@ class Watch:
 
     def _listen(self) -> None:
         """Read what the training process says; without it there is nothing to go on for."""
-        for line in sys.stdin:
-            if line.strip() == OVER:
+        said = b""
+        # Not through a buffer, whose lock would abort an interpreter that ends meanwhile.
+        while part := os.read(sys.stdin.fileno(), 64):
+            said += part
+            if OVER.encode() in said:
                 self._over.set()
                 return
         os.kill(os.getpid(), signal.SIGTERM)
