@@ -26,6 +26,7 @@ FLOORS = (
     {"methods", "calibration"},
     {"judging"},
     {"streaming"},
+    {"tuning"},
     {"demo"},
     {"cli"},
     {"__main__"},

@@ -82,18 +82,20 @@ class Judge:
         """Return where the file has the set, for messages."""
         return f"{self.where}.{name}" if name else self.where
 
-    def score(self, reference: str, scratch: Path, *, run_commands: bool = True) -> Scores:
+    def score(
+        self, reference: str, scratch: Path, *, losses: bool = True, run_commands: bool = True
+    ) -> Scores:
         """Score a model without adapter; a loss may be infinite or no number.
 
-        ``run_commands`` false leaves out the user's. Loads the model for the losses, and frees it
-        before a command starts.
+        ``losses`` and ``run_commands`` leave out what is false. Loads the model for the losses,
+        and frees it before a command starts.
 
         Raises:
             InputError: the model cannot be scored on this data.
             Failure: a command that fails or prints no number.
         """
         found: Scores = {}
-        if self.has_data:
+        if losses and self.has_data:
             found = self._losses_of(reference)
         if run_commands and self.has_commands:
             # A directory: what evaluators know of Hub names ends before @revision.
@@ -155,8 +157,7 @@ class Judge:
         del model
         if alive() is not None:  # a cycle holds it; collecting always would cost half a second
             gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(device)
         return found
 
     def _check_tokens(self, reference: str) -> None:
@@ -182,3 +183,9 @@ class Judge:
         trust = self.merge.trust_remote_code
         loaded = [load_own_tokenizer(reference, trust) for reference in self.references]
         return [tokenizer for tokenizer in loaded if tokenizer is not None]
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give memory that no tensor uses any more back to ``device``."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
