@@ -16,7 +16,7 @@ from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.judging.sets import HeldOutSet
 from mergekit_arm.sections import Section, read_mapping
 from mergekit_arm.streaming.calibration import Calibration
-from mergekit_arm.streaming.rates import PerRun, Rates, Schedule, Search, read_rates
+from mergekit_arm.streaming.rates import LineSearch, PerRun, Rates, Schedule, read_rates
 from mergekit_arm.streaming.verdict import METRIC_KEYS, SETS, Evaluation
 
 FINAL_DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -144,5 +144,5 @@ def _keys_of(section: str) -> Iterable[str]:
         own = [key for key in Evaluation.model_fields if key != SETS]
         return [*HeldOutSet.model_fields, *METRIC_KEYS, *own]
     if section == "learning_rate":
-        return [key for one in (Schedule, Search, PerRun) for key in one.model_fields]
+        return [key for one in (Schedule, LineSearch, PerRun) for key in one.model_fields]
     return {"compare": Compare}.get(section, StreamConfig).model_fields

@@ -34,7 +34,7 @@ class Schedule(Section):
     """Length of the rule; needed where the number of steps is not known (``--watch``)."""
 
 
-class Search(Section):
+class LineSearch(Section):
     """Several rates, of which each step takes the best on the held-out data, or none of them."""
 
     search: list[float] = Field(min_length=1)
@@ -61,7 +61,7 @@ class PerRun(Section):
         return [_rule(one) for one in value]
 
 
-Rates = Rate | Schedule | Search | PerRun | list[Any]
+Rates = Rate | Schedule | LineSearch | PerRun | list[Any]
 
 
 def read_rates(value: Any) -> Rates:
@@ -71,7 +71,7 @@ def read_rates(value: Any) -> Rates:
         ValueError: it has none of the forms, or a number out of range.
     """
     if isinstance(value, Mapping) and "search" in value:
-        return Search.model_validate(value)
+        return LineSearch.model_validate(value)
     if isinstance(value, Mapping) and "runs" in value:
         return PerRun.model_validate(value)
     if isinstance(value, list) and not _is_filters(value):
@@ -80,7 +80,7 @@ def read_rates(value: Any) -> Rates:
             else _rate(one)
             for one in value
         ]  # fmt: skip
-    return value if isinstance(value, Search | PerRun) else _rule(value)
+    return value if isinstance(value, LineSearch | PerRun) else _rule(value)
 
 
 def check_rates(setting: Rates, steps: int | None) -> None:
@@ -128,7 +128,7 @@ def rates_at(setting: Rates, index: int, steps: int | None, runs: int = 1) -> li
             return None
         own = setting[index]
     else:
-        assert not isinstance(setting, Search)  # whose rates the step finds out
+        assert not isinstance(setting, LineSearch)  # whose rates the step finds out
         own = rule_at(setting, index, steps)
     if not isinstance(own, list) or _is_filters(own):
         return [own] * runs

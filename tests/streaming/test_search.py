@@ -15,7 +15,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from mergekit_arm.errors import InputError
 from mergekit_arm.streaming import StreamOptions, stream
 from mergekit_arm.streaming.config import load_config
-from mergekit_arm.streaming.rates import PerRun, Schedule, Search, rate_text, read_rates, scaled
+from mergekit_arm.streaming.rates import LineSearch, PerRun, Schedule, rate_text, read_rates, scaled
 from mergekit_arm.streaming.step import step as step_module
 from tests.support.streams import config, weights, write_run
 
@@ -161,7 +161,7 @@ def test_halving_halves_under_every_filter() -> None:
 
 
 def test_every_form_is_told_by_its_look() -> None:
-    assert read_rates({"search": [0, 0.5, 0.5, 1]}) == Search(search=[0.5, 1])
+    assert read_rates({"search": [0, 0.5, 0.5, 1]}) == LineSearch(search=[0.5, 1])
     assert read_rates({"runs": [0.5, {"schedule": "linear", "peak": 1}]}) == PerRun(
         runs=[0.5, Schedule(schedule="linear", peak=1)]
     )

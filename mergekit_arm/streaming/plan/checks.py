@@ -18,9 +18,9 @@ from mergekit_arm.streaming.plan.document import StepStatistics, check_document,
 from mergekit_arm.streaming.plan.method import StepMethod
 from mergekit_arm.streaming.rates import (
     DEFAULT_LEARNING_RATE,
+    LineSearch,
     PerRun,
     Rates,
-    Search,
     check_rates,
     rates_at,
 )
@@ -106,7 +106,7 @@ def choose_rates(config: StreamConfig, method: StepMethod, steps: int | None) ->
             raise InputError(f"evaluation.backtrack: {method.name} has no learning rate to halve")
         return None
     rates = DEFAULT_LEARNING_RATE if config.learning_rate is None else config.learning_rate
-    if isinstance(rates, Search):
+    if isinstance(rates, LineSearch):
         if evaluation is None:
             raise InputError("learning_rate: a search needs an evaluation to choose by")
         if evaluation.backtrack:
@@ -140,7 +140,7 @@ def check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | No
     first = None
     if rates is not None:
         many = len(rates.runs) if isinstance(rates, PerRun) else 1
-        first = rates.search[:1] if isinstance(rates, Search) else rates_at(rates, 0, 1, many)
+        first = rates.search[:1] if isinstance(rates, LineSearch) else rates_at(rates, 0, 1, many)
     document = step_document(
         config,
         method,

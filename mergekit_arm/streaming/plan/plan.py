@@ -33,7 +33,7 @@ from mergekit_arm.streaming.plan.checks import (
 from mergekit_arm.streaming.plan.document import TOKENS
 from mergekit_arm.streaming.plan.method import StepMethod, fit_method
 from mergekit_arm.streaming.plan.prefix import check_prefix, list_checkpoints, same_shapes
-from mergekit_arm.streaming.rates import Rate, Rates, Search, rates_at
+from mergekit_arm.streaming.rates import LineSearch, Rate, Rates, rates_at
 from mergekit_arm.streaming.references import absolute_reference
 from mergekit_arm.streaming.state import State
 from mergekit_arm.streaming.training.checkpoints import Group
@@ -109,7 +109,7 @@ class StreamPlan:
 
     def planned(self, step: int, position: int, checkpoints: Group) -> PlannedStep | None:
         """Return step ``step`` (from 1), None past the end of a list of learning rates."""
-        search = self.rates.search if isinstance(self.rates, Search) else []
+        search = self.rates.search if isinstance(self.rates, LineSearch) else []
         rates = None
         if self.rates is not None and not search:
             rates = rates_at(self.rates, position, self.length, len(checkpoints))
