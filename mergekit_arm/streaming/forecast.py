@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.files import try_writing
 from mergekit_arm.machine import free_disk, free_memory
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.data_checks import (
@@ -20,6 +20,7 @@ from mergekit_arm.streaming.data_checks import (
     keep_problems,
 )
 from mergekit_arm.streaming.judge import make_judge
+from mergekit_arm.streaming.layout import STATE_FILE
 from mergekit_arm.streaming.options import StreamOptions, complete_options
 from mergekit_arm.streaming.plan.checks import Checks
 from mergekit_arm.streaming.plan.document import STEP_BYTES
@@ -90,10 +91,8 @@ def seconds_left(plan: StreamPlan, state: State | None) -> float | None:
 
 
 def _check_writable(out: Path) -> None:
-    existing = next(folder for folder in (out, *out.parents) if folder.is_dir())
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        try_writing(out / STATE_FILE)
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}; give another OUT") from error
 

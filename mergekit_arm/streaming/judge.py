@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import Failure
@@ -18,6 +22,10 @@ from mergekit_arm.judging.sets import HeldOutSet
 from mergekit_arm.streaming.layout import METRIC_LOG
 from mergekit_arm.streaming.plan.plan import StreamPlan, content_of
 from mergekit_arm.streaming.verdict import LOSS, METRIC, Evaluation
+
+_RUNNING = "Running metric_command, seconds"
+TICK = 1.0
+"""Seconds between two reports on a command that runs."""
 
 Progress = Callable[[str, int, int], None]
 """Told what goes on, how much of it is done, and how much there is."""
@@ -43,6 +51,7 @@ class StreamJudge:
         """
         self.settings = settings
         self._progress = progress
+        self._expected = 0  # seconds that the commands took the last time
         named = not set(settings.sets) <= {LOSS, METRIC}
         self._judge = Judge(
             settings.sets,
@@ -89,7 +98,15 @@ class StreamJudge:
         """
         if self._judge.has_commands:
             self._judge.log = scratch.with_name(METRIC_LOG)
-        found = self._judge.score(reference, scratch, run_commands=run_commands)
+        found = self._judge.score(reference, scratch, run_commands=False)
+        if run_commands and self._judge.has_commands:
+            # A directory: what evaluators know of Hub names ends before @revision.
+            folder = ModelReference.parse(reference).local_path(
+                self._judge.merge.transformers_cache
+            )
+            with self._ticking():
+                found |= self._judge.metrics(folder, scratch)
+            found = {name: found[name] for name in self.settings.sets}
         for name, score in found.items():
             if not math.isfinite(score):
                 data = getattr(self.settings.sets[name], "dataset", name)
@@ -98,6 +115,26 @@ class StreamJudge:
                     "try a lower learning_rate"
                 )
         return found
+
+    @contextmanager
+    def _ticking(self) -> Iterator[None]:
+        """Tell how long the commands run already, and how long they ran before."""
+        begun, over = time.monotonic(), threading.Event()
+
+        def tick() -> None:
+            while self._progress is not None and not over.wait(TICK):
+                spent = round(time.monotonic() - begun)
+                self._progress(_RUNNING, min(spent, self._expected), self._expected)
+
+        if self._progress is not None and not self._expected:
+            self._progress(_RUNNING, 0, 0)
+        if self._expected:
+            threading.Thread(target=tick, daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
+        self._expected = round(time.monotonic() - begun)
 
     def _shares(self, name: str) -> OnShare:
         def share(done: int, total: int, _: float) -> None:

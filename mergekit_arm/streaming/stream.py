@@ -115,8 +115,9 @@ def stream(
         further = [str(one) for one in made if one.is_dir()][:1]
         shown = say if merge.verbosity > 0 else None  # else it is in metric.log
         judge = make_judge(plan, merge, further, say=shown, progress=evaluating)
-        if not begun:
+        if watched or plan.steps(len(state.skipped), state.position):
             _refuse(disk_problems(plan, place, options.keep))
+        if not begun:
             _refuse(data_problems(plan, judge, merge))
         work = Workplace(place, plan, merge, options.keep, state, judge, say, progress)
         folder = None if isinstance(settings.checkpoints, list) else settings.checkpoints

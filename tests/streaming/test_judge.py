@@ -13,6 +13,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.streaming import StreamOptions, stream
+from mergekit_arm.streaming import judge as judge_module
 from mergekit_arm.streaming.judge import StreamJudge
 from mergekit_arm.streaming.verdict import Evaluation
 from tests.support.models import VOCABULARY, perturbed, tiny_llama
@@ -58,6 +59,29 @@ def test_the_journal_holds_the_losses_of_current_base_and_checkpoint(
             assert set(found[which]) == {"loss"}
             assert found[which]["loss"] == pytest.approx(scores["loss"], rel=1e-7)
     assert result.chosen == 6  # keep: last
+
+
+def test_what_takes_long_says_how_far_it_is(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a loss its tokens; of a command the seconds that it took the last time."""
+    monkeypatch.setattr(judge_module, "TICK", 0.05)
+    told: list[tuple[str, int, int]] = []
+    evaluation = {
+        "dataset": str(write_tokens(tmp_path / "heldout.jsonl", 12)),
+        "metric_command": "test {model} && sleep 1.1 && echo 1",
+        "metric_goal": "minimize",
+    }
+    checkpoints = [str(run / "run" / "checkpoint-1")]
+    stream(
+        config(run, evaluation=evaluation, checkpoints=checkpoints),
+        tmp_path / "out",
+        evaluating=lambda *what: told.append(what),
+    )
+    assert ("Evaluating", 8 * 23, 8 * 23) in told
+    running = [(done, total) for name, done, total in told if "metric_command" in name]
+    assert running[0] == (0, 0)
+    assert {total for _, total in running[1:]} == {1}
 
 
 def test_the_best_step_becomes_the_model(run: Path, tmp_path: Path) -> None:

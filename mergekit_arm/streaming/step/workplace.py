@@ -135,6 +135,8 @@ class Workplace:
             folder = self.folder(record.step)
             if record.step not in kept:
                 remove(folder / MODEL)
+            for name in (STEP_STATISTICS, TASK_STATISTICS, CHECKPOINT_STATISTICS):
+                remove(folder / f"{name}.partial")  # of a calibration killed at its very end
             if self.keep != "all":
                 self._prune_statistics(record, folder)
 

@@ -84,7 +84,7 @@ class Watch:
     def next(self, after: int) -> RunCheckpoint | str:
         """Wait for the first complete checkpoint whose number exceeds ``after``.
 
-        Where the run has ended, returns what says so: the checkpoint ``after`` was its last,
+        Where the run has ended, returns what says so: its last checkpoint was handed out,
         its end marker is there, the process that feeds this one has said it, or nothing new
         came within the timeout. Forgets what was taken up to ``after``.
 
@@ -96,7 +96,7 @@ class Watch:
         told = False
         while True:
             # Read before the directory is: a checkpoint that precedes the end is seen.
-            ended = self._ended(after)
+            ended = self._ended()
             if not self.options.fed:
                 self._take_all(ended)
             if self._problem is not None:
@@ -133,8 +133,11 @@ class Watch:
 
     def _listen(self) -> None:
         """Read what the training process says; without it there is nothing to go on for."""
-        for line in sys.stdin:
-            if line.strip() == OVER:
+        said = b""
+        # Not through a buffer, whose lock would abort an interpreter that ends meanwhile.
+        while part := os.read(sys.stdin.fileno(), 64):
+            said += part
+            if OVER.encode() in said:
                 self._over.set()
                 return
         os.kill(os.getpid(), signal.SIGTERM)
@@ -164,10 +167,10 @@ class Watch:
         marker = self.options.end_marker
         return (Path(marker) if marker else self.folder / END_MARKER).exists()
 
-    def _ended(self, after: int) -> bool:
+    def _ended(self) -> bool:
         if self.options.fed:
             return self._over.is_set()
-        return self._marker() or self.last == after
+        return self._marker() or self.last is not None
 
     def _complete(self, path: Path, ended: bool) -> bool:
         if missing_part(path) is not None:

@@ -19,6 +19,7 @@ from filelock import FileLock
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.streaming import StreamCallback, stream
 from mergekit_arm.streaming.training import callback as callback_module
+from mergekit_arm.streaming.training.watch import take
 from tests.support.models import tiny_llama
 from tests.support.streams import config, weights, write_run, write_tokens
 
@@ -197,6 +198,14 @@ def test_a_stream_ends_with_the_training_that_feeds_it(tmp_path: Path) -> None:
     assert any(b"waiting for the first checkpoint" in line for line in child.stderr)
     child.stdin.close()
     assert child.wait(timeout=30) == -signal.SIGTERM
+    # One that has an end of its own does not wait to be told.
+    document = config(tmp_path, learning_rate=[0.5])
+    (tmp_path / "stream.yml").write_text(yaml.safe_dump(document))
+    take(tmp_path / "run" / "checkpoint-2", tmp_path / "out" / "incoming")
+    child = subprocess.Popen([*command, "--fed"], cwd=tmp_path, stdin=subprocess.PIPE)
+    assert child.wait(timeout=60) == 0
+    assert child.stdin is not None
+    child.stdin.close()
 
 
 _TRAINING = """
