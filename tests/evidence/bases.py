@@ -61,7 +61,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 @cache
 def weights_digest(folder: Path) -> str:
-    """Return a short name of a model's weights, by which lines of different bases are told apart."""
+    """Return a short name of a model's weights: lines of different bases can be told apart."""
     found = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:

@@ -56,7 +56,7 @@ class Base:
         return states(self.folder)
 
     def statistics(self, which: str) -> Path:
-        """Return the base's statistics on general text: ``general``, or one of ``VARIANTS`` of it."""
+        """Return the base's statistics on general text, or one of ``VARIANTS`` of these."""
         out = self.work / f"statistics-{which}"
         if which in VARIANTS:
             return made(out, lambda: VARIANTS[which](self.statistics("general"), out))

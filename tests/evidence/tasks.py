@@ -17,7 +17,7 @@ from tests.evidence.sizes import Size
 
 SPLITS = ("training", "validation", "test")
 APART = 1_000_000
-"""reasoning-gym seeds item i of a set with seed + i: sets must be further apart than they are long."""
+"""reasoning-gym seeds item i of a set with seed + i: sets must be further apart than long."""
 
 
 @dataclass(frozen=True)

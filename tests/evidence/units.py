@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Store:
 
     def __init__(self, study: str, size: str, folder: Path = RESULTS) -> None:
         self.path = folder / f"{study}-{size}.jsonl"
+        commit()  # of the code that runs, which may change while it does
 
     def lines(self) -> dict[str, Line]:
         """Return every whole line by its unit; the last of two of the same unit counts."""
@@ -94,7 +96,7 @@ class Store:
         """Add a line, after ending one that a kill cut short."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n"
-        cut = self.path.is_file() and not self.path.read_bytes()[-1:] in (b"", b"\n")
+        cut = self.path.is_file() and self.path.read_bytes()[-1:] not in (b"", b"\n")
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(file, ("\n" * cut + text).encode())
@@ -103,8 +105,12 @@ class Store:
             os.close(file)
 
 
+@cache
 def commit() -> str | None:
-    """Return the checkout's commit, ``+`` after it where files differ from it; None without git."""
+    """Return the checkout's commit when this was first asked; None without git.
+
+    ``+`` follows where the code differed from it.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
