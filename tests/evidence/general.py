@@ -47,16 +47,15 @@ def judging_text() -> tuple[str, ...]:
     return tuple(texts)
 
 
-def judging_blocks(tokenizer: PreTrainedTokenizerBase, size: Size) -> dict[str, list[list[int]]]:
-    """Return blocks of token ids for ``validation`` and ``test``, which share none."""
-    wanted = {split: size.general[split] for split in ("validation", "test")}
+def judging_blocks(tokenizer: PreTrainedTokenizerBase, size: Size) -> list[list[int]]:
+    """Return blocks of token ids; settings are chosen without them."""
+    wanted = size.general["test"]
     ids: list[int] = []
     for text in judging_text():
-        if len(ids) >= size.block * sum(wanted.values()):
+        if len(ids) >= size.block * wanted:
             break
         ids += tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"]
-    blocks = [ids[i * size.block : (i + 1) * size.block] for i in range(sum(wanted.values()))]
-    return {"validation": blocks[: wanted["validation"]], "test": blocks[wanted["validation"] :]}
+    return [ids[number * size.block : (number + 1) * size.block] for number in range(wanted)]
 
 
 def digest(parts: object) -> str:

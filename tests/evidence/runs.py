@@ -47,8 +47,8 @@ class Base:
         return load_tokenizer(self.folder)
 
     @cached_property
-    def general(self) -> dict[str, list[list[int]]]:
-        """Blocks of general text to judge by, for ``validation`` and ``test``."""
+    def general(self) -> list[list[int]]:
+        """Blocks of general text to judge by."""
         return judging_blocks(self.tokenizer, self.size)
 
     def state(self) -> State:

@@ -29,7 +29,7 @@ class Size:
     block: int
     """Tokens in a block of general text."""
     general: dict[str, int]
-    """Blocks of it: ``calibration``, ``validation``, ``test``."""
+    """Blocks of it to measure on, ``calibration``, and to judge by, ``test``."""
     rates: tuple[float, ...]
     """Learning rates, weights or scales that every tuned method tries: one budget for all."""
     device: str = "cpu"
@@ -51,13 +51,13 @@ _SMALL = Size(
     pairs=(("reverse", "filter"), ("sort", "add"), ("reverse", "add"), ("filter", "sort")),
     seeds=(0, 1, 2),
     training=64,
-    validation=100,
+    validation=60,
     test=200,
     epochs=12,
-    batch=8,
-    learning_rate=1e-4,
+    batch=16,
+    learning_rate=2e-4,
     block=128,
-    general={"calibration": 48, "validation": 5, "test": 10},
+    general={"calibration": 48, "test": 8},
     rates=(0.7, 1.0, 1.3),
 )
 
@@ -74,7 +74,7 @@ _TINY = Size(
     batch=4,
     learning_rate=3e-3,
     block=32,
-    general={"calibration": 8, "validation": 2, "test": 2},
+    general={"calibration": 8, "test": 2},
     rates=(0.7, 1.0),
 )
 
@@ -91,7 +91,7 @@ _GPU = Size(
     batch=16,
     learning_rate=2e-5,
     block=512,
-    general={"calibration": 64, "validation": 16, "test": 32},
+    general={"calibration": 64, "test": 32},
     rates=(0.5, 0.7, 0.85, 1.0, 1.2, 1.4),
     device="cuda",
 )

@@ -35,7 +35,7 @@ CHECKPOINTS = {percent(fraction): fraction for fraction in FRACTIONS}
 
 
 def recipes(size: Size) -> dict[str, list[Recipe]]:
-    """Return the merges: towards the ``early`` average first, then what is further from it."""
+    """Return the merges by stage: ``core`` is what the question needs, the rest comes after."""
 
     def tuned(label: str, source: str, **settings: object) -> Recipe:
         grid = tuple({"learning_rate": rate, **settings} for rate in size.rates)
@@ -54,12 +54,16 @@ def recipes(size: Size) -> dict[str, list[Recipe]]:
         return tuned(label, source, retain=retain, activation_stats=GENERAL, task_stats=TASK)
 
     return {
-        "early": [
+        "core": [
             linear("early"),
-            *(turned("early", rotation, GENERAL) for rotation in (-0.2, -0.4, -0.7)),
-            turned("early", -0.4, TASK),
-            turned("early", -0.4, RANDOM),
+            turned("early", -0.4, GENERAL),
             retaining("early", 0.3),
+            turned("early", -0.4, RANDOM),
+        ],
+        "early": [
+            turned("early", -0.2, GENERAL),
+            turned("early", -0.7, GENERAL),
+            turned("early", -0.4, TASK),
             retaining("early", 1.0),
         ],
         "late": [
@@ -115,14 +119,31 @@ class Stream:
     def judge(self, split: str, state: State) -> Line:
         """Return everything that is kept of a model's judgement on one split."""
         put(self.model, state)
-        data = self.run.encoded[split]
-        answers = judge_answers(self.model, data)
-        line = {**answers.line(), "general": judge_general(self.model, self.base.general[split])}
+        line = judge_answers(self.model, self.run.encoded[split]).line()
         if split == "test":
-            line["generated"] = generate_missed(
-                self.model, self.base.tokenizer, data, self.run.examples[split], answers.exact
-            )
+            line["general"] = judge_general(self.model, self.base.general)
         return {"data": self.run.data_digest(), **line}
+
+    def write(self, recipe: Recipe | None, name: str) -> Unit:
+        """Generate answers of the test split with what the ``test`` line of this name judged."""
+
+        def compute() -> Line:
+            judged = self.store.run(self.final(recipe) if recipe else self.single(name, "test"))
+            if recipe:
+                (settings,) = (s for s in recipe.grid if plain(s) == judged["settings"])
+                state = self.merged(recipe, settings)
+            else:
+                state = self.state(name)
+            generated = generate_missed(
+                put(self.model, state),
+                self.base.tokenizer,
+                self.run.encoded["test"],
+                self.run.examples["test"],
+                judged["exact"],
+            )
+            return {"data": self.run.data_digest(), "generated": generated}
+
+        return Unit(self.key("generated", recipe.label if recipe else name), compute)
 
     def training(self) -> Unit:
         """Train, and keep every step's loss."""
@@ -171,20 +192,25 @@ class Stream:
         return Unit(self.key("test", "best checkpoint"), compute)
 
     def stage(self, name: str) -> list[Unit]:
-        """Return the units of a stage: ``training``, ``singles``, or one of the recipes'."""
+        """Return the units of one of ``STAGES``."""
         if name == "training":
             return [self.training()]
         if name == "singles":
-            every = (BASE, *CHECKPOINTS, *AVERAGES)
-            judged = [self.single(one, "validation") for one in every]
-            judged += [self.single(one, "test") for one in (BASE, CONVERGED, *AVERAGES)]
+            judged = [self.single(one, "test") for one in (BASE, CONVERGED, "early")]
+            judged += [self.single(one, "validation") for one in CHECKPOINTS]
             return [*judged, self.best_checkpoint()]
+        if name == "averages":
+            return [self.single(one, "test") for one in AVERAGES]
+        if name == "generated":
+            core = recipes(self.base.size)["core"]
+            singles = [self.write(None, one) for one in (BASE, CONVERGED, "early")]
+            return singles + [self.write(recipe, recipe.models[0]) for recipe in core]
         chosen = recipes(self.base.size)[name]
         attempts = [unit for recipe in chosen for unit in self.attempts(recipe)]
         return attempts + [self.final(recipe) for recipe in chosen]
 
 
-STAGES = ("training", "singles", "early", "late")
+STAGES = ("training", "singles", "core", "averages", "late", "generated", "early")
 
 
 def units(base: Base, store: Store) -> list[Unit]:
@@ -195,4 +221,5 @@ def units(base: Base, store: Store) -> list[Unit]:
         for stages in (STAGES[:3], STAGES[3:]):
             for stream in streams:
                 found += [unit for stage in stages for unit in stream.stage(stage)]
-    return found
+    seen: dict[str, Unit] = {str(unit.key): unit for unit in found}
+    return list(seen.values())
