@@ -9,12 +9,12 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from tests.evidence import streams
+from tests.evidence import specialists, streams
 from tests.evidence.runs import Base
 from tests.evidence.sizes import SIZES
 from tests.evidence.units import RESULTS, Store
 
-STUDIES = {"streams": streams.units}
+STUDIES = {"streams": streams.units, "specialists": specialists.units}
 
 
 def default_work() -> Path:

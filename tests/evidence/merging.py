@@ -31,7 +31,9 @@ def merge(
             return value
         if value.of != "own":
             return str(locate(value.of, BASE))
-        return {name: str(locate("own", name)) for name in models}
+        # The base is asked for one too, and its general text is what it would keep to.
+        own = {name: str(locate("own", name)) for name in models}
+        return {BASE: str(locate("general", BASE)), **own}
 
     return merge_state_dicts(
         {BASE: base, **models},

@@ -23,7 +23,7 @@ from tests.evidence.general import calibration_text, digest, judging_blocks
 from tests.evidence.sizes import FRACTIONS, Size
 from tests.evidence.tasks import Example, examples
 from tests.evidence.training import train
-from tests.evidence.variants import permuted_importance, random_subspace
+from tests.evidence.variants import even_importance, permuted_importance, random_subspace
 
 State = dict[str, Tensor]
 
@@ -85,7 +85,12 @@ class Base:
         )
 
 
-VARIANTS = {"random": random_subspace, "permuted": permuted_importance}
+VARIANTS = {
+    "random": random_subspace,
+    "permuted": permuted_importance,
+    "even": even_importance,
+}
+"""What is made of the base's statistics on general text."""
 
 
 class Run:

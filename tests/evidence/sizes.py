@@ -31,7 +31,9 @@ class Size:
     general: dict[str, int]
     """Blocks of it to measure on, ``calibration``, and to judge by, ``test``."""
     rates: tuple[float, ...]
-    """Learning rates, weights or scales that every tuned method tries: one budget for all."""
+    """Learning rates that every method which follows a run tries."""
+    weights: tuple[float, ...]
+    """Weights of task vectors that every merge of specialists tries: one budget for all."""
     device: str = "cpu"
 
     @property
@@ -59,6 +61,7 @@ _SMALL = Size(
     block=128,
     general={"calibration": 48, "test": 8},
     rates=(0.7, 1.0, 1.3),
+    weights=(0.4, 0.6, 0.8, 1.0),
 )
 
 _TINY = Size(
@@ -76,6 +79,7 @@ _TINY = Size(
     block=32,
     general={"calibration": 8, "test": 2},
     rates=(0.7, 1.0),
+    weights=(0.5, 1.0),
 )
 
 _GPU = Size(
@@ -93,6 +97,7 @@ _GPU = Size(
     block=512,
     general={"calibration": 64, "test": 32},
     rates=(0.5, 0.7, 0.85, 1.0, 1.2, 1.4),
+    weights=(0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
     device="cuda",
 )
 

@@ -1,4 +1,4 @@
-"""Controls: statistics of the same size and spectrum that know nothing of the activations."""
+"""Controls: statistics that are as large as the real ones, and know less of the activations."""
 
 from __future__ import annotations
 
@@ -38,6 +38,23 @@ def permuted_importance(source: Path, out: Path) -> None:
             order = torch.randperm(tensors[f"{site}.abs_sum"].shape[-1], generator=generator)
             for key in ("abs_sum", "square_sum"):
                 tensors[f"{site}.{key}"] = tensors[f"{site}.{key}"][..., order].contiguous()
+
+    _changed(source, out, replace)
+
+
+def even_importance(source: Path, out: Path) -> None:
+    """Copy statistics in which all channels but each site's loudest share what they had together.
+
+    AIM then shrinks by the same mean as before, and by the same everywhere.
+    """
+
+    def replace(tensors: dict[str, Tensor], generator: torch.Generator) -> None:
+        for name in sorted(one for one in tensors if one.endswith(".abs_sum")):
+            sums = tensors[name].double()
+            loudest, where = sums.max(-1, keepdim=True)
+            rest = (sums.sum(-1, keepdim=True) - loudest) / (sums.shape[-1] - 1)
+            even = rest.expand_as(sums).clone().scatter_(-1, where, loudest)
+            tensors[name] = even.to(tensors[name].dtype)
 
     _changed(source, out, replace)
 
