@@ -39,14 +39,21 @@ def default_work() -> Path:
     help="Where the lines are kept.  [default: the repository's]",
 )
 @click.option("--only", metavar="UNIT", help="Units whose name matches, such as '*/reverse/0/*'.")
+@click.option("--core", is_flag=True, help="Only what the study's question needs.")
 @click.option("--dry-run", is_flag=True, help="List the units, and which are done.")
 def main(
-    study: str, size_name: str, work: Path, results: Path, only: str | None, dry_run: bool
+    study: str,
+    size_name: str,
+    work: Path,
+    results: Path,
+    only: str | None,
+    core: bool,
+    dry_run: bool,
 ) -> None:
     """Do what is left of a study; every unit that is finished leaves a line."""
     console = Console(highlight=False, soft_wrap=True)
     store = Store(study, size_name, results)
-    units = STUDIES[study](Base(SIZES[size_name], work), store)
+    units = STUDIES[study](Base(SIZES[size_name], work), store, core=core)
     if only:
         units = [unit for unit in units if fnmatch(str(unit.key), only)]
         if not units:

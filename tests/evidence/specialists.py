@@ -163,11 +163,14 @@ class Pair:
         return [self.final(recipe) for recipe in recipes(self.base.size, self.tasks)[name]]
 
 
-def units(base: Base, store: Store) -> list[Unit]:
-    """Return the study's units: all pairs with the first seed, then the next seed."""
+def units(base: Base, store: Store, *, core: bool = False) -> list[Unit]:
+    """Return the study's units: all pairs with the first seed, then the next seed.
+
+    ``core`` leaves out the stages that come after those that the question needs.
+    """
     found = []
     for seed in base.size.seeds:
         pairs = [Pair(base, pair, seed, store) for pair in base.size.pairs]
-        for stages in (("singles", "core"), ("sparse",)):
+        for stages in (("singles", "core"), () if core else ("sparse",)):
             found += [unit for pair in pairs for stage in stages for unit in pair.stage(stage)]
     return found

@@ -213,12 +213,15 @@ class Stream:
 STAGES = ("training", "singles", "core", "averages", "late", "generated", "early")
 
 
-def units(base: Base, store: Store) -> list[Unit]:
-    """Return the study's units: all tasks with the first seed, then the next seed."""
+def units(base: Base, store: Store, *, core: bool = False) -> list[Unit]:
+    """Return the study's units: all tasks with the first seed, then the next seed.
+
+    ``core`` leaves out the stages that come after those that the question needs.
+    """
     found = []
     for seed in base.size.seeds:
         streams = [Stream(base, task, seed, store) for task in base.size.tasks]
-        for stages in (STAGES[:3], STAGES[3:]):
+        for stages in (STAGES[:3], () if core else STAGES[3:]):
             for stream in streams:
                 found += [unit for stage in stages for unit in stream.stage(stage)]
     seen: dict[str, Unit] = {str(unit.key): unit for unit in found}
