@@ -20,7 +20,7 @@ from mergekit_arm.calibration.options import CalibrationOptions
 from tests.evidence.bases import base_folder, load, load_tokenizer, weights_digest
 from tests.evidence.encoding import Encoded, encode
 from tests.evidence.general import calibration_text, digest, judging_blocks
-from tests.evidence.sizes import FRACTIONS, Size
+from tests.evidence.sizes import Size
 from tests.evidence.tasks import Example, examples
 from tests.evidence.training import train
 from tests.evidence.variants import even_importance, permuted_importance, random_subspace
@@ -113,10 +113,8 @@ class Run:
 
     def checkpoint(self, fraction: float) -> Path:
         """Return the checkpoint after this part of the run, training it (again) if it is gone."""
-        step = self.base.size.step(fraction)
-        out = self.folder / "run" / f"checkpoint-{step}"
-        if not (out / "model.safetensors").is_file() or not self._log.is_file():
-            self.train()
+        out = self.folder / "run" / f"checkpoint-{self.base.size.step(fraction)}"
+        self._train(unless=out / "model.safetensors")
         return out
 
     @property
@@ -125,27 +123,26 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Return every step's loss, and the seconds, of the run that left the checkpoints here."""
-        size = self.base.size
-        last = self.folder / "run" / f"checkpoint-{size.step(FRACTIONS[0])}"
-        with FileLock(self.folder / "lock"):
-            if not self._log.is_file() or not last.is_dir():
-                self._log.unlink(missing_ok=True)
-                wall, processor = time.perf_counter(), time.process_time()
-                model = load(self.base.folder, size.device)
-                losses = train(
-                    model,
-                    self.encoded["training"],
-                    size,
-                    seed=self.seed,
-                    folder=self.folder / "run",
-                )
-                spent = {
-                    "training_seconds": round(time.perf_counter() - wall, 1),
-                    "training_processor_seconds": round(time.process_time() - processor, 1),
-                }
-                self._log.write_text(json.dumps({"step_losses": losses, **spent}))
+        self._train(unless=self._log)
         found: dict[str, Any] = json.loads(self._log.read_text())
         return found
+
+    def _train(self, *, unless: Path) -> None:
+        """Train, unless a run that came to its end left this file."""
+        size = self.base.size
+        with FileLock(self.folder / "lock"):
+            if self._log.is_file() and unless.is_file():
+                return
+            self._log.unlink(missing_ok=True)
+            wall, processor = time.perf_counter(), time.process_time()
+            model = load(self.base.folder, size.device)
+            data, out = self.encoded["training"], self.folder / "run"
+            losses = train(model, data, size, seed=self.seed, folder=out)
+            spent = {
+                "training_seconds": round(time.perf_counter() - wall, 1),
+                "training_processor_seconds": round(time.process_time() - processor, 1),
+            }
+            self._log.write_text(json.dumps({"step_losses": losses, **spent}))
 
     def statistics(self, which: str) -> Path:
         """Return statistics of the base or, for ``own``, of the converged specialist.
