@@ -60,7 +60,8 @@ def _add(entry: dict[str, Any]) -> Example:
 
 
 def _reorder(entry: dict[str, Any]) -> Example:
-    return Example(f"Order: {entry['question'].rpartition(': ')[2].strip()}\n", entry["answer"])
+    words = entry["question"].partition("following sentence: ")[2].strip()
+    return Example(f"Order: {words}\n", entry["answer"])
 
 
 TASKS = {
