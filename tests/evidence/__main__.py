@@ -30,7 +30,8 @@ def default_work() -> Path:
     "--work",
     type=click.Path(path_type=Path, file_okay=False),
     default=default_work,
-    help="Where checkpoints are kept; may be deleted.  [default: the user's cache]",
+    help="Where checkpoints are kept: 4 GB a run of size small. What is deleted is trained again "
+    "where it is needed.  [default: the user's cache]",
 )
 @click.option(
     "--results",

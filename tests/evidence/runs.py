@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -165,13 +165,6 @@ class Run:
         """Return a short name of all that this run learns and is judged by."""
         return digest([self.examples, self.base.general, weights_digest(self.base.folder)])
 
-    def forget(self) -> None:
-        """Delete the checkpoints but the last, which other studies merge."""
-        keep = self.checkpoint(1.0).name
-        for folder in (self.folder / "run").glob("checkpoint-*"):
-            if folder.name != keep:
-                shutil.rmtree(folder)
-
 
 def states(folder: Path) -> State:
     """Return the weights of a directory's model, in float32."""
@@ -181,9 +174,8 @@ def states(folder: Path) -> State:
     return {name: tensor.float() for name, tensor in found.items()}
 
 
-def made(out: Path, make: object) -> Path:
+def made(out: Path, make: Callable[[], None]) -> Path:
     """Return ``out``, calling ``make`` if it does not exist; one process at a time."""
-    assert callable(make)
     with FileLock(out.with_suffix(".lock")):
         if not out.is_dir():
             make()

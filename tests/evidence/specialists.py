@@ -50,13 +50,15 @@ def recipes(size: Size, pair: tuple[str, str]) -> dict[str, list[Recipe]]:
         method = "aim" if settings else "task_arithmetic"
         return Recipe(label, method, pair, ({"weight": 1.0, **settings},))
 
-    # RegMean's own scale is 1 and its weights only say which model counts more.
-    scales = (1.0, *(0.4 + weight for weight in size.weights[1:]))
+    # RegMean's weights only say which model counts more; its scale is 1, and tried around that.
     regmean = Recipe(
         "regmean",
         "regmean",
         pair,
-        tuple({"scale": round(s, 2), "activation_stats": Statistics("own")} for s in scales),
+        tuple(
+            {"scale": round(weight + 0.2, 2), "activation_stats": Statistics("own")}
+            for weight in size.weights
+        ),
     )
     return {
         "core": [

@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.benchmarks.report import sentence
 from tests.evidence.intervals import paired
+from tests.evidence.plots import draw
 from tests.evidence.sizes import SIZES, Size
 from tests.evidence.units import RESULTS, Line, Store
 
@@ -30,7 +31,7 @@ Group = dict[str, Line]
 _HEAD = """# Results
 
 Written by `python -m tests.evidence.tables` from the lines in [`results/`](results), not by hand.
-`python -m tests.evidence STUDY --size SIZE` does what is still open. Losses are means over
+`python -m tests.evidence` does what is still open; its help says how. Losses are means over
 examples of an answer's nats per token, lower is better; *exact* is the share of answers of which
 every token is the likeliest after the right ones; *written* the share of answers written right by
 greedy decoding, where that was done; *general* the loss on docstrings of the standard library,
@@ -184,5 +185,15 @@ def _markdown(head: list[str], rows: list[list[str]], before: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the page, and a picture for every study that has runs."""
     PAGE.write_text(page(), encoding="utf-8")
+    for study, (reference, _) in REFERENCES.items():
+        for size in SIZES:
+            groups = grouped(Store(study, size).lines().values())
+            if any(reference in group for group in groups.values()):
+                draw(f"{study}, size {size}", groups, reference, RESULTS / f"{study}-{size}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.evidence.intervals import paired
+from tests.evidence.plots import distances, draw
 from tests.evidence.tables import PAGE, grouped, page, summary
 from tests.evidence.units import Line
 
@@ -62,6 +63,13 @@ def test_a_summary_counts_runs() -> None:
 def test_lines_of_different_data_are_not_compared() -> None:
     with pytest.raises(ValueError, match="different data"):
         grouped([line("100 %", [1.0, 2.0]), line("base", [1.0, 2.0], data="other")])
+
+
+def test_a_picture_is_drawn_of_distances(tmp_path: Path) -> None:
+    groups = grouped([line("100 %", [2.0] * 4), line("early", [1.0] * 4), line("base", [9.0] * 4)])
+    assert distances(groups, "100 %") == {"100 %": [(0.0, 0.0)], "early": [(0.0, -1.0)]}
+    draw("a study", groups, "100 %", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_without_lines_there_is_a_page(tmp_path: Path) -> None:
