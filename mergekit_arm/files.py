@@ -111,12 +111,21 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
+def sampled_hash(path: Path) -> str:
+    """Return the SHA-256 of a file's size and of 64 pieces of it, from end to end.
+
+    All of a file of up to 256 KiB. A change between the pieces of a larger one that leaves its
+    size as it is goes unnoticed.
+    """
+    size, piece = path.stat().st_size, 4096
+    digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+        if size <= 64 * piece:
+            digest.update(file.read())
+            return digest.hexdigest()
+        for number in range(64):
+            file.seek(number * (size - piece) // 63)
+            digest.update(file.read(piece))
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 
 from mergekit_arm.cli.calibrate import command as calibrate
 from mergekit_arm.cli.stream import command as stream
+from mergekit_arm.cli.tune import command as tune
 from tests.support.paths import EXAMPLES
 
 TEXT = (EXAMPLES / "README.md").read_text(encoding="utf-8")
@@ -27,10 +28,11 @@ def test_the_commands_name_files_and_options_that_exist() -> None:
         for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S)
         for line in block.splitlines()
     ]
-    assert len(lines) == 7
+    assert len(lines) == 8
     helps = {
         "calibrate": CliRunner().invoke(calibrate, ["--help"]).output,
         "stream": CliRunner().invoke(stream, ["--help"]).output,
+        "tune": CliRunner().invoke(tune, ["--help"]).output,
     }
     for program, *words in lines:
         assert program in ("mergekit-arm", "mergekit-yaml")

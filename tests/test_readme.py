@@ -13,6 +13,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_arm.cli.main import COMMANDS
+from mergekit_arm.tuning.candidates import default_points, document_of, domains
+from mergekit_arm.tuning.config import load_tuning
 from tests.benchmarks.__main__ import main as benchmarks
 from tests.support.paths import PACKAGE, ROOT
 
@@ -98,5 +100,11 @@ def test_example_configurations_are_valid(path: Path) -> None:
         from mergekit_arm.streaming.config import load_config
 
         assert load_config(str(path)).merge_method == config["merge_method"]
+    elif "tuning" in config:
+        read = load_tuning(path)
+        points = default_points(read.space, domains(read.space))
+        assert [method for method, _ in points] == list(read.space.methods)
+        for point in points:
+            check_merge(document_of(read.space, point))
     else:
         check_merge(config)

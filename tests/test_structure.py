@@ -21,10 +21,12 @@ from tests.support.paths import PACKAGE, ROOT
 
 FLOORS = (
     {"__init__", "errors", "units", "autoload"},
-    {"files", "machine", "tensors"},
+    {"files", "machine", "sections", "tensors"},
     {"data", "models", "statistics"},
     {"methods", "calibration"},
+    {"judging"},
     {"streaming"},
+    {"tuning"},
     {"demo"},
     {"cli"},
     {"__main__"},

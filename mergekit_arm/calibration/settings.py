@@ -38,5 +38,8 @@ def checked_settings(
                 f"unknown key {key!r}{did_you_mean(key, [*known, *beside])}; "
                 f"there are: {', '.join((*beside, *known))}"
             )
+    for key in ("samples", "sequence_length", "batch_size"):
+        if given.get(key) in (0, "0"):
+            raise ValueError(f"{key} must be 1 or more, not 0")
     options = TypeAdapter(CalibrationOptions).validate_python({"model": "", "out": "", **given})
     return {key: getattr(options, key) for key in known}

@@ -13,6 +13,7 @@ from mergekit_arm.errors import InputError, did_you_mean, first_line
 COMMANDS = {
     "calibrate": "Measure a model's activations and write statistics for merging.",
     "stream": "Merge a run's checkpoints one after another, each merge a step.",
+    "tune": "Search the numbers of a merge for what judges best.",
     "combine": "Add statistics that were measured apart.",
     "demo": "Train, calibrate and merge a very small model, in two minutes.",
 }

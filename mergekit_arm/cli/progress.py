@@ -56,6 +56,11 @@ class Display:
         else:
             self._line(f"{name} …")
 
+    def whole(self, name: str, done: int, total: int, note: str) -> None:
+        """Take a count of pieces of work and a note on them, drawn on a terminal alone."""
+        if self._console.is_terminal:
+            self._draw(name, done, total, note)
+
     def _count(self, name: str, done: int, total: int, unit: str) -> None:
         now = self._clock()
         if self._begun.get(name, (done + 1, now))[0] > done:  # the first, or another layer's

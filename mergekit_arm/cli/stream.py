@@ -65,6 +65,9 @@ Examples:
     metavar="SECONDS",
     help="Between looks for new checkpoints.",
 )
+@click.option("--finish", is_flag=True, help="Make OUT/model of the steps there are; take no more.")
+@click.option("--strict", is_flag=True, help="End at a checkpoint that cannot be merged.")
+@click.option("--fed", is_flag=True, help="With --watch: StreamCallback hands the checkpoints on.")
 @add_merge_options  # type: ignore[untyped-decorator]  # mergekit is untyped
 def command(
     merge_options: MergeOptions,
@@ -76,11 +79,15 @@ def command(
     end_marker: str | None,
     watch_timeout: float,
     poll: float,
+    finish: bool,
+    strict: bool,
+    fed: bool,
 ) -> None:
     """Merge a training run's checkpoints one after another, each merge a step.
 
     CONFIG is a mergekit configuration with checkpoints, learning_rate, calibration and
-    evaluation. OUT/model is the result. The same command resumes an interrupted stream.
+    evaluation. OUT/model is the result. The same command resumes an interrupted stream, and goes
+    on with checkpoints that have come since. A bad checkpoint is skipped, and said.
     """
     transformers.utils.logging.disable_progress_bar()  # which also silences downloads
     if not merge_options.quiet:
@@ -88,8 +95,8 @@ def command(
     merge_options.apply_global_options()
     if not watch:
         _refuse_without_watch()
-    watching = WatchOptions(end_marker, watch_timeout, poll) if watch else None
-    options = StreamOptions(merge_options, keep, watching)
+    watching = WatchOptions(end_marker, watch_timeout, poll, fed=fed) if watch else None
+    options = StreamOptions(merge_options, keep, watching, finish, strict)
     console = Console(stderr=True)
     if dry_run:
         if not _print_plan(console, config, out, options):
@@ -107,6 +114,7 @@ def command(
             options,
             say=lambda note: line(note, "yellow"),
             progress=display.tokens,
+            evaluating=display.stage,
             on_step=lambda record: line(step_line(record)),
         )
     console.print(stream_summary(result))
@@ -114,7 +122,7 @@ def command(
 
 def _refuse_without_watch() -> None:
     context = click.get_current_context()
-    for name in ("end_marker", "watch_timeout", "poll"):
+    for name in ("end_marker", "watch_timeout", "poll", "fed"):
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise InputError(f"--{name.replace('_', '-')} belongs to --watch: add that")
 

@@ -33,8 +33,8 @@ from mergekit_arm.demo.stream import EARLY, OUT, RUN, STREAM_CONFIG, early_steps
 from mergekit_arm.demo.text import DOMAINS, DomainText, standard_library
 from mergekit_arm.demo.train import new_model, save, token_blocks, train, train_tokenizer
 from mergekit_arm.errors import Failure, InputError
-from mergekit_arm.streaming.config import Evaluation
-from mergekit_arm.streaming.evaluation.score import Judge
+from mergekit_arm.streaming.judge import StreamJudge
+from mergekit_arm.streaming.verdict import LOSS, Evaluation
 
 BASE_DOMAIN, *SPECIALTIES = DOMAINS
 BASE = "base"
@@ -184,23 +184,23 @@ def _measure(bar: Progress) -> LossTable:
     for name in bar.track(folders, description="measuring losses"):
         losses[name] = {}
         for domain, judge in judges.items():
-            loss = judge.score(f"./{folders[name]}", Path()).loss
-            assert loss is not None  # a judge with data gives one
-            losses[name][domain] = loss
+            losses[name][domain] = judge.score(f"./{folders[name]}", Path())[LOSS]
     return losses
 
 
-def _judge(domain: str) -> Judge:
+def _judge(domain: str) -> StreamJudge:
     """Return what a stream would judge by: all of the domain's held-out text."""
-    settings = Evaluation(
-        dataset=f"heldout/{domain}.jsonl",
-        samples=1_000_000,
-        sequence_length=128,
-        batch_size=16,  # few enough logits to reuse their memory: faults took as long as products
-        device="cpu",
-        dtype="float32",
+    settings = Evaluation.model_validate(
+        {
+            "dataset": f"heldout/{domain}.jsonl",
+            "samples": 1_000_000,
+            "sequence_length": 128,
+            "batch_size": 16,  # few enough logits to reuse their memory: faults cost as much
+            "device": "cpu",
+            "dtype": "float32",
+        }
     )
-    return Judge(settings, [CALIBRATION.model], MergeOptions())
+    return StreamJudge(settings, [CALIBRATION.model], MergeOptions())
 
 
 def _config(

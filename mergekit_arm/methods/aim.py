@@ -21,8 +21,8 @@ from torch import Tensor
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.methods import anchor
-from mergekit_arm.methods.base import Found, OptOut, StatisticsMethod
-from mergekit_arm.methods.parameters import choice, number
+from mergekit_arm.methods.base import STATS, Found, OptOut, StatisticsMethod
+from mergekit_arm.methods.parameters import MEASURED_ON, choice, number
 from mergekit_arm.methods.planning import PlannedTensor
 from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 
@@ -104,7 +104,7 @@ class ActivationInformedMerge(StatisticsMethod):
         """
         own = {parameter.name for parameter in self.parameters}
         if not isinstance(inner, StatisticsMethod):
-            own.add("activation_stats")
+            own |= {STATS, MEASURED_ON}
         clash = own & {parameter.name for parameter in inner.spec.parameters}
         if isinstance(inner, ActivationInformedMerge):
             raise InputError(f"{name}: {inner.spec.name} relaxes its merge already; use that")

@@ -13,7 +13,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from mergekit.common import ModelReference
 from mergekit.merge_methods import (
     BasePolicy,
@@ -25,12 +24,17 @@ from mergekit.merge_methods import (
     TensorGroup,
 )
 from mergekit.merge_methods.base import ParameterSpec
-from torch import Tensor
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.methods.parameters import StatisticsReference, statistics
+from mergekit_arm.methods.parameters import (
+    StatisticsReference,
+    earlier_model,
+    found_by_name,
+    statistics,
+)
 from mergekit_arm.methods.planning import (
     PlannedTensor,
+    all_equal,
     check_shapes,
     stored_tensor,
     tensor_being_planned,
@@ -116,7 +120,7 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
             pretty_name=self.title,
             reference_url=self.url,
             contract=self.contract,
-            parameters=(stats, *self.parameters),
+            parameters=(stats, earlier_model(), *self.parameters),
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -173,21 +177,22 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
                 if reference is not None:
                     reference.names = planned.names
         check_shapes(planned)
-        for model, name in planned.names.items():
+        for model in planned.names:
             is_base = model == planned.base
             if not self.needs(planned.parameters, is_base=is_base):
                 continue
             for parameter in (STATS, *given) if is_base else (STATS,):
                 reference = self._reference(planned.parameters, model, planned.base, parameter)
-                found = self._find_planned(reference, model, name)
+                found = self._find_planned(planned, reference, model)
                 if found is not None and len(found.record.shape) >= self.least_dimensions:
                     self._check_found(planned, found)
 
     def _find_planned(
-        self, reference: StatisticsReference, model: ModelReference, name: str
+        self, planned: PlannedTensor, reference: StatisticsReference, model: ModelReference
     ) -> Found | None:
         """Find a planned tensor by its values, or by its name where these cannot be looked at."""
-        statistics = reference.open()
+        name, statistics = planned.names[model], reference.open()
+        by_name = model == planned.base and found_by_name(statistics, planned.parameters)
         tensor = stored_tensor(model, name)
         if tensor is None:
             known = statistics.metadata.aliases.get(name, name)
@@ -195,7 +200,7 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
             return None if record is None else Found(statistics, known, record)
         if not (tensor.is_floating_point() and tensor.numel()):
             return None
-        return Found(statistics, *statistics.matcher.find(name, tensor))
+        return Found(statistics, *statistics.matcher.find(name, tensor, permuted=by_name))
 
     def _check_found(self, planned: PlannedTensor, found: Found) -> None:
         if found.record.site is not None:
@@ -203,7 +208,7 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
         elif found.record.reason not in LEFT_AS_MERGED:
             tensors = [stored_tensor(model, name) for model, name in planned.names.items()]
             stored = [tensor for tensor in tensors if tensor is not None]
-            if len(stored) == len(tensors) and not _all_equal(stored):
+            if len(stored) == len(tensors) and not all_equal(stored):
                 raise self._absent(found, planned.parameters)
 
     def find(
@@ -224,20 +229,19 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
             InputError: the statistics do not belong to this tensor, or lack it.
         """
         tensor = entry.tensor
-        if tensor.ndim < self.least_dimensions:
-            return None
-        if not self.needs(parameters, is_base=entry.is_base):
+        needed = self.needs(parameters, is_base=entry.is_base)
+        if tensor.ndim < self.least_dimensions or not needed:
             return None
         base = group.base
         reference = self._reference(parameters, entry.id, base.id if base else None, parameter)
         statistics = reference.open()
         names = reference.names
+        by_name = entry.is_base and found_by_name(statistics, parameters)
         name, record = statistics.matcher.find(
             (names or {}).get(entry.id) or group.metadata.name or "",
             tensor,
-            permuted=group.metadata.vocabulary_axis is not None,
-            # Should mergekit ever plan in a way that hides the inputs' own names, output names
-            # may be other layers'.
+            permuted=by_name or group.metadata.vocabulary_axis is not None,
+            # Where the inputs' own names are hidden, output names may be other layers'.
             renumbered=names is None and isinstance(entry.id, ModelReference),
         )
         found = Found(statistics, name, record)
@@ -245,7 +249,7 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
             opt_out = self.opting_out(parameters)
             if record.reason == NO_TOKEN and opt_out:
                 LOG.warning("%s: %s: it is %s", name, record.reason, opt_out.effect)
-            if record.reason in LEFT_AS_MERGED or _all_equal(group.tensors):
+            if record.reason in LEFT_AS_MERGED or all_equal(group.tensors):
                 return None
             raise self._absent(found, parameters)
         assert record.input_axis is not None  # a measured weight has one
@@ -293,8 +297,3 @@ class StatisticsMethod(GroupMergeMethod):  # type: ignore[misc]  # mergekit is u
             f"{problem}; for it to be {opt_out.effect}, set "
             f"{name}: [{{filter: {found.name}, value: {value}}}, {{value: {otherwise}}}]"
         )
-
-
-def _all_equal(tensors: Sequence[Tensor]) -> bool:
-    first, *others = tensors
-    return all(torch.equal(first, other.to(first.dtype)) for other in others)

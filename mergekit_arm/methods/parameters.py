@@ -7,6 +7,7 @@ without a traceback.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -17,6 +18,9 @@ from pydantic import BeforeValidator
 
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.statistics.read import Identity, Statistics, open_statistics
+
+MEASURED_ON = "measured_on"
+"""The parameter by which statistics of an earlier model of a stream serve a later one."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,42 @@ def statistics(
 
     # No default would be refused by mergekit, with a traceback; None is refused by us.
     return _declare(name, None, description, scope, validate)
+
+
+def earlier_model() -> ParameterSpec:
+    """Declare ``measured_on``: which earlier model of a stream the base's statistics are of."""
+
+    def validate(value: Any) -> str | None:
+        if value is not None and not re.fullmatch("[0-9a-f]{16,64}", str(value)):
+            raise InputError(
+                f"{MEASURED_ON} must be the content_hash in the statistics' metadata (16 or more "
+                f"of its digits), not {value!r}"
+            )
+        return None if value is None else str(value)
+
+    return _declare(
+        MEASURED_ON,
+        None,
+        "Content hash of the earlier model whose statistics these are; finds weights by name",
+        ParameterScope.SHARED,
+        validate,
+    )
+
+
+def found_by_name(statistics: Statistics, parameters: Mapping[str, Any]) -> bool:
+    """Say whether the user declares that ``statistics`` are of an earlier model than the base.
+
+    Raises:
+        InputError: they are not of the model that ``measured_on`` names.
+    """
+    declared = parameters.get(MEASURED_ON)
+    measured = statistics.metadata.model.content_hash
+    if declared is not None and not measured.startswith(declared):
+        raise InputError(
+            f"activation_stats {statistics.reference} were measured on {measured[:16]}…, and "
+            f"{MEASURED_ON} says {declared[:16]}…: use the statistics that it names, or remove it"
+        )
+    return declared is not None
 
 
 def range_of(parameter: ParameterSpec) -> Interval | tuple[str, ...] | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -127,6 +127,12 @@ def check_shapes(planned: PlannedTensor) -> None:
                 f"{first}: merge models of the same shapes; vocabularies that differ are brought "
                 "into line by tokenizer: {source: base}"
             )
+
+
+def all_equal(tensors: Sequence[Tensor]) -> bool:
+    """Say whether all tensors hold the same values, in whatever dtype."""
+    first, *others = tensors
+    return all(torch.equal(first, other.to(first.dtype)) for other in others)
 
 
 def _loader(model: ModelReference) -> LazyTensorLoader:

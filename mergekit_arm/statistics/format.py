@@ -104,7 +104,7 @@ class SettingsRecord(_Strict):
     """Of the forward passes."""
     device: str
     min_expert_tokens: Count = 0
-    """Experts that saw fewer tokens are left as merged."""
+    """What experts saw of fewer tokens is not used."""
     rank: Annotated[int, Field(ge=1)] | None = None
     """Columns of a subspace's sketch that were asked for; none: the default of each width."""
     energy: Annotated[float, Field(ge=0, le=1)] | None = None

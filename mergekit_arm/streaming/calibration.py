@@ -6,18 +6,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.calibration.settings import checked_settings
+from mergekit_arm.sections import Section
 
 _TEXTS = ("general", "task")
-
-
-class Section(BaseModel):
-    """A part of the file: no other keys than its own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Calibration(Section):

@@ -6,81 +6,41 @@ values name (models, data, methods) is looked at in ``plan`` and ``data_checks``
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import yaml
-from pydantic import (
-    BaseModel,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator
 
 from mergekit_arm.errors import InputError, did_you_mean
-from mergekit_arm.streaming.calibration import Calibration, Section
+from mergekit_arm.judging.sets import HeldOutSet
+from mergekit_arm.sections import Section, read_mapping
+from mergekit_arm.streaming.calibration import Calibration
+from mergekit_arm.streaming.rates import PerRun, Rates, Schedule, Search, read_rates
+from mergekit_arm.streaming.verdict import METRIC_KEYS, SETS, Evaluation
 
 FINAL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 """What the final model can be in."""
 
-DEFAULT_LEARNING_RATE = 0.5
-HIGHEST_LEARNING_RATE = 2.0
-
 _ELSEWHERE = {
-    "models": "a stream merges one checkpoint a step; list them under checkpoints",
+    "models": "a stream merges checkpoints step by step; list them under checkpoints",
     "slices": "a stream merges whole models; layers cannot be rearranged",
     "modules": "a stream merges whole models; modules cannot be rearranged",
     "out_dtype": "dtype is the final model's; every step is computed in float32",
 }
 
-_FLAG = re.compile(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)")
 
+class Compare(Section):
+    """What is measured only to be looked at; no step depends on it."""
 
-class Schedule(Section):
-    """Learning rates from a rule; see :func:`~mergekit_arm.streaming.plan.schedule.rate_at`."""
-
-    schedule: Literal["constant", "linear", "cosine"]
-    peak: float = Field(gt=0, le=HIGHEST_LEARNING_RATE)
-    final: float | None = Field(default=None, gt=0, le=HIGHEST_LEARNING_RATE)
-    warmup: int = Field(default=0, ge=0)
-    steps: int | None = Field(default=None, ge=1)
-    """Length of the rule; needed where the number of steps is not known (``--watch``)."""
-
-
-class Evaluation(Section):
-    """How a step is judged, and what follows from it."""
-
-    dataset: str | None = None
-    subset: str | None = None
-    split: str | None = None
-    text_column: str | None = None
-    samples: int = Field(default=256, ge=1)
-    sequence_length: int = Field(default=512, ge=2)
-    batch_size: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=42, ge=0)
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    keep: Literal["best", "last"] = "best"
-    patience: int | None = Field(default=None, ge=1)
-    backtrack: bool = False
-    metric_command: str | None = None
-    metric_goal: Literal["minimize", "maximize"] | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> Evaluation:
-        if self.dataset is None and self.metric_command is None:
-            raise ValueError("needs a dataset, a metric_command, or both")
-        if (self.metric_command is None) != (self.metric_goal is None):
-            raise ValueError(
-                "metric_command and metric_goal (minimize or maximize) belong together"
-            )
-        if self.metric_command is not None and "{model}" not in self.metric_command:
-            raise ValueError("metric_command must say where the model goes: {model}")
-        return self
+    checkpoints: bool = True
+    """The scores of every checkpoint as it is, before it is merged: one evaluation each."""
+    average: bool = True
+    """The scores of the checkpoints' uniform average: one merge and one evaluation at the end."""
+    commands: bool = False
+    """Whether these get the numbers of commands as well, and not only their losses."""
+    angles: bool = True
+    """How far each step goes and turns: the weights of its models are read once more."""
 
 
 class StreamConfig(Section):
@@ -88,12 +48,15 @@ class StreamConfig(Section):
 
     merge_method: str
     base_model: str
-    checkpoints: str | list[str]
+    checkpoints: str | list[str | list[str]]
+    """A Trainer's directory, or models; those in a list within the list are merged in one step."""
     parameters: dict[str, Any] = Field(default_factory=dict)
-    learning_rate: float | list[float] | Schedule | None = None
+    learning_rate: Any = None
+    """Checked :data:`~mergekit_arm.streaming.rates.Rates`; None: the default."""
     passes: int = Field(default=1, ge=1)
     calibration: Calibration | None = None
     evaluation: Evaluation | None = None
+    compare: Compare = Compare()
     dtype: str | None = None
     """Of the final model; none: as the base model's configuration says."""
     tokenizer_source: str | None = None
@@ -108,30 +71,17 @@ class StreamConfig(Section):
     def document(self) -> dict[str, Any]:
         """Return the YAML again, without defaults."""
         document = self.model_dump(mode="json", exclude_defaults=True)
-        if self.calibration is not None:
-            document["calibration"] = self.calibration.document()
+        for key in ("calibration", "evaluation"):
+            section = getattr(self, key)
+            if section is not None:
+                document[key] = section.document()
         return document
 
     @field_validator("learning_rate", mode="before")
     @classmethod
-    def _read_learning_rate(cls, value: Any) -> Any:
-        # Decided here, so that a mistake is reported for the form that was meant.
-        if isinstance(value, Mapping):
-            return Schedule.model_validate(value)
-        rates = value if isinstance(value, list) else [value]
-        if value is None or isinstance(value, Schedule):
-            return value
-        for rate in rates:
-            try:
-                fits = not isinstance(rate, bool) and 0 < float(rate) <= HIGHEST_LEARNING_RATE
-            except (TypeError, ValueError):
-                fits = False
-            if not fits:
-                raise ValueError(
-                    f"must lie in (0, {HIGHEST_LEARNING_RATE:g}], not {rate!r}; "
-                    "or be a list of such, or {schedule: cosine, peak: 0.6, final: 0.1}"
-                )
-        return value
+    def _read_learning_rate(cls, value: Any) -> Rates | None:
+        # Decided by its form, so that a mistake is reported for the one that was meant.
+        return None if value is None else read_rates(value)
 
     @field_validator("dtype")
     @classmethod
@@ -144,8 +94,8 @@ class StreamConfig(Section):
 
     @field_validator("checkpoints")
     @classmethod
-    def _check_checkpoints(cls, value: str | list[str]) -> str | list[str]:
-        if not value:
+    def _check_checkpoints(cls, value: str | list[str | list[str]]) -> str | list[str | list[str]]:
+        if not value or (isinstance(value, list) and not all(value)):
             raise ValueError("name a Trainer's output directory, or list model references")
         return value
 
@@ -159,34 +109,9 @@ def load_config(source: StreamConfig | Mapping[str, Any] | str | Path) -> Stream
     if isinstance(source, StreamConfig):
         return source
     if isinstance(source, Mapping):
-        return _validate(dict(source), "stream configuration")
-    try:
-        document = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{source}: {error.strerror}; name the stream's YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{source}: not YAML ({reason})") from error
-    if not isinstance(document, Mapping):
-        raise InputError(f"{source}: must be a mapping that starts with merge_method, base_model …")
-    return _validate(dict(document), str(source))
-
-
-@contextmanager
-def section(name: str) -> Iterator[None]:
-    """Put ``name`` before what is refused inside, and keys where ``calibrate`` has flags.
-
-    Raises:
-        InputError: the same, reworded.
-    """
-    try:
-        yield
-    except InputError as error:
-        message = _FLAG.sub(lambda flag: flag[1].replace("-", "_"), error.message)
-        raise InputError(f"{name}: {message}") from error
-
-
-def _validate(document: dict[str, Any], where: str) -> StreamConfig:
+        where, document = "stream configuration", dict(source)
+    else:
+        where, document = str(source), read_mapping(Path(source))
     for key, remedy in _ELSEWHERE.items():
         if key in document:
             raise InputError(f"{where}: {key}: {remedy}")
@@ -202,13 +127,8 @@ def _explain(error: ValidationError) -> str:
     first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     place = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        key = place[-1]
-        models: dict[str, type[BaseModel]] = {
-            "evaluation": Evaluation,
-            "learning_rate": Schedule,
-        }
-        outer = place[0] if len(place) > 1 else ""
-        known = models.get(outer, StreamConfig).model_fields
+        outer, key = place[0] if len(place) > 1 else "", place[-1]
+        known = _keys_of(outer)
         inside = f" in {outer}" if outer else ""
         return (
             f"unknown key {key!r}{inside}{did_you_mean(key, known)}; there are: {', '.join(known)}"
@@ -217,3 +137,12 @@ def _explain(error: ValidationError) -> str:
     # The names of a union's branches say nothing to the user.
     path = ".".join(part for part in place if "[" not in part and part not in ("str", "int"))
     return f"{path}: {message[:1].lower()}{message[1:]}" if path else message
+
+
+def _keys_of(section: str) -> Iterable[str]:
+    if section == "evaluation":
+        own = [key for key in Evaluation.model_fields if key != SETS]
+        return [*HeldOutSet.model_fields, *METRIC_KEYS, *own]
+    if section == "learning_rate":
+        return [key for one in (Schedule, Search, PerRun) for key in one.model_fields]
+    return {"compare": Compare}.get(section, StreamConfig).model_fields

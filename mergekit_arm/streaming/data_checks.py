@@ -16,8 +16,10 @@ from mergekit_arm.errors import did_you_mean
 from mergekit_arm.files import size_of
 from mergekit_arm.machine import free_disk
 from mergekit_arm.models.loading import choose_device, find_model
-from mergekit_arm.streaming.config import section
-from mergekit_arm.streaming.evaluation.score import Judge
+from mergekit_arm.models.tensors import open_tensors
+from mergekit_arm.sections import section
+from mergekit_arm.statistics.read import open_statistics
+from mergekit_arm.streaming.judge import StreamJudge
 from mergekit_arm.streaming.options import Keep
 from mergekit_arm.streaming.plan.checks import Checks
 from mergekit_arm.streaming.plan.document import STEP_BYTES
@@ -25,20 +27,7 @@ from mergekit_arm.streaming.plan.plan import StreamPlan
 from mergekit_arm.units import size_text
 
 
-def make_judge(plan: StreamPlan, merge: MergeOptions) -> Judge | None:
-    """Return what scores the stream's models, None without ``evaluation``."""
-    if plan.config.evaluation is None:
-        return None
-    others = [checkpoint.reference for checkpoint in (plan.checkpoints or [])[:1]]
-    return Judge(
-        plan.config.evaluation,
-        [plan.config.base_model, *others],
-        merge,
-        changes_tokens=plan.config.changes_tokens,
-    )
-
-
-def data_problems(plan: StreamPlan, judge: Judge | None, merge: MergeOptions) -> list[str]:
+def data_problems(plan: StreamPlan, judge: StreamJudge | None, merge: MergeOptions) -> list[str]:
     """Tokenise the calibration and held-out data as the steps will; return what is wrong."""
     check = Checks()
     check.run(lambda: _check_calibration(plan, merge))
@@ -75,7 +64,8 @@ def disk_needed(plan: StreamPlan, keep: Keep) -> int:
     models = 2 + (evaluation is not None and evaluation.keep == "best")
     if keep == "all" and plan.length is not None:
         models = max(models, plan.length)
-    adapters = any("+" in checkpoint.reference for checkpoint in plan.checkpoints or [])
+    groups = plan.checkpoints or []
+    adapters = max((sum("+" in one.reference for one in group) for group in groups), default=0)
     final: torch.dtype = getattr(torch, plan.final_dtype)
     return plan.base.parameters * ((models + adapters) * STEP_BYTES + final.itemsize)
 
@@ -83,6 +73,10 @@ def disk_needed(plan: StreamPlan, keep: Keep) -> int:
 def _check_calibration(plan: StreamPlan, merge: MergeOptions) -> None:
     if plan.calibration is None:
         return
+    if plan.published:
+        _check_published(plan)
+        if plan.calibration.refresh == "once":
+            return
     # Without its adapter, which would be merged for nothing, and by a dry run into OUT.
     base = str(ModelReference.parse(plan.config.base_model).model)
     with find_model(base, trust_remote_code=merge.trust_remote_code), section("calibration"):
@@ -97,11 +91,25 @@ def _check_calibration(plan: StreamPlan, merge: MergeOptions) -> None:
             read_corpus(options.data(), choose_tokenizer(options))
 
 
-def _check_evaluation(plan: StreamPlan, judge: Judge | None) -> None:
+def _check_published(plan: StreamPlan) -> None:
+    """Look at a few weights whether the statistics at hand are the base's."""
+    base = ModelReference.parse(plan.config.base_model)
+    if base.lora is not None or not Path(base.model.path).is_dir():
+        return  # mergekit's planning of the first step looks at every weight
+    tensors = open_tensors(base.model.path, Path(base.model.path))
+    for key, reference in plan.published.items():
+        with section(f"parameters: {key}"):
+            matcher = open_statistics(reference).matcher
+            known = [name for name in tensors.names if name in matcher.weights]
+            for name in known[:: max(1, len(known) // 4)]:
+                matcher.find(name, tensors.get(name))
+
+
+def _check_evaluation(plan: StreamPlan, judge: StreamJudge | None) -> None:
     if judge is None:
         return
     with section("evaluation"):
         choose_device(judge.settings.device)
     # Under --watch the chat template may come with the first checkpoint.
-    if judge.settings.dataset is not None and plan.checkpoints is not None:
-        judge.heldout.scored_tokens  # noqa: B018  # reads the data
+    if plan.checkpoints is not None:
+        judge.read_data()

@@ -12,22 +12,19 @@ from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.machine import free_disk, free_memory
-from mergekit_arm.models.loading import choose_device, choose_dtype
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.data_checks import (
     data_problems,
     disk_needed,
     disk_problems,
     keep_problems,
-    make_judge,
 )
-from mergekit_arm.streaming.evaluation.score import LOGIT_ELEMENTS
+from mergekit_arm.streaming.judge import make_judge
 from mergekit_arm.streaming.options import StreamOptions, complete_options
 from mergekit_arm.streaming.plan.checks import Checks
 from mergekit_arm.streaming.plan.document import STEP_BYTES
 from mergekit_arm.streaming.plan.plan import StreamPlan, make_plan
-from mergekit_arm.streaming.state import State, open_state, read_state
-from mergekit_arm.units import size_text
+from mergekit_arm.streaming.state import State, read_state
 
 _LIBRARIES = 700 << 20  # bytes resident once torch, transformers and mergekit are imported
 
@@ -39,7 +36,7 @@ class Needs:
     disk: int
     disk_free: int
     memory: int
-    """Of the main memory."""
+    """Of the main memory, for a merge; an evaluation or a calibration takes the model itself."""
     memory_free: int
 
 
@@ -51,8 +48,8 @@ class Forecast:
     """None where too little of the configuration holds together."""
     needs: Needs | None
     """None where something is wrong."""
-    done: int
-    """Steps that ``OUT`` holds already."""
+    state: State | None
+    """What ``OUT`` holds already."""
     seconds: float | None
     """For the steps that are left, by those that are done; None before the first."""
     problems: list[str]
@@ -61,15 +58,13 @@ class Forecast:
 def forecast(config: StreamConfig, out: Path, options: StreamOptions) -> Forecast:
     """Check a stream and forecast what it takes. Loads no model, leaves no file."""
     merge = complete_options(options.merge, out)
-    plan, problems = make_plan(config, merge, options.watch)
-    problems += keep_problems(plan, options.keep)
+    check = Checks()
+    state = check.run(lambda: read_state(out))
+    plan, problems = make_plan(config, merge, watched=options.watch is not None, state=state)
+    problems += keep_problems(plan, options.keep) + check.problems
     if plan is None:
-        return Forecast(None, None, 0, None, problems)
-    check = Checks(problems)
-    state = None
-    if check.run(lambda: read_state(out)) is not None:
-        state = check.run(lambda: open_state(out, plan.fingerprint))
-    check.run(lambda: _check_writable(out))
+        return Forecast(None, None, state, None, problems)
+    Checks(problems).run(lambda: _check_writable(out))
     problems += data_problems(plan, make_judge(plan, merge), merge)
     needs = None
     if not problems:
@@ -80,26 +75,18 @@ def forecast(config: StreamConfig, out: Path, options: StreamOptions) -> Forecas
             memory_free=free_memory(torch.device("cpu")),
         )
         problems += disk_problems(plan, out, options.keep)
-        if needs.memory > needs.memory_free:
-            problems.append(
-                f"memory: about {size_text(needs.memory)} needed at the peak, "
-                f"{size_text(needs.memory_free)} free: lower --out-shard-size, or evaluate "
-                "in dtype: bfloat16"
-            )
-    if state is None:
-        return Forecast(plan, needs, 0, None, problems)
-    return Forecast(plan, needs, len(state.steps), seconds_left(plan, state), problems)
+    return Forecast(plan, needs, state, seconds_left(plan, state), problems)
 
 
-def seconds_left(plan: StreamPlan, state: State) -> float | None:
+def seconds_left(plan: StreamPlan, state: State | None) -> float | None:
     """Return how long the steps to come take if they are as those that ``state`` holds.
 
     None where no step was timed yet, or where their number is not known.
     """
-    if plan.length is None or not state.steps:
+    if plan.length is None or state is None or not state.steps:
         return None
     spent = sum(sum(record.seconds.values()) for record in state.steps)
-    return spent / len(state.steps) * (plan.length - len(state.steps))
+    return spent / len(state.steps) * (plan.length - state.position)
 
 
 def _check_writable(out: Path) -> None:
@@ -112,19 +99,7 @@ def _check_writable(out: Path) -> None:
 
 
 def _memory(plan: StreamPlan, merge: MergeOptions) -> int:
-    parameters = plan.base.parameters
+    """Return what a merge holds: a shard until it is full, and one tensor's inputs and result."""
     largest = max((math.prod(shape) for shape in plan.base.shapes.values()), default=0)
-    # mergekit holds a shard until it is full, and a tensor's inputs, their difference, the result.
-    shard = min(parameters * STEP_BYTES, int(merge.out_shard_size))
-    merging = shard + 5 * largest * STEP_BYTES
-    evaluation = plan.config.evaluation
-    wanted = []
-    if evaluation is not None and evaluation.dataset is not None:
-        wanted.append((evaluation.device, evaluation.dtype))
-    if plan.calibration is not None:
-        wanted += [(one["device"], one["dtype"]) for one in plan.calibration.passes()]
-    running = [
-        parameters * choose_dtype(dtype, choose_device(device)).itemsize + 3 * LOGIT_ELEMENTS * 4
-        for device, dtype in wanted
-    ]
-    return _LIBRARIES + max([merging, *running])
+    shard = min(plan.base.parameters * STEP_BYTES, int(merge.out_shard_size))
+    return _LIBRARIES + shard + 5 * largest * STEP_BYTES

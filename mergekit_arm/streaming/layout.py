@@ -22,6 +22,9 @@ PLOT = "stream.png"
 CARD = "README.md"
 """It lies in the final model; until it is whole, it is written in ``OUT``."""
 INCOMING = "incoming"
+METRIC_LOG = "metric.log"
+"""What the last metric command printed."""
+AVERAGE = ".average"
 LOCK_FILE = ".lock"
 LORA_CACHE = ".adapters"
 SCRATCH = ".scratch"
@@ -56,6 +59,6 @@ def unfinished(out: Path) -> Iterator[Path]:
         for path in sorted(folder.glob(".*")):
             if _UNFINISHED.fullmatch(path.name):
                 yield path
-    for name in (LORA_CACHE, SCRATCH):
+    for name in (LORA_CACHE, SCRATCH, AVERAGE):
         if (out / name).exists():
             yield out / name

@@ -26,6 +26,8 @@ class WatchOptions:
     """Seconds between looks at the directory."""
     settle: float = 30.0
     """Seconds for which a checkpoint without trainer_state.json must not have changed."""
+    fed: bool = False
+    """A training process puts the checkpoints into OUT, and says on standard input when it ends."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,10 @@ class StreamOptions:
     keep: Keep = "last"
     watch: WatchOptions | None = None
     """Follow a training run that is still going."""
+    finish: bool = False
+    """Make no further step; make the model of what there is."""
+    strict: bool = False
+    """End at a checkpoint that cannot be merged, instead of skipping it."""
 
 
 def complete_options(options: MergeOptions, out: Path) -> MergeOptions:

@@ -15,14 +15,35 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.files import write_text
-from mergekit_arm.streaming.evaluation.score import Score
+from mergekit_arm.judging.judge import Scores
 from mergekit_arm.streaming.layout import BEFORE_STATE, STATE_FILE
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class MergedCheckpoint(_Record):
+    """One of the checkpoints that a step merged."""
+
+    name: str
+    reference: str
+    content: str | None
+    """By which it is recognised; see :func:`~mergekit_arm.models.contents.describe`."""
+    scores: Scores = {}
+    """As it was, before it was merged."""
+
+
+class Attempt(_Record):
+    """One merge of a step, judged."""
+
+    rates: list[Any] | None
+    """Of each checkpoint; None where the method has no learning rate."""
+    scores: Scores
+    bytes: int
+    """Of the weights that it wrote."""
 
 
 class StepRecord(_Record):
@@ -30,28 +51,31 @@ class StepRecord(_Record):
 
     step: int
     """From 1."""
+    position: int
+    """Which of the checkpoints it merged, from 0, those counted that were skipped."""
     passed: int
     """Which pass over the checkpoints, from 1."""
     checkpoint: str
-    reference: str
-    learning_rate: float | None
-    """With which the step was made; None where the method has none."""
-    planned_rate: float | None
-    """Before halvings."""
-    attempts: int
+    """Names of those merged."""
+    merged: list[MergedCheckpoint]
+    learning_rate: Any
+    """With which the step was made, or a list of each checkpoint's; None without one."""
+    planned: Any
+    """What the configuration said of the learning rate."""
+    tried: list[Attempt]
+    """All merges that were judged, the one that was taken among them."""
     accepted: bool
-    """False where every attempt made the loss worse: the model stayed as it was."""
+    """False where every attempt made the model worse: it stayed as it was."""
     statistics_from: int | None
     """The step whose starting model was measured."""
     calibration_tokens: int
-    """Measured in this step; 0 where statistics were carried over."""
+    """Measured in this step; 0 where earlier statistics served."""
     rotation_degrees: dict[str, float] | None
     """Mean and largest angle between update and task vector, over matrices."""
-    update_norm: float
-    task_norm: float
-    current: Score
-    base: Score
-    latest_checkpoint: Score
+    update_norm: float | None
+    task_norm: float | None
+    current: Scores
+    base: Scores
     best_step: int
     """Up to here; 0 is the base."""
     seconds: dict[str, float]
@@ -59,57 +83,84 @@ class StepRecord(_Record):
     """Of the weights that the step wrote, all attempts together."""
 
 
+class Skipped(_Record):
+    """Checkpoints that could not be merged."""
+
+    position: int
+    checkpoint: str
+    reason: str
+
+
+class Comparison(_Record):
+    """The uniform average of the checkpoints that were merged, beside which the stream is seen."""
+
+    steps: int
+    """How many steps' checkpoints are in it."""
+    scores: Scores = {}
+    missing: str | None = None
+    """Why it has no score."""
+
+
 class State(_Record):
     """All of ``stream_state.json``."""
 
     format_version: int = STATE_VERSION
     fingerprint: dict[str, str]
-    base: Score | None = None
+    """What every step depends on."""
+    judge: dict[str, str] = {}
+    """What every score depends on."""
+    data: dict[str, dict[str, Any]] = {}
+    """Of every evaluation set with data: its hash and how many tokens are scored."""
+    chat_template: str | None = None
+    """A checkpoint's, where the base has none."""
+    base: Scores | None = None
     """None until the base was scored."""
-    scores: dict[str, Score] = {}
-    """Of checkpoints, by reference, so that a second pass does not repeat them."""
     steps: list[StepRecord] = []
+    skipped: list[Skipped] = []
+    tried: list[Attempt] = []
+    """Of the step that is being made."""
+    average: Comparison | None = None
+    last: int | None = None
+    """The number of the run's last checkpoint, once that is known of one that was followed."""
     stopped: str | None = None
     """Why the stream ended; None while it runs."""
     chosen: int | None = None
     """The step that ``model`` is, once it is there."""
+    final: str | None = None
+    """How ``model`` was made of that step."""
+
+    @property
+    def position(self) -> int:
+        """How many entries of the list of checkpoints are behind the stream."""
+        return len(self.steps) + len(self.skipped)
+
+    @property
+    def handled(self) -> list[StepRecord | Skipped]:
+        """Return these entries in order."""
+        return sorted([*self.steps, *self.skipped], key=lambda one: one.position)
 
     @property
     def current(self) -> int:
         """The last accepted step; 0 is the base."""
-        return next((record.step for record in reversed(self.steps) if record.accepted), 0)
+        return self.before(len(self.steps) + 1)
+
+    def before(self, step: int) -> int:
+        """Return the step whose model ``step`` started from; 0 is the base."""
+        earlier = reversed(self.steps[: step - 1])
+        return next((record.step for record in earlier if record.accepted), 0)
 
     @property
     def best(self) -> int:
         """The best step so far; 0 is the base."""
         return self.steps[-1].best_step if self.steps else 0
 
-    def score_of(self, step: int) -> Score:
-        """Return the score of a step, or of the base for 0."""
-        if step == 0:
-            return self.base or Score()
-        return self.steps[step - 1].current
+    def scores_of(self, step: int) -> Scores:
+        """Return the scores of a step, or of the base for 0."""
+        return (self.base or {}) if step == 0 else self.steps[step - 1].current
 
     def save(self, out: Path) -> None:
         """Replace the file in ``out``; atomic and flushed."""
         write_text(out / STATE_FILE, self.model_dump_json(indent=1) + "\n")
-
-
-def open_state(out: Path, fingerprint: Mapping[str, str]) -> State:
-    """Return the state that ``out`` holds, or a new one.
-
-    Raises:
-        InputError: ``out`` holds something else, or another stream; the difference is named.
-    """
-    state = read_state(out)
-    if state is None:
-        return State(fingerprint=dict(fingerprint))
-    difference = _difference(state.fingerprint, fingerprint)
-    if difference:
-        raise InputError(
-            f"{out} holds another stream: {difference}; put it back, or give another OUT"
-        )
-    return state
 
 
 def read_state(out: Path) -> State | None:
@@ -148,7 +199,8 @@ def read_state(out: Path) -> State | None:
         raise InputError(f"{file} is damaged ({type(error).__name__}); give another OUT") from error
 
 
-def _difference(old: Mapping[str, str], new: Mapping[str, str]) -> str | None:
+def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str | None:
+    """Say where two fingerprints differ; None where they do not."""
     for key in [*old, *(key for key in new if key not in old)]:
         before, after = old.get(key), new.get(key)
         if before == after:

@@ -32,7 +32,7 @@ LOADED = "time with loading"
 EXTRA = "extra memory"
 """Bytes by which the work raised the process's peak."""
 
-UNITS = {MEMORY: "MB"}
+UNITS = {MEMORY: "MB", EXTRA: "MB"}
 """Quantity → unit, where it is not seconds."""
 
 Measured = Mapping[str, Any]

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from tests.benchmarks.harness import MEMORY, Row
+from tests.benchmarks.harness import Row
 
 _PACKAGES = ("mergekit-arm", "mergekit", "torch", "transformers")
 
@@ -87,7 +87,7 @@ def measured(row: Row) -> str:
 
 
 def _amount(row: Row, value: float) -> str:
-    if row.quantity == MEMORY or row.unit == "MB":
+    if row.unit == "MB":
         return f"{value / 1e6:,.0f} MB"
     return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.1f} s"
 

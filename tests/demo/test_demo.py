@@ -28,8 +28,8 @@ from mergekit_arm.demo.stream import early_steps
 from mergekit_arm.demo.text import DOMAINS, DomainText, paragraphs, standard_library
 from mergekit_arm.demo.train import new_model, save, token_blocks, train, train_tokenizer
 from mergekit_arm.errors import Failure, InputError
-from mergekit_arm.streaming.config import Evaluation
-from mergekit_arm.streaming.evaluation.heldout import load_heldout
+from mergekit_arm.judging.heldout import load_heldout
+from mergekit_arm.judging.sets import HeldOutSet
 
 CHARACTERS = 120_000
 
@@ -177,7 +177,7 @@ def test_demo_reports_what_lies_on_disk(demo: tuple[Path, demo_module.LossTable,
     tokenizer = AutoTokenizer.from_pretrained(out / "merged" / "aim")
     model = LlamaForCausalLM.from_pretrained(out / "merged" / "aim")
     for domain in DOMAINS:
-        settings = Evaluation(
+        settings = HeldOutSet(
             dataset=str(out / "heldout" / f"{domain}.jsonl"), samples=10**6, sequence_length=128
         )
         blocks = [sequence.ids for sequence in load_heldout(settings, [tokenizer]).sequences]

@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mergekit_arm.demo.text import standard_library
 from mergekit_arm.demo.train import token_blocks, train
+from mergekit_arm.judging.heldout import whole_text
+from mergekit_arm.judging.loss import mean_loss
 from mergekit_arm.methods.step import Incoming, arm_step
 from mergekit_arm.statistics.kinds.second_moment import (
     Dominant,
@@ -24,8 +26,6 @@ from mergekit_arm.statistics.kinds.second_moment import (
     orthonormal,
 )
 from mergekit_arm.statistics.kinds.subspace import Subspace, SubspaceSketch
-from mergekit_arm.streaming.evaluation.heldout import whole_text
-from mergekit_arm.streaming.evaluation.score import mean_loss
 from tests.real.smollm2 import smollm2
 
 ENERGIES = (0.5, 0.8, 0.9, 0.97)

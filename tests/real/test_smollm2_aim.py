@@ -14,8 +14,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mergekit_arm.demo.text import DomainText
 from mergekit_arm.demo.train import token_blocks
-from mergekit_arm.streaming.evaluation.heldout import whole_text
-from mergekit_arm.streaming.evaluation.score import mean_loss
+from mergekit_arm.judging.heldout import whole_text
+from mergekit_arm.judging.loss import mean_loss
 from tests.real.commands import call, merge
 from tests.real.smollm2 import LENGTH, capital_of_france
 from tests.support.merges import weights

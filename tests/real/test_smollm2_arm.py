@@ -15,11 +15,11 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mergekit_arm.demo.text import DomainText
 from mergekit_arm.demo.train import token_blocks
+from mergekit_arm.judging.heldout import whole_text
+from mergekit_arm.judging.loss import mean_loss
 from mergekit_arm.statistics.kinds.second_moment import default_rank, stored_directions
 from mergekit_arm.statistics.kinds.subspace import SUBSPACE, Subspace, SubspaceSketch
 from mergekit_arm.statistics.read import Statistics
-from mergekit_arm.streaming.evaluation.heldout import whole_text
-from mergekit_arm.streaming.evaluation.score import mean_loss
 from tests.real.commands import call, merge
 from tests.real.smollm2 import EVERY, LENGTH, capital_of_france
 from tests.support.merges import weights

@@ -62,7 +62,7 @@ def test_adapters_are_merged_into_the_base_and_streamed(run: Path, tmp_path: Pat
     document = config(run, merge_method="arm", parameters={"rotation": 0}, evaluation=evaluation)
     document["calibration"] = {"dataset": str(write_tokens(tmp_path / "tokens.jsonl", 4))}
     result = stream(document, tmp_path / "out")
-    assert [record.reference for record in result.steps] == [
+    assert [record.merged[0].reference for record in result.steps] == [
         f"{run}/base+{run}/run/checkpoint-{number}" for number in (3, 6)
     ]
     expected = weights(run / "base")
@@ -98,13 +98,13 @@ def test_a_users_own_cache_is_used_and_kept(run: Path, tmp_path: Path) -> None:
 def test_a_listed_adapter_gets_its_base(run: Path, tmp_path: Path) -> None:
     listed = [str(run / "run" / "checkpoint-6")]
     result = stream(config(run, checkpoints=listed), tmp_path / "out")
-    assert result.steps[0].reference == f"{run}/base+{listed[0]}"
+    assert result.steps[0].merged[0].reference == f"{run}/base+{listed[0]}"
 
 
 def test_an_adapter_of_another_base_is_noted(run: Path, tmp_path: Path) -> None:
     tiny_llama(0).save_pretrained(tmp_path / "copy")
     document = config(run, base_model=str(tmp_path / "copy"))
-    plan, problems = make_plan(load_config(document), MergeOptions(), None)
+    plan, problems = make_plan(load_config(document), MergeOptions())
     assert plan is not None
     assert not problems
     assert any(f"trained on {run}/base" in note for note in plan.notes)

@@ -11,11 +11,12 @@ import yaml
 from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming.config import Schedule, StreamConfig, load_config
-from mergekit_arm.streaming.evaluation.score import run_metric
+from mergekit_arm.judging.metric import run_metric
+from mergekit_arm.judging.sets import MetricSet
+from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.plan.method import fit_method
 from mergekit_arm.streaming.plan.plan import make_plan
-from mergekit_arm.streaming.plan.schedule import check_rates, rate_at
+from mergekit_arm.streaming.rates import Schedule, check_rates, rates_at, rule_at
 from mergekit_arm.streaming.references import absolute_reference
 from tests.support.paths import EXAMPLES
 from tests.support.streams import config, write_run
@@ -43,6 +44,7 @@ dtype: bfloat16
     assert config.calibration.settings["seed"] == 42  # calibrate's default
     assert config.evaluation is not None
     assert config.evaluation.patience == 3
+    assert set(config.evaluation.sets) == {"loss"}
     # What is written into cards and compared on resuming is the same configuration again.
     assert StreamConfig.model_validate(config.model_dump()) == config
 
@@ -51,7 +53,7 @@ dtype: bfloat16
     ("changes", "said"),
     [
         ({"chekpoints": "x"}, "unknown key 'chekpoints' (did you mean 'checkpoints'?)"),
-        ({"models": []}, "models: a stream merges one checkpoint a step"),
+        ({"models": []}, "models: a stream merges checkpoints step by step"),
         ({"slices": []}, "slices: a stream merges whole models"),
         ({"base_model": None}, "base_model: input should be a valid string"),
         ({"checkpoints": []}, "checkpoints: name a Trainer's output directory"),
@@ -70,6 +72,8 @@ dtype: bfloat16
         ({"calibration": "x.jsonl"}, "calibration: must be a mapping"),
         ({"calibration": {"sample": 3}}, "unknown key 'sample' (did you mean 'samples'?)"),
         ({"calibration": {"samples": "many"}}, "calibration"),
+        ({"calibration": {"samples": 0}}, "calibration: samples must be 1 or more, not 0"),
+        ({"evaluation": {"dataset": "x", "samples": 0}}, "samples: input should be greater"),
         ({"calibration": {"refresh": 0}}, "must be once, every, or N for every Nth step, not 0"),
         ({"calibration": {"refresh": True}}, "or N for every Nth step, not True"),
         ({"calibration": {"refresh": "every 2"}}, "calibration.refresh: must be once, every, or"),
@@ -93,7 +97,7 @@ def test_a_wrong_key_or_value_is_one_line(changes: dict[str, Any], said: str) ->
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "a: [", "\x00"])
+@pytest.mark.parametrize("text", ["", "- 1", "a: [", "\x00", "passes: 1\npasses: 2"])
 def test_a_file_that_is_no_configuration_is_one_line(tmp_path: Path, text: str) -> None:
     file = tmp_path / "stream.yml"
     file.write_text(text)
@@ -132,22 +136,22 @@ def test_a_rate_in_scientific_notation_is_a_number() -> None:
 
 def test_schedules_meet_their_ends() -> None:
     cosine = Schedule(schedule="cosine", peak=0.6, final=0.1, warmup=2)
-    rates = [rate_at(cosine, i, 7) for i in range(7)]
+    rates = [rule_at(cosine, i, 7) for i in range(7)]
     assert rates[:3] == pytest.approx([0.2, 0.4, 0.6])
     assert rates[6] == pytest.approx(0.1)
     # Half-way between its ends at half the time, and symmetric about that point.
     assert rates[4] == pytest.approx((0.6 + 0.1) / 2)
     assert rates[3] == pytest.approx(0.1 + 0.5 * (1 + math.cos(math.pi / 4)) / 2)
     linear = Schedule(schedule="linear", peak=0.8, final=0.2)
-    assert [rate_at(linear, i, 4) for i in range(4)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
-    assert rate_at(linear, 9, 4) == pytest.approx(0.2)
-    assert rate_at(Schedule(schedule="linear", peak=0.8), 3, 4) == pytest.approx(0.08)
+    assert [rule_at(linear, i, 4) for i in range(4)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    assert rule_at(linear, 9, 4) == pytest.approx(0.2)
+    assert rule_at(Schedule(schedule="linear", peak=0.8), 3, 4) == pytest.approx(0.08)
     constant = Schedule(schedule="constant", peak=0.8, warmup=1)
-    assert [rate_at(constant, i, None) for i in range(3)] == pytest.approx([0.4, 0.8, 0.8])
-    assert rate_at(Schedule(schedule="cosine", peak=0.5), 0, 1) == 0.5
-    assert rate_at([0.1, 0.2], 1, 2) == 0.2
-    assert rate_at([0.1, 0.2], 2, None) is None
-    assert rate_at(0.3, 99, None) == 0.3
+    assert [rule_at(constant, i, None) for i in range(3)] == pytest.approx([0.4, 0.8, 0.8])
+    assert rule_at(Schedule(schedule="cosine", peak=0.5), 0, 1) == 0.5
+    assert rates_at([0.1, 0.2], 1, 2) == [0.2]
+    assert rates_at([0.1, 0.2], 2, None) is None
+    assert rates_at(0.3, 99, None) == [0.3]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +190,7 @@ def test_which_methods_can_be_steps() -> None:
         ("task_arithmetic", {"denstiy": 0.3}, "did you mean 'density'?"),
         ("ties", {"normalize": True}, "divides the learning rate by itself"),
         ("nearswap", {}, "nearswap needs t"),
-        ("aim", {"activation_stats": "x"}, "the stream measures the model at hand"),
+        ("aim", {"measured_on": "0" * 64}, "measured_on: the stream sets it where it holds"),
     ],
 )
 def test_a_method_that_cannot_be_a_step_is_refused(
@@ -203,13 +207,13 @@ def test_subspaces_hold_the_energy_that_the_merge_asks_for(tmp_path: Path) -> No
     for asked, measured in ((None, 0.9), (0.5, 0.9), ([0.2, 0.95], 0.95)):
         parameters = {"energy": asked} if asked else {}
         document = load_config(config(tmp_path, **arm, parameters=parameters))
-        plan, problems = make_plan(document, MergeOptions(), None)
+        plan, problems = make_plan(document, MergeOptions())
         assert not problems
         assert plan is not None
         assert plan.calibration is not None
         assert plan.calibration.settings["energy"] == measured
     arm["calibration"] = {**arm["calibration"], "energy": 0.6}
-    _, problems = make_plan(load_config(config(tmp_path, **arm)), MergeOptions(), None)
+    _, problems = make_plan(load_config(config(tmp_path, **arm)), MergeOptions())
     (problem,) = problems
     assert "calibration.energy 0.6 is less than the merge's energy 0.9" in problem
 
@@ -223,8 +227,7 @@ def test_the_examples_are_right(file: Path) -> None:
     assert step.rate_parameter == "learning_rate"
     assert set(written) <= set(StreamConfig.model_fields)
     for index in range(3):
-        rate = rate_at(example.learning_rate, index, 3)
-        assert rate is not None
+        (rate,) = rates_at(example.learning_rate, index, 3) or [0]
         assert 0 < rate <= 2
     # What was written is what the stream does: read again, its own document is the same stream.
     assert load_config(example.document()) == example
@@ -235,7 +238,8 @@ def test_the_harness_example_reads_what_the_harness_writes(tmp_path: Path) -> No
     """With a stand-in for lm_eval that writes a results file where the real one does."""
     evaluation = load_config(EXAMPLES / "stream_lm_eval.yml").evaluation
     assert evaluation is not None
-    assert evaluation.metric_command is not None
+    judged = evaluation.sets["metric"]
+    assert isinstance(judged, MetricSet)
     harness = tmp_path / "bin" / "lm_eval"
     harness.parent.mkdir()
     harness.write_text(
@@ -246,5 +250,5 @@ def test_the_harness_example_reads_what_the_harness_writes(tmp_path: Path) -> No
     harness.chmod(0o755)
     scratch = tmp_path / "a scratch"
     scratch.mkdir()
-    command = f"PATH={harness.parent}:$PATH; {evaluation.metric_command}"
+    command = f"PATH={harness.parent}:$PATH; {judged.metric_command}"
     assert run_metric(command, "some/model", scratch) == 0.625

@@ -36,6 +36,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ({"chat_template": "chatmll"}, "no 'chatmll' (did you mean 'chatml'?)"),
         ({"chat_template": "chat"}, "there are: auto, alpaca, chatml"),
+        (
+            {"merge_method": "ties", "parameters": {"density": [{"fliter": "mlp", "value": 0.3}]}},
+            "parameters.density: mergekit knows no key 'fliter' here (did you mean 'filter'?)",
+        ),
+        (
+            {"tokenizer": {"sorce": "base"}},
+            "tokenizer: mergekit knows no key 'sorce' here (did you mean 'source'?)",
+        ),
+        ({"tokenizer_source": "unoin"}, "no model 'unoin' here (did you mean 'union'?)"),
+        ({"tokenizer": {"source": "bse"}}, "no model 'bse' here (did you mean 'base'?)"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(

@@ -55,7 +55,8 @@ def test_every_step_turns_by_both_texts(run: Path, tmp_path: Path) -> None:
     current = weights(run / "base")
     for step, number in enumerate((10, 20, 30), start=1):
         folder = out / "steps" / f"{step:03d}"
-        general, task = (Folder.open(folder / n) for n in ("statistics", "task_statistics"))
+        own = out / "steps" / f"{1 if step < 3 else 3:03d}"
+        general, task = (Folder.open(own / n) for n in ("statistics", "task_statistics"))
         incoming, merged = weights(run / "run" / f"checkpoint-{number}"), weights(folder / "model")
         count = 0
         for name, weight in current.items():
@@ -73,20 +74,25 @@ def test_every_step_turns_by_both_texts(run: Path, tmp_path: Path) -> None:
         current = merged
 
 
-def test_what_is_not_needed_any_more_is_removed(run: Path, tmp_path: Path) -> None:
-    stream(retaining(run), tmp_path / "out")
-    assert not list((tmp_path / "out").rglob("task_statistics*"))
+@pytest.mark.parametrize(("refresh", "kept"), [("once", ["001"]), ("every", []), (2, ["003"])])
+def test_only_what_an_appended_step_would_read_is_kept(
+    run: Path, tmp_path: Path, refresh: Any, kept: list[str]
+) -> None:
+    stream(retaining(run, calibration=texts(run, refresh=refresh)), tmp_path / "out")
+    for name in ("statistics", "task_statistics"):
+        found = [path.parent.name for path in (tmp_path / "out").rglob(name)]
+        assert found == kept
 
 
 def test_a_resumed_stream_ends_alike(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = stream(retaining(run), tmp_path / "whole")
+    document = retaining(run, calibration=texts(run, refresh="every"))
+    whole = stream(document, tmp_path / "whole")
 
     class Enough(BaseException):
         pass
 
-    document = retaining(run)
     # Ended after the second step's statistics were there, before its model was.
     calls = []
 
@@ -142,14 +148,13 @@ def test_sections_that_are_refused(calibration: dict[str, Any], said: str, run: 
     ("changes", "said"),
     [
         ({"parameters": {"rotation": -0.4}}, "rotation has no meaning with task_stats"),
-        ({"parameters": {"task_stats": "x"}}, "task_stats: the stream measures the model"),
         ({"merge_method": "aim", "parameters": {}}, "calibration.task: aim has no use for it"),
     ],
 )
 def test_methods_and_parameters_that_are_refused(
     changes: dict[str, Any], said: str, run: Path
 ) -> None:
-    _, problems = make_plan(load_config(retaining(run, **changes)), MergeOptions(), None)
+    _, problems = make_plan(load_config(retaining(run, **changes)), MergeOptions())
     assert any(said in problem for problem in problems), problems
 
 

@@ -15,6 +15,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mergekit_arm.statistics.locate import read_metadata
 from mergekit_arm.streaming import StreamOptions, stream
 from mergekit_arm.streaming.step.movement import compare
 from tests.support.models import perturbed, tiny_llama
@@ -140,13 +141,27 @@ def test_refresh_says_when_the_model_is_measured(run: Path, tmp_path: Path) -> N
         assert [record.statistics_from for record in result.steps] == measured
         tokens = [record.calibration_tokens for record in result.steps]
         assert tokens == [192 if m == s else 0 for s, m in enumerate(measured, start=1)]
-    sums = [
-        load_file(tmp_path / "once" / "steps" / f"{s:03d}" / "statistics" / "model.safetensors")
-        for s in (1, 3)
-    ]
-    site = "model.layers.0.mlp.down_proj.abs_sum"
-    assert torch.equal(sums[0][site], sums[1][site])
-    assert not torch.equal(sums[0]["probes"], sums[1]["probes"])  # bound to another model
+    assert [path.parent.name for path in tmp_path.glob("once/steps/*/statistics")] == ["001"]
+
+
+def test_statistics_of_an_earlier_model_say_so_and_stay_as_they_were(
+    run: Path, tmp_path: Path
+) -> None:
+    settings = {"dataset": str(run / "tokens.jsonl"), "refresh": 2}
+    out = tmp_path / "out"
+    stream(config(run, merge_method="arm", calibration=settings), out, StreamOptions(keep="all"))
+    measured = {}
+    for step, parent in ((1, 1), (2, 1), (3, 3)):
+        folder = out / "steps" / f"{step:03d}"
+        document = yaml.safe_load((folder / "config.yml").read_text())["parameters"]
+        assert document["activation_stats"] == str(out / f"steps/00{parent}/statistics")
+        facts = json.loads((folder / "statistics.json").read_text())
+        assert facts["measured_on"] == f"step {parent - 1}"
+        measured[step] = facts["model"]["content_hash"]
+        assert document.get("measured_on") == (measured[parent] if step != parent else None)
+    own = read_metadata("third", out / "steps/003/statistics").model
+    assert own.reference == str(out / "steps/002/model")
+    assert measured[3] == own.content_hash != measured[1]
 
 
 def test_what_a_step_reports_is_what_its_models_say(run: Path, tmp_path: Path) -> None:
@@ -206,16 +221,16 @@ def test_angles_are_good_to_a_millionth_of_a_degree() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keep", "kept"), [("all", ["001", "002", "003"]), ("last", ["003"]), ("best", ["001"])]
+    ("keep", "kept"), [("all", ["001", "002", "003"]), ("last", ["003"]), ("best", [])]
 )
 def test_keep_says_whose_weights_stay(run: Path, tmp_path: Path, keep: Any, kept: Any) -> None:
     heldout = write_tokens(tmp_path / "heldout.jsonl", 11)
     document = config(run, evaluation={"dataset": str(heldout)})
     result = stream(document, tmp_path / "out", StreamOptions(keep=keep))
     found = [path.parent.name for path in sorted((tmp_path / "out").glob("steps/*/model"))]
-    if keep == "best":
-        kept = [f"{result.chosen:03d}"] if result.chosen else []
-    assert found == kept
+    # The best is kept beside the last, for a stream that goes on must not lose it.
+    best = [f"{result.chosen:03d}"] if result.chosen else []
+    assert found == sorted({*kept, *best})
     for step in ("001", "002", "003"):
         assert (tmp_path / "out" / "steps" / step / "config.yml").is_file()
         assert (tmp_path / "out" / "steps" / step / "metrics.json").is_file()

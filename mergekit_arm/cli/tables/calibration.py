@@ -59,8 +59,9 @@ def calibration_summary(metadata: Metadata, out: Path, corpus: Corpus, seconds: 
             more = ", …" if len(starved) > len(least) else ""
             table.add_row(
                 "starved",
-                f"{len(starved)} experts saw fewer than {few} tokens and will be left as merged by "
-                f"aim (arm rotates no expert): {names}{more}",
+                f"{len(starved)} experts saw fewer than {few} tokens, too few to be used: aim "
+                "leaves them as merged, regmean gives this model no say in them: "
+                f"{names}{more}",
                 style="yellow",
             )
     table.add_row("written", f"{out} ({size_text(size)})")

@@ -95,7 +95,8 @@ def _warn_starved(site: str, starved: Tensor, fewest: int) -> None:
     experts = starved.nonzero().flatten().tolist()
     listed = ", ".join(map(str, experts[:8])) + (", …" if len(experts) > 8 else "")
     LOG.warning(
-        "%s: %d of %d experts (%s) saw fewer than %d tokens: they are left as merged",
+        "%s: %d of %d experts (%s) saw fewer than %d tokens, too few to be used: for them it is as "
+        "if nothing had been measured",
         site,
         len(experts),
         len(starved),

@@ -11,16 +11,19 @@ from mergekit import merge_methods
 from mergekit._data import chat_templates
 from pydantic import ValidationError
 
-from mergekit_arm.errors import InputError, did_you_mean, first_line
-from mergekit_arm.models.contents import Contents
+from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.streaming.calibration import Calibration
-from mergekit_arm.streaming.config import (
-    DEFAULT_LEARNING_RATE,
-    StreamConfig,
-)
-from mergekit_arm.streaming.plan.document import check_document, step_document
+from mergekit_arm.streaming.config import StreamConfig
+from mergekit_arm.streaming.plan.document import StepStatistics, check_document, step_document
 from mergekit_arm.streaming.plan.method import StepMethod
-from mergekit_arm.streaming.plan.schedule import Rates, check_rates, rate_at
+from mergekit_arm.streaming.rates import (
+    DEFAULT_LEARNING_RATE,
+    PerRun,
+    Rates,
+    Search,
+    check_rates,
+    rates_at,
+)
 from mergekit_arm.streaming.references import absolute_reference, plain_path
 from mergekit_arm.streaming.training.checkpoints import RunCheckpoint, trained_on
 
@@ -81,16 +84,35 @@ def check_chat_template(template: str | None) -> None:
         )
 
 
+def check_tokenizer(config: StreamConfig) -> None:
+    """Refuse a misspelt ``union`` or ``base``, which mergekit would look for on the Hub."""
+    nested = (config.tokenizer or {}).get("source")
+    for key, source in (("tokenizer_source", config.tokenizer_source), ("tokenizer", nested)):
+        known = ("union", "base")
+        if isinstance(source, str) and source not in known and not Path(source).exists():
+            meant = did_you_mean(source, known)
+            if meant:
+                raise InputError(f"{key}: no model {source!r} here{meant}")
+
+
 def choose_rates(config: StreamConfig, method: StepMethod, steps: int | None) -> Rates | None:
+    evaluation = config.evaluation
     if method.rate_parameter is None:
         if config.learning_rate is not None:
             raise InputError(
                 f"learning_rate: {method.name} has none: remove it, or use arm or task_arithmetic"
             )
-        if config.evaluation is not None and config.evaluation.backtrack:
+        if evaluation is not None and evaluation.backtrack:
             raise InputError(f"evaluation.backtrack: {method.name} has no learning rate to halve")
         return None
     rates = DEFAULT_LEARNING_RATE if config.learning_rate is None else config.learning_rate
+    if isinstance(rates, Search):
+        if evaluation is None:
+            raise InputError("learning_rate: a search needs an evaluation to choose by")
+        if evaluation.backtrack:
+            raise InputError(
+                "evaluation.backtrack: a search tries rates already, and 0 among them; remove it"
+            )
     check_rates(rates, steps)
     return rates
 
@@ -115,25 +137,19 @@ def choose_calibration(config: StreamConfig, method: StepMethod) -> Calibration:
 
 
 def check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | None) -> None:
+    first = None
+    if rates is not None:
+        many = len(rates.runs) if isinstance(rates, PerRun) else 1
+        first = rates.search[:1] if isinstance(rates, Search) else rates_at(rates, 0, 1, many)
     document = step_document(
         config,
         method,
         current=config.base_model,
-        checkpoint="checkpoint",
-        learning_rate=None if rates is None else rate_at(rates, 0, 1),
-        statistics=None,
-        task_statistics=None,
-        checkpoint_statistics=None,
+        checkpoints=["checkpoint"],
+        rates=first,
+        statistics=StepStatistics(),
     )
-    try:
-        check_document(document)
-    except (ValidationError, RuntimeError) as error:
-        detail = (
-            f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
-            if isinstance(error, ValidationError)
-            else first_line(error)
-        )
-        raise InputError(f"mergekit does not accept the step's configuration: {detail}") from error
+    check_document(document)
     specs = {spec.name: spec for spec in merge_methods.get(method.name).spec.parameters}
     for key, setting in config.parameters.items():
         for value in leaves(setting):
@@ -143,21 +159,6 @@ def check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | No
                 raise InputError(
                     f"parameters: {key}: {value!r}: {error.errors()[0]['msg']}"
                 ) from error
-
-
-def same_shapes(checkpoint: RunCheckpoint, contents: Contents, base: Contents) -> None:
-    common = [name for name in base.shapes if name in contents.shapes]
-    if base.shapes and contents.shapes and not common:
-        raise InputError(
-            f"{checkpoint.name}: no tensor has a name that base_model's have: another architecture"
-        )
-    for name in common:
-        if base.shapes[name] != contents.shapes[name]:
-            raise InputError(
-                f"{checkpoint.name}: {name} has shape {list(contents.shapes[name])}, base_model's "
-                f"has {list(base.shapes[name])}: another model, or added tokens "
-                "(then set tokenizer_source: base or union)"
-            )
 
 
 def adapter_note(checkpoint: RunCheckpoint, config: StreamConfig) -> list[str]:

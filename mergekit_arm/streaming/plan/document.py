@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from mergekit.config import ConfigYamlDumper, MergeConfiguration
 from mergekit.options import MergeOptions
+from pydantic import ValidationError
 
+from mergekit_arm.errors import InputError, did_you_mean, first_line
 from mergekit_arm.methods.arm import TASK
+from mergekit_arm.methods.base import STATS
+from mergekit_arm.methods.parameters import MEASURED_ON
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.plan.method import StepMethod
+from mergekit_arm.streaming.rates import Rate
+
+TOKENS = ("tokenizer_source", "tokenizer", "chat_template")
+"""mergekit's own keys that are handed on to every step."""
 
 STEP_DTYPE = "float32"
 """Of the running model: rounding it at every step would add up."""
@@ -21,44 +30,70 @@ STEP_BYTES = 4
 """Of one of its elements."""
 
 
+@dataclass(frozen=True)
+class StepStatistics:
+    """Where a step's merge finds its statistics."""
+
+    current: str | None = None
+    """Of the current model, or of the earlier one that ``measured_on`` names."""
+    task: str | None = None
+    """The same on the task's text."""
+    checkpoints: tuple[str, ...] = ()
+    """Of each checkpoint, where they are measured."""
+    measured_on: str | None = None
+    """The content hash of the earlier model; None: it is the current one."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All that are there."""
+        return tuple(filter(None, (self.current, self.task, *self.checkpoints)))
+
+
 def step_document(
     config: StreamConfig,
     method: StepMethod,
     *,
     current: str,
-    checkpoint: str,
-    learning_rate: float | None,
-    statistics: Path | None,
-    task_statistics: Path | None,
-    checkpoint_statistics: Path | None,
+    checkpoints: Sequence[str],
+    rates: Sequence[Rate] | None,
+    statistics: StepStatistics,
 ) -> dict[str, Any]:
-    """Return the mergekit configuration of one step: ``current`` merged with ``checkpoint``."""
+    """Return the mergekit configuration of one step: ``checkpoints`` merged into ``current``."""
     shared = {**config.parameters, **method.fixed}
-    incoming: dict[str, Any] = {}
-    if method.rate_parameter and learning_rate is not None:
-        (shared if method.rate_is_shared else incoming)[method.rate_parameter] = learning_rate
-    if statistics is not None:
-        shared["activation_stats"] = str(statistics)
-    if task_statistics is not None:
-        shared[TASK] = str(task_statistics)
-    if checkpoint_statistics is not None:
-        incoming["activation_stats"] = str(checkpoint_statistics)
-    model: dict[str, Any] = {"model": checkpoint}
-    if incoming:
-        model["parameters"] = incoming
+    for name, value in (
+        (STATS, statistics.current),
+        (TASK, statistics.task),
+        (MEASURED_ON, statistics.measured_on),
+    ):
+        if value is not None:
+            shared[name] = value
+    models: list[dict[str, Any]] = []
+    for index, checkpoint in enumerate(checkpoints):
+        incoming: dict[str, Any] = {}
+        if method.rate_parameter and rates is not None:
+            (shared if method.rate_is_shared else incoming)[method.rate_parameter] = rates[index]
+        if statistics.checkpoints:
+            incoming[STATS] = statistics.checkpoints[index]
+        models.append({"model": checkpoint, **({"parameters": incoming} if incoming else {})})
     document: dict[str, Any] = {
         "merge_method": method.name,
         "base_model": current,
-        "models": [model],
+        "models": models,
         "dtype": STEP_DTYPE,
     }
     if shared:
         document["parameters"] = shared
-    for key in ("tokenizer_source", "tokenizer", "chat_template"):
+    for key in TOKENS:
         value = getattr(config, key)
         if value is not None:
             document[key] = value
     return document
+
+
+def average_document(models: Sequence[str]) -> dict[str, Any]:
+    """Return the mergekit configuration of the uniform average of ``models``."""
+    weighted = [{"model": one, "parameters": {"weight": 1.0}} for one in models]
+    return {"merge_method": "linear", "models": weighted, "dtype": STEP_DTYPE}
 
 
 def cast_document(model: str, dtype: str) -> dict[str, Any]:
@@ -73,12 +108,38 @@ def to_yaml(document: Mapping[str, Any], comment: Iterable[str] = ()) -> str:
 
 
 def check_document(document: Mapping[str, Any]) -> None:
-    """Let mergekit parse a configuration.
+    """Let mergekit parse a configuration, and refuse the keys that it would ignore.
 
     Raises:
-        ValueError: it does not (pydantic's error among them).
+        InputError: it does not parse, or holds a key that mergekit does not know.
     """
-    MergeConfiguration.model_validate(dict(document))
+    try:
+        parsed = MergeConfiguration.model_validate(dict(document))
+    except (ValidationError, RuntimeError) as error:
+        detail = (
+            f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
+            if isinstance(error, ValidationError)
+            else first_line(error)
+        )
+        raise InputError(f"mergekit does not accept the step's configuration: {detail}") from error
+    _refuse_ignored(document, parsed.model_dump(), "")
+
+
+def _refuse_ignored(written: Any, understood: Any, where: str) -> None:
+    if isinstance(written, Mapping) and isinstance(understood, list):
+        written = [written]
+    if isinstance(written, list) and isinstance(understood, list):
+        for one, other in zip(written, understood, strict=False):
+            _refuse_ignored(one, other, where)
+    if not (isinstance(written, Mapping) and isinstance(understood, Mapping)):
+        return
+    for key, value in written.items():
+        if key not in understood:
+            raise InputError(
+                f"{where or 'configuration'}: mergekit knows no key {key!r} here"
+                f"{did_you_mean(str(key), understood)}; there are: {', '.join(understood)}"
+            )
+        _refuse_ignored(value, understood[key], f"{where}.{key}" if where else str(key))
 
 
 def by_hand(config_file: Path, options: MergeOptions, document: Mapping[str, Any]) -> str:

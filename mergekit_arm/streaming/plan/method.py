@@ -12,7 +12,8 @@ from mergekit.merge_methods import BasePolicy, MergeMethod, ParameterScope
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.methods import register_all
 from mergekit_arm.methods.arm import TASK, together
-from mergekit_arm.methods.base import StatisticsMethod
+from mergekit_arm.methods.base import STATS, StatisticsMethod
+from mergekit_arm.methods.parameters import MEASURED_ON
 from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 
@@ -34,14 +35,22 @@ class StepMethod:
     fixed: Mapping[str, Any]
     """Parameters without whose value the learning rate would mean nothing."""
 
+    @property
+    def only_subspaces(self) -> tuple[str, ...]:
+        """The statistics that are read of a checkpoint, where ``alignment`` asks for them."""
+        return tuple(kind for kind in self.statistics if kind == SUBSPACE.name)
 
-def fit_method(name: str, parameters: Mapping[str, Any], retains: bool = False) -> StepMethod:
+
+def fit_method(
+    name: str, parameters: Mapping[str, Any], retains: bool = False, models: int = 1
+) -> StepMethod:
     """Return how ``name`` takes part in a stream with the user's ``parameters``.
 
     ``retains``: the model is measured on the task's text as well, so as not to forget.
+    ``models``: how many checkpoints a step merges, at most.
 
     Raises:
-        InputError: no such method, not one for a base and one model, or parameters that it
+        InputError: no such method, not one for a base and so many models, or parameters that it
             does not have, lacks, or that the stream itself sets.
     """
     register_all()
@@ -54,7 +63,7 @@ def fit_method(name: str, parameters: Mapping[str, Any], retains: bool = False) 
             f"there are: {', '.join(known)}"
         ) from error
     inner = _inner(method)
-    _check_inputs(method, inner)
+    _check_inputs(method, inner, models)
     rate_parameter, shared = _rate_parameter(inner)
     fixed = _fixed(inner, parameters) if rate_parameter == "weight" else {}
     specs = {spec.name: spec for spec in method.spec.parameters}
@@ -66,24 +75,21 @@ def fit_method(name: str, parameters: Mapping[str, Any], retains: bool = False) 
     if problem:
         raise InputError(f"parameters: {problem}, which calibration.task measures")
     for key in parameters:
-        if key in ("activation_stats", TASK) and key in specs:
-            raise InputError(
-                f"parameters: {key}: the stream measures the model at hand; remove it "
-                "and say how under calibration"
-            )
+        if key == MEASURED_ON and key in specs:
+            raise InputError(f"parameters: {key}: the stream sets it where it holds; remove it")
         if key == rate_parameter:
             raise InputError(f"parameters: {key} is {name}'s learning rate: set learning_rate")
         if key not in specs:
-            own = [o for o in specs if o not in (rate_parameter, "activation_stats", TASK)]
+            own = [o for o in specs if o not in (rate_parameter, MEASURED_ON)]
             raise InputError(
                 f"parameters: {name} has no parameter {key!r}{did_you_mean(key, own)}; "
                 f"there are: {', '.join(own) or 'none'}"
             )
     for spec in specs.values():
-        if spec.required and spec.name not in (*parameters, rate_parameter, "activation_stats"):
+        if spec.required and spec.name not in (*parameters, rate_parameter, STATS):
             raise InputError(f"parameters: {name} needs {spec.name}; add it")
     statistics: tuple[str, ...] = ()
-    if "activation_stats" in specs:
+    if STATS in specs:
         statistics = tuple(
             kind
             for key, kind in _STATISTICS_OF.items()
@@ -97,13 +103,14 @@ def _inner(method: MergeMethod) -> MergeMethod:
     return getattr(method, "inner", method)
 
 
-def _check_inputs(method: MergeMethod, inner: MergeMethod) -> None:
+def _check_inputs(method: MergeMethod, inner: MergeMethod, models: int) -> None:
     name = method.spec.name
     try:
-        method.validate_inputs(["base", "checkpoint"], "base")
+        method.validate_inputs(["base", *range(models)], "base")
     except ValueError as error:
+        many = "one model" if models == 1 else f"{models} models"
         raise InputError(
-            f"merge_method: {name} cannot be a step, which merges one model into a base "
+            f"merge_method: {name} cannot be a step, which merges {many} into a base "
             f"({error}); use arm, aim, task_arithmetic or another that can"
         ) from error
     if isinstance(inner, StatisticsMethod) and inner.base_optional:

@@ -5,44 +5,43 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError, first_line
-from mergekit_arm.files import hash_file
+from mergekit_arm.files import sampled_hash
+from mergekit_arm.methods.arm import TASK
+from mergekit_arm.methods.base import STATS
 from mergekit_arm.models.contents import Contents, describe
 from mergekit_arm.models.loading import choose_device
 from mergekit_arm.models.tokenizer import load_own_tokenizer
-from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.config import FINAL_DTYPES, StreamConfig
-from mergekit_arm.streaming.options import WatchOptions
 from mergekit_arm.streaming.plan.checks import (
     Checks,
     adapter_note,
     check_chat_template,
     check_parameters,
+    check_tokenizer,
     check_watched,
     choose_calibration,
     choose_rates,
     leaves,
-    same_shapes,
 )
+from mergekit_arm.streaming.plan.document import TOKENS
 from mergekit_arm.streaming.plan.method import StepMethod, fit_method
-from mergekit_arm.streaming.plan.schedule import Rates, rate_at
+from mergekit_arm.streaming.plan.prefix import check_prefix, list_checkpoints, same_shapes
+from mergekit_arm.streaming.rates import Rate, Rates, Search, rates_at
 from mergekit_arm.streaming.references import absolute_reference
-from mergekit_arm.streaming.training.checkpoints import RunCheckpoint, find_checkpoints
+from mergekit_arm.streaming.state import State
+from mergekit_arm.streaming.training.checkpoints import Group
 
 _DECISIVE_OPTIONS = (
-    "random_seed",
-    "lora_merge_dtype",
-    "allow_crimes",
-    "unsafe_truncate_embeddings",
-    "out_shard_size",
-    "safe_serialization",
-)
-"""Options of mergekit that change what a stream writes, and not only how fast."""
+    "random_seed", "lora_merge_dtype", "allow_crimes", "unsafe_truncate_embeddings",
+)  # fmt: skip
+"""Options of mergekit that change what a step is, and not only how fast."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,31 @@ class PlannedStep:
     """One step to come."""
 
     step: int
+    position: int
+    """Which of the checkpoints, from 0, those counted that were skipped."""
     passed: int
-    checkpoint: RunCheckpoint
-    rate: float | None
+    checkpoints: Group
+    rates: list[Rate] | None
+    """Of each checkpoint; None where the method has none, or where they are searched for."""
+    search: list[float]
+    """The rates of which the step takes the best."""
     measures: bool
     """Whether the model is calibrated before it."""
+
+    @property
+    def name(self) -> str:
+        """The checkpoints' names."""
+        return " + ".join(one.name for one in self.checkpoints)
+
+    @property
+    def planned(self) -> Any:
+        """What the configuration says of its learning rate, as the state stores it."""
+        return {"search": self.search} if self.search else one_or_all(self.rates)
+
+
+def one_or_all(rates: list[Rate] | None) -> Any:
+    """Return the one rate of a list, the list where it has several."""
+    return rates[0] if rates is not None and len(rates) == 1 else rates
 
 
 @dataclass(frozen=True)
@@ -68,10 +87,12 @@ class StreamPlan:
     """None where the method has no learning rate."""
     calibration: Calibration | None
     """None where the method reads no statistics."""
+    published: dict[str, str]
+    """Statistics of the base that the user has already, by parameter."""
     aligns: bool
     """Whether the checkpoints are measured as well."""
-    checkpoints: list[RunCheckpoint] | None
-    """None under ``--watch``: they are not known yet."""
+    checkpoints: list[Group] | None
+    """What is merged in one pass; None under ``--watch``: they are not known yet."""
     fingerprint: dict[str, str]
     base: Contents
     final_dtype: str
@@ -81,64 +102,86 @@ class StreamPlan:
 
     @property
     def length(self) -> int | None:
-        """The number of steps, None where it is not known."""
+        """The number of checkpoints to be merged, None where it is not known."""
         if self.checkpoints is None:
             return None
         return len(self.checkpoints) * self.config.passes
 
-    def step(self, number: int, checkpoint: RunCheckpoint) -> PlannedStep | None:
-        """Return step ``number`` (from 1), None past the end of a list of learning rates."""
-        rate = None
-        if self.rates is not None:
-            rate = rate_at(self.rates, number - 1, self.length)
-            if rate is None:
+    def planned(self, step: int, position: int, checkpoints: Group) -> PlannedStep | None:
+        """Return step ``step`` (from 1), None past the end of a list of learning rates."""
+        search = self.rates.search if isinstance(self.rates, Search) else []
+        rates = None
+        if self.rates is not None and not search:
+            rates = rates_at(self.rates, position, self.length, len(checkpoints))
+            if rates is None:
                 return None
-        count = len(self.checkpoints) if self.checkpoints is not None else 0
+        count = len(self.checkpoints) if self.checkpoints else 0
+        measures = self.calibration is not None and self.calibration.due(step)
         return PlannedStep(
-            number,
-            (number - 1) // count + 1 if count else 1,
-            checkpoint,
-            rate,
-            self.calibration is not None and self.calibration.due(number),
+            step,
+            position,
+            position // count + 1 if count else 1,
+            checkpoints,
+            rates,
+            search,
+            measures and not (step == 1 and self.published),
         )
 
-    def steps(self) -> list[PlannedStep]:
-        """Return all steps, where they are known."""
-        checkpoints = (self.checkpoints or []) * self.config.passes
-        planned = [self.step(i, checkpoint) for i, checkpoint in enumerate(checkpoints, start=1)]
+    def steps(self, skipped: int = 0, position: int = 0) -> list[PlannedStep]:
+        """Return the steps from ``position`` on, where ``skipped`` before them were none."""
+        groups = (self.checkpoints or []) * self.config.passes
+        planned = [
+            self.planned(place + 1 - skipped, place, group)
+            for place, group in list(enumerate(groups))[position:]
+        ]
         return [step for step in planned if step is not None]
 
 
 def make_plan(
-    config: StreamConfig, merge: MergeOptions, watch: WatchOptions | None
+    config: StreamConfig,
+    merge: MergeOptions,
+    *,
+    watched: bool = False,
+    state: State | None = None,
 ) -> tuple[StreamPlan | None, list[str]]:
     """Check ``config`` and everything it names; return the plan and what is wrong with it.
 
-    Reads headers, probes and data files, loads no model. The plan is None where too little
-    of it holds together; problems are one line each.
+    Reads headers and a few bytes of models and data, loads no model. Of a stream that has begun,
+    ``state``, it checks that what is merged is the beginning of what is to be. The plan is None
+    where too little of it holds together; problems are one line each.
     """
     check = Checks()
     notes: list[str] = []
     config = check.run(lambda: _with_absolute_base(config)) or config
-    retains = config.calibration is not None and config.calibration.task is not None
-    method = check.run(lambda: fit_method(config.merge_method, config.parameters, retains))
+    retains = TASK in config.parameters or bool(config.calibration and config.calibration.task)
+    together = config.checkpoints if isinstance(config.checkpoints, list) else []
+    most = max((len(one) for one in together if isinstance(one, list)), default=1)
+    method = check.run(lambda: fit_method(config.merge_method, config.parameters, retains, most))
     base = check.run(lambda: describe(config.base_model))
     dtype = check.run(lambda: config.dtype or _dtype_of(config.base_model, merge))
-    if watch is None:
-        checkpoints = check.run(
-            lambda: find_checkpoints(config.checkpoints, config.base_model, notes.append)
-        )
-    else:
-        checkpoints = None
+    checkpoints = None
+    if watched:
         check.run(lambda: check_watched(config))
-    if method is None or base is None or dtype is None or (watch is None and checkpoints is None):
+    else:
+        checkpoints = check.run(lambda: list_checkpoints(config, state, notes.append))
+    if method is None or base is None or dtype is None or (not watched and checkpoints is None):
         return None, check.problems
-    described = _describe_all(checkpoints or [], base, config, check)
-    for checkpoint in checkpoints or []:
-        note = check.run(lambda one=checkpoint: adapter_note(one, config))  # type: ignore[misc]
-        notes.extend(note or [])
+    begun = len(state.handled) if state else 0
+    for group in (checkpoints or [])[begun:]:
+        for one in group:
+            contents = check.run(lambda it=one: describe(it.reference))  # type: ignore[misc]
+            if contents is None and begun:
+                notes.append(f"{one.name} will be skipped: {check.problems.pop()}")
+            if contents is not None and not config.changes_tokens:
+                check.run(lambda it=one, has=contents: same_shapes(it, has, base))  # type: ignore[misc]
+            notes.extend(check.run(lambda it=one: adapter_note(it, config)) or [])  # type: ignore[misc]
     steps = len(checkpoints) * config.passes if checkpoints is not None else None
     rates = check.run(lambda: choose_rates(config, method, steps))
+    published = {
+        key: value
+        for key in (STATS, TASK)
+        if method.statistics and (value := config.parameters.get(key)) is not None
+    }
     calibration = (
         check.run(lambda: choose_calibration(config, method)) if method.statistics else None
     )
@@ -147,6 +190,7 @@ def make_plan(
     if config.evaluation is None:
         notes.append("no evaluation: the last step becomes the model, however good it is")
     aligns = any(value != 0 for value in leaves(config.parameters.get("alignment", 0)))
+    check.run(lambda: check_tokenizer(config))
     check.run(lambda: check_parameters(config, method, rates))
     check.run(lambda: check_chat_template(config.chat_template))
     check.run(lambda: choose_device(merge.device or "cpu"))
@@ -155,14 +199,17 @@ def make_plan(
         method=method,
         rates=rates,
         calibration=calibration,
-        aligns=aligns and SUBSPACE.name in method.statistics,
+        published=published,
+        aligns=aligns and bool(method.only_subspaces),
         checkpoints=checkpoints,
-        fingerprint=_fingerprint(config, merge, base, described, check),
+        fingerprint=check.run(lambda: _fingerprint(config, merge, base)) or {},
         base=base,
         final_dtype=dtype,
         has_tokenizer=load_own_tokenizer(config.base_model, merge.trust_remote_code) is not None,
         notes=notes,
     )
+    if state is not None and not check.problems:
+        check.run(lambda: check_prefix(plan.fingerprint, plan.steps(), config, state))
     return plan, check.problems
 
 
@@ -181,49 +228,30 @@ def _dtype_of(reference: str, merge: MergeOptions) -> str:
     return dtype
 
 
-def _describe_all(
-    checkpoints: list[RunCheckpoint], base: Contents, config: StreamConfig, check: Checks
-) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for checkpoint in checkpoints:
-        contents = check.run(lambda one=checkpoint: describe(one.reference))  # type: ignore[misc]
-        if contents is None:
-            continue
-        found[checkpoint.name] = contents.fingerprint
-        if not config.changes_tokens:
-            check.run(lambda one=checkpoint, it=contents: same_shapes(one, it, base))  # type: ignore[misc]
-    return found
-
-
-def _fingerprint(
-    config: StreamConfig,
-    merge: MergeOptions,
-    base: Contents,
-    checkpoints: dict[str, str],
-    check: Checks,
-) -> dict[str, str]:
-    found = {
-        key: json.dumps(value, sort_keys=True)
-        for key, value in config.model_dump(mode="json").items()
-        if value is not None
-    }
-    found["base_model's content"] = base.fingerprint[:16]
-    for name, fingerprint in checkpoints.items():
-        found[f"content of {name}"] = fingerprint[:16]
-    if checkpoints:
-        found["checkpoints found"] = ", ".join(checkpoints)
-    passes = config.calibration.passes() if config.calibration else []
-    names = ("calibration", "calibration.task")
-    read = [(name, one.get("dataset")) for name, one in zip(names, passes, strict=False)]
-    evaluation = config.evaluation.dataset if config.evaluation else None
-    for name, data in (*read, ("evaluation", evaluation)):
-        # Of several data sets, each with its weight, only the names are compared.
-        file = Path(data).expanduser() if isinstance(data, str) else None
-        if file is not None and file.is_file():
-            digest = check.run(lambda one=file: hash_file(one))  # type: ignore[misc]
-            found[f"content of the {name} data"] = str(digest)[:16]
+def _fingerprint(config: StreamConfig, merge: MergeOptions, base: Contents) -> dict[str, str]:
+    """Return what a step depends on beside the checkpoints and their rates, which it records."""
+    found = {"merge_method": config.merge_method, "base_model's content": base.fingerprint[:16]}
+    if isinstance(config.checkpoints, str):
+        found["checkpoints"] = absolute_reference(config.checkpoints)
+    for key in ("parameters", *TOKENS):
+        value = getattr(config, key)
+        if value:
+            found[key] = json.dumps(value, sort_keys=True)
+    if config.calibration is not None:
+        found["calibration"] = json.dumps(config.calibration.document(), sort_keys=True)
+        names = ("calibration", "calibration.task")
+        for name, one in zip(names, config.calibration.passes(), strict=False):
+            content = content_of(one.get("dataset"))
+            if content:
+                found[f"content of the {name} data"] = content
     for option in _DECISIVE_OPTIONS:
         value = getattr(merge, option)
         if value != MergeOptions.model_fields[option].default:
             found[f"--{option.replace('_', '-')}"] = str(value)
     return found
+
+
+def content_of(dataset: Any) -> str | None:
+    """Return what recognises a data file here; of others only the names are compared."""
+    file = Path(dataset).expanduser() if isinstance(dataset, str) else None
+    return sampled_hash(file)[:16] if file is not None and file.is_file() else None

@@ -1,14 +1,21 @@
-"""The card of a stream's final model."""
+"""The card of a stream's final model: what a stranger needs to judge it."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import yaml
 
-from mergekit_arm.streaming.config import StreamConfig
-from mergekit_arm.streaming.evaluation.score import Score
+from mergekit_arm.judging.judge import Scores
+from mergekit_arm.streaming.plan.plan import StreamPlan
+from mergekit_arm.streaming.rates import rate_text
 from mergekit_arm.streaming.state import State
+from mergekit_arm.streaming.verdict import Evaluation, bound_of
 
 _TEMPLATE = """---
 {front}---
@@ -18,64 +25,148 @@ _TEMPLATE = """---
 Made with [mergekit](https://github.com/arcee-ai/mergekit) and mergekit-arm's `stream`, which
 merges the checkpoints of a training run one after another, each merge a step. The running model
 is kept in float32 and cast once, at the end.
-
+{comparison}
 ## Steps
 
-{table}
+{steps}
+{statistics}
 
 ## Configuration
 
 ```yaml
 {config}```
+
+Directories are given by their last part. Made with {versions}.
 """
 
+_PATH = re.compile(r"""(?:(?<=^)|(?<=[\s='"(+:,]))(?:~|\.{1,2})?/[^\s'"|;&)+:,]+""")
+_PACKAGES = ("mergekit-arm", "mergekit", "torch", "transformers", "safetensors")
 
-def stream_card(config: StreamConfig, state: State, chosen: int) -> str:
-    """Return the card's Markdown: which step this is, all steps with their losses, the YAML.
 
-    No date and no duration, so that the same stream gives the same bytes.
+def stream_card(
+    plan: StreamPlan, state: State, chosen: int, measured: Mapping[str, Any] | None = None
+) -> str:
+    """Return the card's Markdown: the model beside its likes, all steps, the YAML, versions.
+
+    ``measured``: what a step's statistics say of their data, where it read any.
+
+    No date, no duration and no path of this machine, so that the same stream gives the same
+    bytes wherever it was made.
     """
     front: dict[str, object] = {"library_name": "transformers"}
-    base = config.base_model.split("+")[0].split("@")[0]
+    base = plan.config.base_model.split("+")[0].split("@")[0]
     # The Hub refuses a card whose base_model is not a repository's name.
     if not os.path.isabs(base):
         front["base_model"] = [base]
     front["tags"] = ["mergekit", "merge", "mergekit-arm"]
-    origin = (
-        f"Step {chosen} of {len(state.steps)}"
-        if chosen
-        else "The base model, which no step bettered"
-    )
+    origin = "The base model, which no step bettered"
+    if chosen:
+        origin = f"Step {chosen} of {len(state.steps)}"
     return _TEMPLATE.format(
         front=yaml.safe_dump(front, sort_keys=False),
         count=len(state.steps),
         origin=origin,
-        table=_table(config, state, chosen),
-        config=yaml.safe_dump(config.document(), sort_keys=False, allow_unicode=True),
-    )
+        comparison="\n".join(_comparison(plan.config.evaluation, state, chosen)),
+        statistics="\n".join(_measured(measured)),
+        steps="\n".join([_table(_steps(plan.config.evaluation, state, chosen)), *_skipped(state)]),
+        config=yaml.safe_dump(without_paths(plan.config.document()), sort_keys=False,
+                              allow_unicode=True),
+        versions=", ".join(f"{name} {version(name)}" for name in _PACKAGES),
+    )  # fmt: skip
 
 
-def _table(config: StreamConfig, state: State, chosen: int) -> str:
-    evaluation = config.evaluation
-    loss = evaluation is not None and evaluation.dataset is not None
-    metric = evaluation is not None and evaluation.metric_command is not None
-    header = ["step", "checkpoint", "learning rate", "‖update‖"]
-    header += ["loss", "perplexity"] * loss + ["metric"] * metric
+def without_paths(document: Any) -> Any:
+    """Return a configuration in which directories and files of this machine are their names."""
+    if isinstance(document, dict):
+        keep = ("chat_template",)
+        return {k: v if k in keep else without_paths(v) for k, v in document.items()}
+    if isinstance(document, list):
+        return [without_paths(value) for value in document]
+    return _name_of(document) if isinstance(document, str) else document
+
+
+def _name_of(text: str) -> str:
+    return _PATH.sub(lambda path: Path(path[0]).name, text)
+
+
+def _comparison(evaluation: Evaluation | None, state: State, chosen: int) -> Iterator[str]:
+    """Yield the model beside the base, the checkpoints as they are, and their average."""
+    if evaluation is None or not state.base:
+        return
+    rows = [["model", *state.base], ["---"] * (1 + len(state.base))]
+    scored = [one for record in state.steps for one in record.merged if one.scores]
+    entries: list[tuple[str, Scores]] = [("base", state.base)]
+    if scored:
+        best = scored[0]
+        for one in scored:
+            if evaluation.better_of(one.scores, best.scores):
+                best = one
+        entries.append((f"best single checkpoint ({_name_of(best.name)})", best.scores))
+        entries.append((f"last checkpoint ({_name_of(scored[-1].name)})", scored[-1].scores))
+    average = state.average
+    if average is not None and not average.missing:
+        entries.append(("uniform average of the checkpoints", average.scores))
+    entries.append(("**this model**", state.scores_of(chosen)))
+    rows += [[name, *_numbers(scores, list(state.base))] for name, scores in entries]
+    yield "\n## Beside others\n"
+    yield _table(rows)
+    yield ""
+    if average is not None and average.missing:
+        yield f"The uniform average of the checkpoints is not scored: {average.missing}.\n"
+    for name, judged in evaluation.sets.items():
+        data = state.data.get(name)
+        if data is None:
+            yield f"- {name}: a command's number, to {judged.goal}"
+        else:
+            bound = bound_of(judged)
+            kept = "" if bound is None else f"; a step may raise it by {bound:g}"
+            source = _name_of(str(getattr(judged, "dataset", "")))
+            yield (
+                f"- {name}: loss in nats per token over {data['tokens']:,} tokens of `{source}` "
+                f"(SHA-256 of the token ids {data['sha256'][:16]}){kept}"
+            )
+    yield ""
+
+
+def _measured(measured: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield on which text the statistics were measured that the steps read."""
+    for facts in (measured or {}, (measured or {}).get("task", {})):
+        data = facts.get("data")
+        if data is not None:
+            yield (
+                f"\nActivations were measured over {data['tokens']:,} tokens of "
+                f"`{_name_of(data['dataset'])}` (SHA-256 of the token ids "
+                f"{data['content_hash'][:16]})."
+            )
+
+
+def _steps(evaluation: Evaluation | None, state: State, chosen: int) -> list[list[str]]:
+    names = list(state.base or {}) if evaluation is not None else []
+    header = ["step", "checkpoint", "learning rate", "‖update‖", *names]
     rows = [header, ["---"] * len(header)]
     if evaluation is not None:
-        base = state.base or Score()
-        rows.append([_mark(0, chosen), "base", "", "", *_numbers(base, loss, metric)])
+        rows.append([_mark(0, chosen), "base", "", "", *_numbers(state.base or {}, names)])
     for record in state.steps:
-        rate = "" if record.learning_rate is None else f"{record.learning_rate:g}"
         rows.append(
             [
                 _mark(record.step, chosen),
-                record.checkpoint,
-                rate if record.accepted else "not merged",
-                f"{record.update_norm:.4g}",
-                *_numbers(record.current, loss, metric),
+                " + ".join(_name_of(one.name) for one in record.merged),
+                rate_text(record.learning_rate) if record.accepted else "not merged",
+                "" if record.update_norm is None else f"{record.update_norm:.4g}",
+                *_numbers(record.current, names),
             ]
         )
+    return rows
+
+
+def _skipped(state: State) -> Iterator[str]:
+    if state.skipped:
+        yield "\nCheckpoints that could not be merged:\n"
+    for one in state.skipped:
+        yield f"- {_name_of(one.checkpoint)}: {without_paths(one.reason)}"
+
+
+def _table(rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -83,10 +174,5 @@ def _mark(step: int, chosen: int) -> str:
     return f"**{step}**" if step == chosen else str(step)
 
 
-def _numbers(score: Score, loss: bool, metric: bool) -> list[str]:
-    cells = []
-    if loss:
-        cells += [f"{score.loss:.4f}", f"{score.perplexity:.2f}"]
-    if metric:
-        cells.append(f"{score.metric:g}")
-    return cells
+def _numbers(scores: Scores, names: list[str]) -> list[str]:
+    return [f"{scores[name]:.4f}" if name in scores else "" for name in names]

@@ -1,4 +1,4 @@
-"""``stream.png``: losses, learning rates and the size of the updates, step by step."""
+"""``stream.png``: scores, learning rates and the size of the updates, step by step."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mergekit_arm.files import write_bytes
-from mergekit_arm.streaming.evaluation.score import Score
 from mergekit_arm.streaming.state import State, StepRecord
+from mergekit_arm.streaming.verdict import LOSS, Evaluation, bound_of
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
-_CURRENT, _CHECKPOINT, _BASE = "#0072B2", "#E69F00", "#555555"
+_CURRENT, _CHECKPOINT, _BASE, _BOUND = "#0072B2", "#E69F00", "#555555", "#D55E00"
 
 
-def draw_stream(state: State, path: Path) -> None:
-    """Draw all steps so far to ``path``, replaced as a whole.
+def draw_stream(state: State, evaluation: Evaluation | None, path: Path) -> None:
+    """Draw all steps so far to ``path``, replaced as a whole; a panel for every evaluation set.
 
     No times are in it: the same stream, the same picture.
     """
-    scored = [which for which in ("loss", "metric") if _has(state, which)]
+    scored = list(state.base or {}) if evaluation is not None else []
     moves = [move for move in _moves(state.steps) if move[1]]
     heights = [2.4] * len(scored) + [1.2] * len(moves)
     figure = Figure(figsize=(8, sum(heights) + 0.6), layout="constrained")
     panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     remaining = list(panels[:, 0])
-    for which in scored:
-        _draw_scores(remaining.pop(0), state, which)
+    for name in scored:
+        assert evaluation is not None
+        _draw_scores(remaining.pop(0), state, name, bound_of(evaluation.sets[name]))
     for label, points in moves:
         axes = remaining.pop(0)
         axes.plot(*zip(*points, strict=True), "o-", color=_CURRENT, ms=4)
@@ -42,32 +43,31 @@ def draw_stream(state: State, path: Path) -> None:
     write_bytes(path, drawn.getvalue())
 
 
-def _has(state: State, which: str) -> bool:
-    return state.base is not None and getattr(state.base, which) is not None
-
-
 def _moves(records: list[StepRecord]) -> list[tuple[str, list[tuple[int, float]]]]:
-    rates = [(r.step, r.learning_rate) for r in records if r.learning_rate is not None]
+    rates = [(r.step, r.learning_rate) for r in records if isinstance(r.learning_rate, float)]
     turned = [(r.step, r.rotation_degrees["mean"]) for r in records if r.rotation_degrees]
-    return [
+    updates = [(r.step, r.update_norm) for r in records if r.update_norm is not None]
+    found = [
         ("learning rate", rates),
-        ("‖update‖", [(r.step, r.update_norm) for r in records] or [(0, 0.0)]),
+        ("‖update‖", updates),
         ("rotation (°)", turned if any(angle > 0.01 for _, angle in turned) else []),
     ]
+    return found if any(points for _, points in found) else [("step", [(0, 0.0)])]
 
 
-def _draw_scores(axes: Axes, state: State, which: str) -> None:
-    records = state.steps
-    base = getattr(state.base or Score(), which)
-    steps = [0, *(record.step for record in records)]
-    values = [base, *(getattr(record.current, which) for record in records)]
+def _draw_scores(axes: Axes, state: State, name: str, bound: float | None) -> None:
+    records, base = state.steps, (state.base or {})[name]
+    points = [(0, base), *((r.step, r.current[name]) for r in records if name in r.current)]
     axes.axhline(base, color=_BASE, linestyle=":", label="base")
-    latest = [(r.step, getattr(r.latest_checkpoint, which)) for r in records]
-    latest = [(step, value) for step, value in latest if value is not None]
+    if bound is not None:
+        axes.axhline(base + bound, color=_BOUND, linestyle="-.", label=f"at most +{bound:g}")
+    latest = [(r.step, one.scores[name]) for r in records for one in r.merged if name in one.scores]
     if latest:
         axes.plot(*zip(*latest, strict=True), "s--", color=_CHECKPOINT, label="checkpoint", ms=4)
-    axes.plot(steps, values, "o-", color=_CURRENT, label="merged", ms=4)
-    best = records[-1].best_step if records else 0
-    axes.plot(best, values[best], "*", color=_CURRENT, ms=13, label=f"best: step {best}")
-    axes.set_ylabel("loss (nats per token)" if which == "loss" else "metric")
+    axes.plot(*zip(*points, strict=True), "o-", color=_CURRENT, label="merged", ms=4)
+    best = dict(points).get(state.best)
+    if best is not None:
+        label = f"best: step {state.best}"
+        axes.plot(state.best, best, "*", color=_CURRENT, ms=13, label=label)
+    axes.set_ylabel("loss (nats per token)" if name == LOSS else name)
     axes.legend(fontsize="small")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,9 +25,13 @@ from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.statistics.read import forget
 from mergekit_arm.streaming.plan.document import models_of
 
+_GENERATION = "generation_config.json"
+
 
 def merge(document: Mapping[str, Any], text: str, out: Path, options: MergeOptions) -> None:
     """Run the merge ``document`` (as ``text``) into ``out``: complete or absent.
+
+    What a merge that fails has written is removed: on a full disk it would be in the way.
 
     Raises:
         click.ClickException: one of our own methods refused.
@@ -36,14 +41,35 @@ def merge(document: Mapping[str, Any], text: str, out: Path, options: MergeOptio
     staging = fresh_directory(out.with_name(f".{out.name}.partial"))
     try:
         run_merge(configuration, str(staging), options=options, config_source=text)
+        _copy_generation_config(configuration, staging, options)
+        remove(out)
+        publish(staging, out)
     except click.ClickException:
         raise
     except Exception as error:  # mergekit raises whatever its parts raise
         raise Failure(
             f"mergekit could not merge {models_of(document)}: {first_line(error)}"
         ) from error
-    remove(out)
-    publish(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _copy_generation_config(
+    configuration: MergeConfiguration, out: Path, options: MergeOptions
+) -> None:
+    """Copy what mergekit leaves out where it writes a tokenizer of its own."""
+    base = configuration.base_model or configuration.referenced_models()[0]
+    if (out / _GENERATION).exists() or not options.copy_tokenizer:
+        return
+    if base.lora is not None:
+        base = base.merged(
+            cache_dir=options.lora_merge_cache,
+            trust_remote_code=options.trust_remote_code,
+            lora_merge_dtype=options.lora_merge_dtype,
+        )
+    file = Path(base.local_path(cache_dir=options.transformers_cache)) / _GENERATION
+    if file.is_file():
+        shutil.copy(file, out)
 
 
 def merge_adapter(reference: str, options: MergeOptions) -> str:
@@ -83,7 +109,7 @@ def merge_adapter(reference: str, options: MergeOptions) -> str:
 
 
 @contextmanager
-def forgetting(references: Iterable[str], statistics: Iterable[Path | None]) -> Iterator[None]:
+def forgetting(references: Iterable[str], statistics: Iterable[str] = ()) -> Iterator[None]:
     """Drop afterwards what mergekit and the statistics reader remember of a step.
 
     Their caches live as long as the process and are keyed by name: a stream would keep every
@@ -96,5 +122,5 @@ def forgetting(references: Iterable[str], statistics: Iterable[Path | None]) -> 
             LoaderCache.loaders.pop(ModelReference.parse(reference), None)
         MergePlanner._model_arch.cache_clear()
         infer_architecture_info.cache_clear()
-        for path in filter(None, statistics):
-            forget(path)
+        for path in statistics:
+            forget(Path(path))

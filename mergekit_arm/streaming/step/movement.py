@@ -26,7 +26,7 @@ class TensorMove:
     update: float
     """‖W' − W‖, W' the merged and W the current weight."""
     task: float
-    """‖W_c − W‖, W_c the checkpoint's weight."""
+    """‖W_c − W‖, W_c the checkpoint's weight, or the mean of several."""
     angle: float | None
     """Degrees between W' − W and W_c − W; None where one of them is zero."""
     matrix: bool
@@ -57,15 +57,15 @@ class Move:
 
 
 def measure_move(document: Mapping[str, Any], merged: str, options: MergeOptions) -> Move:
-    """Compare ``merged`` with the two models of the step ``document``.
+    """Compare ``merged`` with the models of the step ``document``.
 
     Tensors are found as mergekit finds them, under aliases and tied names too. Left out are
-    those that not all three models have in one shape (as where the tokenizer was changed).
+    those that not all models have in one shape (as where the tokenizer was changed).
     Holds one tensor of each model and a small float64 working copy.
     """
     LoaderCache().setup(options)
     configuration = MergeConfiguration.model_validate(dict(document))
-    current, (checkpoint,) = configuration.base_model, [m.model for m in configuration.models]
+    current, checkpoints = configuration.base_model, [m.model for m in configuration.models]
     architecture = get_architecture_info(configuration, options)
     after = configuration.base_model.model_validate(merged)
     weights = architecture.all_weights(after.config(trust_remote_code=options.trust_remote_code))
@@ -80,12 +80,13 @@ def measure_move(document: Mapping[str, Any], merged: str, options: MergeOptions
                 aliases=weight.aliases,
                 tied_names=weight.tied_names,
             ).execute()
-            for model in (after, current, checkpoint)
+            for model in (after, current, *checkpoints)
         ]
         if any(tensor is None for tensor in tensors):
             continue
         if len({tensor.shape for tensor in tensors}) == 1:
-            moves[weight.name] = compare(*tensors)
+            goal = tensors[2] if len(tensors) == 3 else torch.stack(tensors[2:]).mean(dim=0)
+            moves[weight.name] = compare(tensors[0], tensors[1], goal)
     return Move(moves)
 
 

@@ -1,4 +1,4 @@
-"""One step: measure, merge, compare, judge, and repeat with half the rate if it got worse.
+"""One step: measure, merge, judge, merge with other rates where asked to, and compare.
 
 Nothing here commits: what a step leaves in its directory counts once the stream has saved the
 record that :func:`take_step` returns.
@@ -7,6 +7,7 @@ record that :func:`take_step` returns.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,25 +17,20 @@ from typing import Any
 
 from mergekit.options import MergeOptions
 
+from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove, size_of, write_text
-from mergekit_arm.statistics.kinds.subspace import SUBSPACE
-from mergekit_arm.streaming.evaluation.score import Score
-from mergekit_arm.streaming.layout import (
-    CHECKPOINT_STATISTICS,
-    METRICS,
-    MODEL,
-    PROVENANCE,
-    STEP_CONFIG,
-    STEP_STATISTICS,
-    TASK_STATISTICS,
-)
-from mergekit_arm.streaming.plan.document import by_hand, step_document, to_yaml
-from mergekit_arm.streaming.plan.plan import PlannedStep
-from mergekit_arm.streaming.state import StepRecord
-from mergekit_arm.streaming.step.measuring import Measurement, carry_over, measure_model, provenance
+from mergekit_arm.judging.judge import Scores
+from mergekit_arm.models.contents import describe
+from mergekit_arm.streaming.layout import METRICS, MODEL, PROVENANCE, STEP_CONFIG
+from mergekit_arm.streaming.plan.document import StepStatistics, by_hand, step_document, to_yaml
+from mergekit_arm.streaming.plan.plan import PlannedStep, one_or_all
+from mergekit_arm.streaming.rates import Rate, rate_text, scaled
+from mergekit_arm.streaming.state import Attempt, MergedCheckpoint, StepRecord
+from mergekit_arm.streaming.step.measuring import provenance, step_statistics
 from mergekit_arm.streaming.step.merge import forgetting, merge, merge_adapter
-from mergekit_arm.streaming.step.movement import measure_move
+from mergekit_arm.streaming.step.movement import Move, measure_move
 from mergekit_arm.streaming.step.workplace import Workplace
+from mergekit_arm.streaming.training.checkpoints import RunCheckpoint, problem_of
 
 HALVINGS = 4
 """How often ``backtrack`` halves a step's learning rate before it gives the checkpoint up."""
@@ -58,83 +54,185 @@ class _Clock:
             self.seconds[part] = round(self.seconds.get(part, 0.0) + spent, 3)
 
 
+@dataclass
+class _Step:
+    """A step that is being made."""
+
+    place: Workplace
+    planned: PlannedStep
+    current: str
+    """Reference of the model that it starts from."""
+    statistics: StepStatistics
+    options: MergeOptions
+    clock: _Clock
+
+    @property
+    def merged(self) -> str:
+        return str(self.place.folder(self.planned.step) / MODEL)
+
+    def document(self, rates: list[Rate] | None) -> dict[str, Any]:
+        return step_document(
+            self.place.plan.config,
+            self.place.plan.method,
+            current=self.current,
+            checkpoints=[one.reference for one in self.planned.checkpoints],
+            rates=rates,
+            statistics=self.statistics,
+        )
+
+    @contextmanager
+    def forgetting(self) -> Iterator[None]:
+        """Forget afterwards what mergekit has opened."""
+        references = [one.reference for one in self.planned.checkpoints]
+        with forgetting([self.current, self.merged, *references], self.statistics.paths):
+            yield
+
+    def merge(self, rates: list[Rate] | None) -> None:
+        """Merge into the step's directory, unless this very merge lies there already."""
+        folder = self.place.folder(self.planned.step)
+        document = self.document(rates)
+        text = to_yaml(document, self._comment(document))
+        config, model = folder / STEP_CONFIG, folder / MODEL
+        if model.is_dir():
+            if config.is_file() and config.read_text(encoding="utf-8") == text:
+                return
+            remove(model)
+        write_text(config, text)
+        with self.forgetting(), self.clock.time("merge"):
+            merge(document, text, model, self.options)
+
+    def _comment(self, document: dict[str, Any]) -> list[str]:
+        folder = self.place.folder(self.planned.step)
+        lines = [
+            f"Step {self.planned.step} of a stream: {self.planned.name} into the model so far.",
+            f"By hand: {by_hand(folder / STEP_CONFIG, self.options, document)}",
+        ]
+        if self.place.keep != "all":
+            lines.append(
+                "Its inputs' weights and statistics are kept with --keep all; else make them "
+                "again, step by step."
+            )
+        return lines
+
+    def judge(self, rates: list[Rate] | None) -> Attempt:
+        """Merge with ``rates`` and score the result."""
+        self.merge(rates)
+        with self.clock.time("evaluate"):
+            scores = self.place.score(self.merged)
+        return Attempt(rates=rates, scores=scores, bytes=size_of(Path(self.merged)))
+
+    def measure(self, chosen: Attempt | None) -> Move | None:
+        """Return how far the model went; None where that is switched off.
+
+        Raises:
+            Failure: a weight of the merged model is no number.
+        """
+        if not self.place.plan.config.compare.angles:
+            problem = problem_of(self.merged, False) if chosen else None
+            if problem:
+                raise Failure(f"{problem}; try a lower learning_rate")
+            return None
+        document = self.document(chosen.rates if chosen else None)
+        with self.forgetting(), self.clock.time("measure"):
+            move = measure_move(document, self.merged if chosen else self.current, self.options)
+        if not math.isfinite(move.update_norm):
+            raise Failure(f"{self.merged}: a weight is no finite number; try a lower learning_rate")
+        return move
+
+
 def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
     """Do one step and return its record; nothing of it is committed yet.
 
-    Whatever of it a killed run had finished (statistics, the merged model) is used again.
+    Whatever of it a killed run had finished (statistics, judged merges) is used again.
     Leaves the step's weights in its directory where the step was accepted.
     """
     state, folder, clock = place.state, place.folder(planned.step), _Clock()
+    current = place.started_from(planned.step)
     folder.mkdir(parents=True, exist_ok=True)
-    merge_options = _options_of(place, planned.step)
-    current, checkpoint = place.model_of(state.current), planned.checkpoint.reference
     with clock.time("calibrate"):
-        own, task = _statistics(place, planned, current)
-        others = _checkpoint_statistics(place, planned)
+        statistics, measured_at, tokens = step_statistics(place, planned, place.say)
     with clock.time("evaluate"):
-        latest = _score_checkpoint(place, checkpoint)
-    rate, attempts, written = planned.rate, 0, 0
-    while True:
-        document = step_document(
-            place.plan.config,
-            place.plan.method,
-            current=current,
-            checkpoint=checkpoint,
-            learning_rate=rate,
-            statistics=own.path if own else None,
-            task_statistics=task.path if task else None,
-            checkpoint_statistics=others,
-        )
-        merged = str(folder / MODEL)
-        with forgetting(
-            [current, checkpoint, merged], [*(one.path for one in (own, task) if one), others]
-        ):
-            with clock.time("merge"):
-                _merge_once(place, planned, document, merge_options)
-            with clock.time("measure"):
-                move = measure_move(document, merged, merge_options)
-        written += size_of(folder / MODEL)
-        with clock.time("evaluate"):
-            score = place.score(merged)
-        attempts += 1
-        accepted = not _is_worse(place, score)
-        if accepted or attempts > HALVINGS:
-            break
-        assert rate is not None  # the plan refuses to backtrack without one
-        place.say(f"step {planned.step}: worse at learning rate {rate:g}; again with {rate / 2:g}")
-        rate /= 2
-    if not accepted:
+        merged = [_describe(place, one) for one in planned.checkpoints]
+    step = _Step(place, planned, current, statistics, _options_of(place, planned.step), clock)
+    chosen = _choose(step)
+    if chosen is not None:
+        step.merge(chosen.rates)  # where another was tried after it
+    move = step.measure(chosen)
+    if chosen is None:
         remove(folder / MODEL)
+    scores = chosen.scores if chosen else state.scores_of(state.current)
+    better = chosen is not None and place.better(scores, state.scores_of(state.best))
     record = StepRecord(
         step=planned.step,
+        position=planned.position,
         passed=planned.passed,
-        checkpoint=planned.checkpoint.name,
-        reference=checkpoint,
-        learning_rate=rate,
-        planned_rate=planned.rate,
-        attempts=attempts,
-        accepted=accepted,
-        statistics_from=own.measured_at if own else None,
-        calibration_tokens=sum(
-            one.tokens for one in (own, task) if one and one.measured_at == planned.step
-        ),
-        rotation_degrees=move.rotation(),
-        update_norm=move.update_norm,
-        task_norm=move.task_norm,
-        current=score if accepted else state.score_of(state.current),
-        base=state.base or Score(),
-        latest_checkpoint=latest,
-        best_step=planned.step if accepted and _is_best(place, score) else state.best,
+        checkpoint=planned.name,
+        merged=merged,
+        learning_rate=_rate_of(chosen, planned, state.tried),
+        planned=planned.planned,
+        tried=state.tried,
+        accepted=chosen is not None,
+        statistics_from=measured_at,
+        calibration_tokens=tokens,
+        rotation_degrees=move.rotation() if move else None,
+        update_norm=move.update_norm if move else None,
+        task_norm=move.task_norm if move else None,
+        current=scores,
+        base=state.base or {},
+        best_step=planned.step if better else state.best,
         seconds=clock.seconds,
-        bytes=written,
+        bytes=sum(one.bytes for one in state.tried),
     )
     details: dict[str, Any] = record.model_dump(mode="json")
-    details["tensors"] = {name: asdict(one) for name, one in move.tensors.items()}
+    if move is not None:
+        details["tensors"] = {name: asdict(one) for name, one in move.tensors.items()}
     write_text(folder / METRICS, json.dumps(details, indent=1) + "\n")
-    if own is not None:
-        facts = {**provenance(own), **({"task": provenance(task)} if task else {})}
-        write_text(folder / PROVENANCE, json.dumps(facts, indent=1) + "\n")
+    if measured_at is not None:
+        write_text(folder / PROVENANCE, provenance(statistics, measured_at))
     return record
+
+
+def _choose(step: _Step) -> Attempt | None:
+    """Merge and judge, and return the attempt that the step takes; None where all are worse.
+
+    ``state.tried`` holds all that was judged, also by a run that was killed.
+    """
+    place, planned = step.place, step.planned
+    state, evaluation = place.state, place.plan.config.evaluation
+    start = state.scores_of(state.current)
+    backtrack = evaluation is not None and evaluation.backtrack
+    proposals: list[list[Rate] | None] = [planned.rates]
+    if planned.search:
+        proposals = [[rate] * len(planned.checkpoints) for rate in planned.search]
+    elif backtrack:
+        assert planned.rates is not None  # the plan refuses to backtrack without one
+        proposals += [[scaled(r, 0.5**n) for r in planned.rates] for n in range(1, HALVINGS + 1)]
+    for number, rates in enumerate(proposals):
+        if number == len(state.tried):
+            state.tried.append(step.judge(rates))
+            state.save(place.out)
+        if not planned.search and not (
+            backtrack and place.better(start, state.tried[number].scores)
+        ):
+            return state.tried[number]
+        if backtrack and number < HALVINGS:
+            place.say(
+                f"step {planned.step}: worse at learning rate {rate_text(rates)}; again with "
+                f"{rate_text(proposals[number + 1])}"
+            )
+    if not planned.search:
+        return None
+    best: Attempt | None = None  # a step of 0, which stays where the model is
+    for attempt in state.tried:
+        if place.better(attempt.scores, best.scores if best else start):
+            best = attempt
+    return best
+
+
+def _rate_of(chosen: Attempt | None, planned: PlannedStep, tried: list[Attempt]) -> Any:
+    if chosen is None and planned.search:
+        return 0.0
+    return one_or_all((chosen or tried[-1]).rates)
 
 
 def _options_of(place: Workplace, step: int) -> MergeOptions:
@@ -150,107 +248,16 @@ def _options_of(place: Workplace, step: int) -> MergeOptions:
     )
 
 
-def _statistics(
-    place: Workplace, planned: PlannedStep, current: str
-) -> tuple[Measurement | None, Measurement | None]:
-    """Return the current model's statistics, and those of the task's text where there are such."""
-    calibration = place.plan.calibration
-    if calibration is None:
-        return None, None
-    if planned.measures:
-        merge_adapter(current, place.merge)
-    found: list[Measurement | None] = []
-    for name, settings in zip(
-        (STEP_STATISTICS, TASK_STATISTICS), calibration.passes(), strict=False
-    ):
-        out = place.folder(planned.step) / name
-        if planned.measures:
-            found.append(
-                measure_model(
-                    current,
-                    out,
-                    planned.step,
-                    settings,
-                    place.plan.method.statistics,
-                    place.merge,
-                    say=place.say,
-                    progress=place.progress,
-                )
-            )
-            continue
-        last = place.state.steps[-1]
-        assert last.statistics_from is not None
-        earlier = place.folder(last.step) / name
-        found.append(carry_over(earlier, last.statistics_from, Path(current), out))
-    return found[0], found[1] if len(found) > 1 else None
-
-
-def _checkpoint_statistics(place: Workplace, planned: PlannedStep) -> Path | None:
-    if not place.plan.aligns or place.plan.calibration is None:
-        return None
-    merge_adapter(planned.checkpoint.reference, place.merge)
-    out = place.folder(planned.step) / CHECKPOINT_STATISTICS
-    return measure_model(
-        planned.checkpoint.reference,
-        out,
-        planned.step,
-        place.plan.calibration.settings,
-        (SUBSPACE.name,),
-        place.merge,
-        say=place.say,
-        progress=place.progress,
-    ).path
-
-
-def _merge_once(
-    place: Workplace, planned: PlannedStep, document: dict[str, Any], options: MergeOptions
-) -> None:
-    """Merge into the step's directory, unless a killed run had finished this very merge."""
-    folder = place.folder(planned.step)
-    text = to_yaml(document, _comment(place, planned, document, options))
-    config = folder / STEP_CONFIG
-    if (folder / MODEL).is_dir():
-        if config.is_file() and config.read_text(encoding="utf-8") == text:
-            return
-        remove(folder / MODEL)
-    write_text(config, text)
-    merge(document, text, folder / MODEL, options)
-
-
-def _comment(
-    place: Workplace, planned: PlannedStep, document: dict[str, Any], options: MergeOptions
-) -> list[str]:
-    lines = [
-        f"Step {planned.step} of a stream: {planned.checkpoint.name} into the model so far.",
-        f"By hand: {by_hand(place.folder(planned.step) / STEP_CONFIG, options, document)}",
-    ]
-    if place.keep != "all":
-        lines.append(
-            "Its inputs' weights and statistics are kept with --keep all; else make them again, "
-            "step by step."
-        )
-    return lines
-
-
-def _score_checkpoint(place: Workplace, reference: str) -> Score:
-    """Return a checkpoint's loss; scored once, however often the stream passes over it."""
-    merge_adapter(reference, place.merge)
-    if reference not in place.state.scores:
-        place.state.scores[reference] = place.score(reference, run_command=False)
-    return place.state.scores[reference]
-
-
-def _is_worse(place: Workplace, score: Score) -> bool:
-    """Say whether a step made the model worse, where ``backtrack`` asks."""
-    evaluation = place.plan.config.evaluation
-    if evaluation is None or not evaluation.backtrack:
-        return False
-    return place.state.score_of(place.state.current).better_than(score, evaluation)
-
-
-def _is_best(place: Workplace, score: Score) -> bool:
-    """Say whether a step is better than all before it; without evaluation the last one is."""
-    evaluation = place.plan.config.evaluation
-    if evaluation is None:
-        return True
-    return score.better_than(place.state.score_of(place.state.best), evaluation)
+def _describe(place: Workplace, one: RunCheckpoint) -> MergedCheckpoint:
+    """Return a checkpoint's record; scored once, however often the stream passes over it."""
+    merge_adapter(one.reference, place.merge)
+    try:
+        content = describe(one.reference).fingerprint
+    except InputError:
+        content = None
+    scores: Scores = {}
+    if place.plan.config.compare.checkpoints:
+        earlier = [known for record in place.state.steps for known in record.merged]
+        same = [known for known in earlier if known.reference == one.reference and known.scores]
+        scores = same[0].scores if same else place.score_aside(one.reference)
+    return MergedCheckpoint(name=one.name, reference=one.reference, content=content, scores=scores)

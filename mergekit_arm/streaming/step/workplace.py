@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit.options import MergeOptions
 
+from mergekit_arm.errors import InputError
 from mergekit_arm.files import fresh_directory, remove, write_text
-from mergekit_arm.streaming.evaluation.score import Judge, Score
+from mergekit_arm.judging.judge import Scores
+from mergekit_arm.models.tokenizer import load_own_tokenizer
+from mergekit_arm.streaming.judge import StreamJudge
 from mergekit_arm.streaming.layout import (
     CHECKPOINT_STATISTICS,
     JOURNAL,
@@ -22,7 +26,7 @@ from mergekit_arm.streaming.layout import (
 )
 from mergekit_arm.streaming.options import Keep
 from mergekit_arm.streaming.plan.plan import StreamPlan
-from mergekit_arm.streaming.state import State
+from mergekit_arm.streaming.state import State, StepRecord
 from mergekit_arm.streaming.step.merge import merge_adapter
 
 
@@ -35,9 +39,33 @@ class Workplace:
     merge: MergeOptions
     keep: Keep
     state: State
-    judge: Judge | None
+    judge: StreamJudge | None
     say: Callable[[str], None]
     progress: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        self._use_template()
+
+    def borrow_template(self, references: Sequence[str]) -> str | None:
+        """Return a checkpoint's chat template where the base has none, for all models to come."""
+        trust = self.merge.trust_remote_code
+        base = load_own_tokenizer(self.plan.config.base_model, trust)
+        if self.plan.config.chat_template or base is None or base.chat_template:
+            return None
+        for reference in references:
+            tokenizer = load_own_tokenizer(reference, trust)
+            if tokenizer is not None and isinstance(tokenizer.chat_template, str):
+                self.say(f"the base has no chat template: {reference}'s is used and published")
+                self.state.chat_template = tokenizer.chat_template
+                self._use_template()
+                return self.state.chat_template
+        return None
+
+    def _use_template(self) -> None:
+        if self.state.chat_template is not None:
+            update = {"chat_template": self.state.chat_template}
+            config = self.plan.config.model_copy(update=update)
+            self.plan = dataclasses.replace(self.plan, config=config)
 
     def folder(self, step: int) -> Path:
         """Return the directory of a step (from 1)."""
@@ -47,6 +75,24 @@ class Workplace:
         """Return the reference of the model after ``step``; 0 is the base."""
         return str(self.folder(step) / MODEL) if step else self.plan.config.base_model
 
+    def started_from(self, step: int) -> str:
+        """Return the reference of the model from which ``step`` started.
+
+        Raises:
+            InputError: its weights are not there any more.
+        """
+        number = self.state.before(step)
+        if number and not self.has(number):
+            raise InputError(
+                f"{self.out}: the float32 weights of step {number} are gone, from which the stream "
+                "would go on; keep them with --keep last or --keep all"
+            )
+        return self.model_of(number)
+
+    def has(self, step: int) -> bool:
+        """Say whether a step's weights are there; the base's are."""
+        return step == 0 or Path(self.model_of(step)).is_dir()
+
     @property
     def chosen(self) -> int:
         """The step that ``OUT/model`` is to be, by what is known so far."""
@@ -54,46 +100,54 @@ class Workplace:
         best = evaluation is not None and evaluation.keep == "best"
         return self.state.best if best else self.state.current
 
-    def score(self, reference: str, *, run_command: bool = True) -> Score:
-        """Return how good a model is; all None without ``evaluation``."""
+    def score(self, reference: str, *, run_commands: bool = True) -> Scores:
+        """Return how good a model is; empty without ``evaluation``."""
         if self.judge is None:
-            return Score()
+            return {}
         model = merge_adapter(reference, self.merge)
         scratch = fresh_directory(self.out / SCRATCH)
         try:
-            return self.judge.score(model, scratch, run_command=run_command)
+            return self.judge.score(model, scratch, run_commands=run_commands)
         finally:
             remove(scratch)
+
+    def score_aside(self, reference: str) -> Scores:
+        """Return the scores of a model that is only looked at: no commands unless asked for."""
+        return self.score(reference, run_commands=self.plan.config.compare.commands)
+
+    def better(self, scores: Scores, other: Scores) -> bool:
+        """Say whether ``scores`` are better than ``other``; without evaluation the later is."""
+        evaluation = self.plan.config.evaluation
+        return evaluation is None or evaluation.better(scores, other, self.state.base or {})
 
     def prune(self, *, finished: bool = False) -> None:
         """Remove weights and statistics that neither the next step nor the user needs.
 
-        ``finished``: the final model is there, so that nothing is kept to make it from.
+        What an appended checkpoint would need stays: the last step's weights, unless ``keep``
+        says best, and the statistics that its merge would read.
         """
-        running = self.state.stopped is None
+        kept = {self.state.current, self.chosen}
         if self.keep == "all":
             kept = {record.step for record in self.state.steps if record.accepted}
-        elif running:
-            kept = {self.state.current, self.chosen}
-        else:
-            kept = {self.chosen if self.keep == "best" else self.state.current}
-        if not finished:
-            kept.add(self.chosen)  # the final model is made from it
-        newest = len(self.state.steps)
+        elif finished and self.keep == "best":
+            kept = {self.chosen}
         for record in self.state.steps:
             folder = self.folder(record.step)
             if record.step not in kept:
                 remove(folder / MODEL)
-            for name in (STEP_STATISTICS, TASK_STATISTICS, CHECKPOINT_STATISTICS):
-                remove(folder / f"{name}.partial")  # of a calibration killed at its very end
-            if self.keep == "all":
-                continue
-            if record.step < newest or not running:
-                remove(folder / STEP_STATISTICS)
-                remove(folder / TASK_STATISTICS)
-            remove(folder / CHECKPOINT_STATISTICS)
+            if self.keep != "all":
+                self._prune_statistics(record, folder)
+
+    def _prune_statistics(self, record: StepRecord, folder: Path) -> None:
+        done, calibration = self.state.steps[-1], self.plan.calibration
+        serves = calibration is not None and not calibration.due(done.step + 1)
+        if not (serves and record.step == done.statistics_from):
+            remove(folder / STEP_STATISTICS)
+            remove(folder / TASK_STATISTICS)
+        for path in folder.glob(f"{CHECKPOINT_STATISTICS}*"):
+            remove(path)
 
     def write_journal(self) -> None:
-        """Write ``stream.jsonl`` anew from the state."""
-        lines = (json.dumps(record.model_dump(mode="json")) for record in self.state.steps)
+        """Write ``stream.jsonl`` anew: a line for every step, and for what was skipped."""
+        lines = (json.dumps(one.model_dump(mode="json")) for one in self.state.handled)
         write_text(self.out / JOURNAL, "".join(f"{line}\n" for line in lines))

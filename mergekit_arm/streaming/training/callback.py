@@ -6,7 +6,6 @@ the others how it ended.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
 import subprocess
@@ -19,15 +18,23 @@ from typing import Any
 
 import torch.distributed as dist
 import yaml
+from filelock import FileLock, Timeout
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mergekit_arm.errors import Failure
+from mergekit_arm.errors import Failure, InputError
+from mergekit_arm.files import remove
+from mergekit_arm.sections import read_mapping
 from mergekit_arm.streaming.config import StreamConfig, load_config
-from mergekit_arm.streaming.layout import END_MARKER, INCOMING, MODEL
+from mergekit_arm.streaming.layout import INCOMING, LOCK_FILE, MODEL
 from mergekit_arm.streaming.references import plain_path
-from mergekit_arm.streaming.training.watch import take
+from mergekit_arm.streaming.state import read_state
+from mergekit_arm.streaming.training.checkpoints import number_of, numbered_checkpoints
+from mergekit_arm.streaming.training.watch import OVER, take
 
 LOG = logging.getLogger(__name__)
+
+ORPHAN = 20.0
+"""Seconds in which the stream of a training that was killed has noticed that."""
 
 _MEETING = 5.0  # seconds between two meetings of processes that wait for the stream
 
@@ -52,9 +59,11 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         Trainer(..., callbacks=[callback]).train()      # waits for the stream at its end
         model = callback.check()                        # its directory; raises if it failed
 
-    A stream that fails does not end the training: it is logged, and :meth:`check` raises. A
-    training that fails ends the stream; the same training, resumed, goes on with it. Under
-    ``torchrun`` there is one stream, and :meth:`check` answers on every process.
+    It streams the checkpoints of this training only: those that it saves and, where it is
+    resumed, those that it had saved before. A stream that fails does not end the training: it is
+    logged, and :meth:`check` raises. A training that fails or is killed ends the stream; the same
+    training, resumed, goes on with it. Under ``torchrun`` there is one stream, and :meth:`check`
+    answers on every process.
     """
 
     def __init__(
@@ -91,32 +100,56 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Start the stream, on the main process."""
+        """Start the stream, on the main process.
+
+        Raises:
+            InputError: ``out`` holds the stream of another training, or one that still runs.
+        """
         self._began, self._status = True, None
         if not state.is_world_process_zero:
             return
-        run = Path(args.output_dir)
-        run.mkdir(parents=True, exist_ok=True)
-        (run / END_MARKER).unlink(missing_ok=True)  # of an earlier training
         if self._child is not None and self._child.poll() is None:
             return  # of a training that was interrupted in this process
+        run = Path(args.output_dir).absolute()
+        incoming = self.out / INCOMING
+        self._check_out(state.global_step)
+        for number, path in numbered_checkpoints(incoming).items():
+            if number > state.global_step:  # another training's: this one has not made it yet
+                remove(path)
         file = Path(self._scratch.name) / "stream.yml"
-        document = {**self._document, "checkpoints": str(run.absolute())}
-        file.write_text(yaml.safe_dump(document), encoding="utf-8")
+        file.write_text(yaml.safe_dump({**self._document, "checkpoints": str(run)}), "utf-8")
         command = [sys.executable, "-m", "mergekit_arm", "stream", str(file), str(self.out)]
+        # It ends when this pipe does, by whatever signal this process dies.
         self._child = subprocess.Popen(
-            [*command, "--watch", *self._arguments], env=_alone(os.environ)
+            [*command, "--watch", "--fed", *self._arguments],
+            env=_alone(os.environ),
+            stdin=subprocess.PIPE,
         )
-        # A training that fails would leave it waiting, and the next one's stream locked out.
-        atexit.register(self._child.terminate)
+        merged = self._merged()
+        for number, path in numbered_checkpoints(run).items():
+            if merged < number <= state.global_step:
+                self._take(path)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Take the checkpoint that was just saved."""
-        if self._child is None or self._ended():
-            return
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._child is not None and not self._ended():
+            self._take(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Tell the stream that no more checkpoints come, and wait for its end."""
+        if self._child is not None and self._child.stdin is not None:
+            with suppress(OSError):  # it is over already
+                self._child.stdin.write(f"{OVER}\n".encode())
+                self._child.stdin.close()
+        if self._wait:
+            self._exit_status()
+            self._ended()
+
+    def _take(self, checkpoint: Path) -> None:
         problem = "it is not a complete model"
         try:
             taken = take(checkpoint, self.out / INCOMING)
@@ -125,16 +158,28 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         if not taken:
             LOG.error("%s cannot be streamed: %s", checkpoint, problem)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Tell the stream that no more checkpoints come, and wait for its end."""
-        if self._child is not None:
-            atexit.unregister(self._child.terminate)
-            (Path(args.output_dir) / END_MARKER).touch()
-        if self._wait:
-            self._exit_status()
-            self._ended()
+    def _merged(self) -> int:
+        """Return the number of the last checkpoint that the stream in ``out`` has come to."""
+        state = read_state(self.out)
+        return (
+            max((number_of(one.checkpoint) for one in state.handled), default=-1) if state else -1
+        )
+
+    def _check_out(self, global_step: int) -> None:
+        """Refuse a stream to which this training's checkpoints cannot be appended."""
+        merged = self._merged()
+        if merged > global_step:
+            raise InputError(
+                f"{self.out} holds a stream that came to checkpoint-{merged}, and this training "
+                f"begins at step {global_step}: it is another training's; give another OUT"
+            )
+        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            FileLock(self.out / LOCK_FILE).acquire(timeout=ORPHAN).lock.release()
+        except Timeout as error:
+            raise InputError(
+                f"{self.out}: another process runs this stream; end it, or wait for it"
+            ) from error
 
     def check(self) -> Path:
         """Wait for the stream and return its final model's directory.
@@ -195,7 +240,4 @@ def _document(config: StreamConfig | Mapping[str, Any] | str | Path) -> dict[str
         return config.document()
     if isinstance(config, Mapping):
         return dict(config)
-    loaded = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    if not isinstance(loaded, dict):
-        load_config(config)  # refuses it in one line
-    return dict(loaded)
+    return read_mapping(Path(config))

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
+import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mergekit_arm.errors import InputError
-from mergekit_arm.models.contents import is_adapter, missing_part
+import torch
+from mergekit.common import ModelReference
+from safetensors import SafetensorError, safe_open
+
+from mergekit_arm.errors import InputError, first_line
+from mergekit_arm.models.contents import describe, is_adapter, missing_part, weight_files
 from mergekit_arm.streaming.references import absolute_reference, plain_path
 
 TRAINER_STATE = "trainer_state.json"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
+_UNREADABLE = (
+    OSError, RuntimeError, ValueError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,38 +37,84 @@ class RunCheckpoint:
     """In mergekit's grammar, local paths absolute; an adapter comes with its base."""
 
 
-def find_checkpoints(
-    setting: str | list[str], base_model: str, say: Callable[[str], None]
-) -> list[RunCheckpoint]:
-    """Return the checkpoints that ``setting`` means, in the order of training.
+Group = tuple[RunCheckpoint, ...]
+"""What one step merges: one checkpoint, or one of each of several runs."""
 
-    Incomplete ones of a Trainer's directory are left out, and ``say`` is told.
 
-    Raises:
-        InputError: none, or something that is not a model.
+def find_checkpoints(folder: Path, base_model: str, say: Callable[[str], None]) -> list[Group]:
+    """Return the checkpoints of a Trainer's directory, in the order of training.
+
+    Incomplete ones are left out, and ``say`` is told.
     """
-    if isinstance(setting, list):
-        return [listed_checkpoint(reference, base_model) for reference in setting]
-    folder = Path(plain_path(setting))
-    if not folder.is_dir():
-        raise InputError(
-            f"checkpoints: {setting} is no directory; name a Trainer's output directory, or list "
-            "models: [org/model, ./path]"
-        )
-    found: list[RunCheckpoint] = []
-    numbered = numbered_checkpoints(folder)
-    for path in numbered.values():
+    found: list[Group] = []
+    for path in numbered_checkpoints(folder).values():
         problem = missing_part(path)
         if problem:
             say(f"{path.name} is left out: it is not complete ({problem})")
         else:
-            found.append(trained_checkpoint(path, base_model))
-    if not found:
-        # A model's own directory is the likeliest mistake.
-        own = missing_part(folder) is None
-        remedy = f"it is a model itself: write checkpoints: [{setting}]" if own else "train first"
-        raise InputError(f"checkpoints: {setting} holds no complete checkpoint-N; {remedy}")
+            found.append((trained_checkpoint(path, base_model),))
     return found
+
+
+def no_checkpoint(setting: str) -> InputError:
+    """Return the refusal of a setting that names no checkpoint, with what is likely meant."""
+    folder = Path(plain_path(setting))
+    if not folder.is_dir():
+        return InputError(
+            f"checkpoints: {setting} is no directory; name a Trainer's output directory, or list "
+            "models: [org/model, ./path]"
+        )
+    # A model's own directory is the likeliest mistake.
+    own = missing_part(folder) is None
+    remedy = f"it is a model itself: write checkpoints: [{setting}]" if own else "train first"
+    return InputError(f"checkpoints: {setting} holds no complete checkpoint-N; {remedy}")
+
+
+def number_of(name: str) -> int:
+    """Return N of ``checkpoint-N``."""
+    return int(name.rpartition("-")[2])
+
+
+def problem_of(reference: str, trust_remote_code: bool) -> str | None:
+    """Say why a checkpoint cannot be merged: it is gone, unreadable, or holds no number somewhere.
+
+    Reads all of its weights, which the merge then finds in memory.
+    """
+    parsed = ModelReference.parse(reference)
+    part = parsed.lora or parsed.model
+    try:
+        describe(str(part))
+        folder = Path(part.path)
+        if not folder.is_dir():  # on the Hub
+            folder = Path(ModelReference(model=part).local_path(ignore_lora=True))
+        for file in weight_files(folder):
+            broken = _not_finite(file)
+            if broken:
+                return f"{broken} in {file.name} holds a value that is no finite number"
+    except InputError as error:
+        return error.message
+    except _UNREADABLE as error:
+        return f"{part}: cannot be read ({first_line(error)})"
+    return None
+
+
+def _not_finite(file: Path) -> str | None:
+    """Return the name of a tensor with a value that is NaN or infinite."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            return next((n for n in opened.keys() if _is_broken(opened.get_tensor(n))), None)  # noqa: SIM118
+    saved = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    tensors = saved.get("state_dict", saved)
+    return next((name for name, tensor in tensors.items() if _is_broken(tensor)), None)
+
+
+def _is_broken(tensor: Any) -> bool:
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not tensor.numel():
+        return False
+    if tensor.itemsize == 1:
+        tensor = tensor.float()  # eight-bit floats have no minimum
+    # One pass, and nothing of the tensor's size: both are NaN where any value is.
+    return not all(math.isfinite(float(one)) for one in torch.aminmax(tensor))
 
 
 def numbered_checkpoints(folder: Path) -> dict[int, Path]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mergekit_arm.errors import Failure
 from mergekit_arm.files import remove
 from mergekit_arm.models.contents import missing_part, weight_files
-from mergekit_arm.streaming.layout import END_MARKER
+from mergekit_arm.streaming.layout import END_MARKER, INCOMING
 from mergekit_arm.streaming.options import WatchOptions
 from mergekit_arm.streaming.training.checkpoints import (
     TRAINER_STATE,
@@ -23,6 +27,9 @@ from mergekit_arm.streaming.training.checkpoints import (
     trained_checkpoint,
 )
 
+OVER = "over"
+"""What a training process that feeds a stream says at its end, a line on standard input."""
+
 _ABANDONED = 900.0  # seconds: no copy of one file takes so long, so its process is gone
 
 # What a trainer needs to go on and a merge does not.
@@ -31,12 +38,12 @@ _TRAINING_ONLY = ("optimizer", "scheduler", "scaler", "rng_state", "training_arg
 
 @dataclass
 class Watch:
-    """Takes the run's checkpoints in order of their numbers.
+    """Takes a run's checkpoints as they appear, in a thread, and hands them out in order.
 
     A taken checkpoint is a directory of hard links (copies across file systems) below
-    ``incoming``: it stays whole when the trainer deletes the original, and the one that was
-    taken when a stream was killed is still there when it resumes. Only complete checkpoints
-    are taken. One that the trainer deleted before it could be taken is passed over.
+    ``incoming``: it stays whole when the trainer deletes the original, however long a step
+    takes, and what was taken when a stream was killed is still there when it resumes. Only
+    complete checkpoints are taken. Of one that the trainer deleted before, ``say`` is told.
     """
 
     folder: Path
@@ -44,28 +51,60 @@ class Watch:
     base_model: str
     options: WatchOptions
     say: Callable[[str], None]
+    after: int = -1
+    """The number up to which checkpoints are done with."""
+    last: int | None = None
+    """The number of the run's last checkpoint, where that is known."""
+    _over: threading.Event = field(default_factory=threading.Event)
+    """The training process that feeds this stream has said that it ends."""
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _look: threading.Lock = field(default_factory=threading.Lock)
+    _seen: set[int] = field(default_factory=set)
+    _problem: Exception | None = None
 
-    def next(self, after: int) -> tuple[int, RunCheckpoint] | str:
-        """Wait for the first complete checkpoint whose number exceeds ``after``.
-
-        Where the run has ended, returns what says so: the checkpoint ``after`` was its last,
-        its end marker is there, or nothing new came within the timeout.
-        """
+    def __enter__(self) -> Watch:
+        """Begin to take checkpoints."""
         self.incoming.mkdir(parents=True, exist_ok=True)
         for left in self.incoming.glob(".*"):
             if time.time() - left.stat().st_mtime > _ABANDONED:
                 remove(left)
+        work = self._listen if self.options.fed else self._take_on
+        # A daemon, since it may wait for a line that never comes.
+        threading.Thread(target=work, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take no more."""
+        with self._look:
+            self._stop.set()
+
+    def next(self, after: int) -> RunCheckpoint | str:
+        """Wait for the first complete checkpoint whose number exceeds ``after``.
+
+        Where the run has ended, returns what says so: the checkpoint ``after`` was its last,
+        its end marker is there, the process that feeds this one has said it, or nothing new
+        came within the timeout. Forgets what was taken up to ``after``.
+
+        Raises:
+            Failure: checkpoints cannot be taken.
+        """
+        self._forget(after)
         deadline = time.monotonic() + self.options.timeout
         told = False
         while True:
-            # Read before the directory is: a checkpoint that precedes the marker is seen.
+            # Read before the directory is: a checkpoint that precedes the end is seen.
             ended = self._ended(after)
-            taken = self._take_first(after, ended)
-            if taken is not None:
-                return taken, trained_checkpoint(
-                    self.incoming / f"checkpoint-{taken}", self.base_model
-                )
-            if ended or time.monotonic() > deadline:
+            if not self.options.fed:
+                self._take_all(ended)
+            if self._problem is not None:
+                raise Failure(f"{self.incoming}: {self._problem}; run again") from self._problem
+            taken = [path for n, path in numbered_checkpoints(self.incoming).items() if n > after]
+            if taken:
+                return trained_checkpoint(taken[0], self.base_model)
+            if ended or (time.monotonic() > deadline and not self.options.fed):
                 self._tell_left_out(after)
                 timeout = f"no new checkpoint in {self.options.timeout:g} s"
                 return "the training run has ended" if ended else timeout
@@ -75,13 +114,45 @@ class Watch:
                 told = True
             time.sleep(self.options.poll)
 
-    def forget(self, upto: int) -> None:
-        """Remove taken checkpoints up to number ``upto``, but keep a note if one was the last."""
-        for number, path in numbered_checkpoints(self.incoming).items():
-            if number <= upto:
-                if is_last(path):
-                    (self.incoming / "last").write_text(f"{number}\n", encoding="utf-8")
-                remove(path)
+    def _forget(self, upto: int) -> None:
+        with self._look:
+            self.after = upto
+            for number, path in numbered_checkpoints(self.incoming).items():
+                if number <= upto:
+                    if is_last(path):
+                        self.last = number
+                    remove(path)
+
+    def _take_on(self) -> None:
+        while not self._stop.wait(self.options.poll):
+            try:
+                self._take_all(self._marker())
+            except (OSError, Failure) as error:
+                self._problem = error  # for the loop, which reads it before it waits
+                return
+
+    def _listen(self) -> None:
+        """Read what the training process says; without it there is nothing to go on for."""
+        for line in sys.stdin:
+            if line.strip() == OVER:
+                self._over.set()
+                return
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _take_all(self, ended: bool) -> None:
+        with self._look:
+            if self._stop.is_set():
+                return
+            there, taken = numbered_checkpoints(self.folder), numbered_checkpoints(self.incoming)
+            for number in sorted(self._seen - there.keys() - taken.keys()):
+                self._seen.discard(number)
+                if number > self.after:
+                    self.say(f"checkpoint-{number} was deleted before it could be taken")
+            for number, path in there.items():
+                if number > self.after and number not in taken:
+                    self._seen.add(number)
+                    if self._complete(path, ended):
+                        take(path, self.incoming)
 
     def _tell_left_out(self, after: int) -> None:
         for number, path in numbered_checkpoints(self.folder).items():
@@ -89,26 +160,14 @@ class Watch:
             if number > after and problem:
                 self.say(f"{path.name} is left out: it is not complete ({problem})")
 
-    def _ended(self, after: int) -> bool:
+    def _marker(self) -> bool:
         marker = self.options.end_marker
-        file = Path(marker) if marker else self.folder / END_MARKER
-        return file.exists() or self._last() == after
+        return (Path(marker) if marker else self.folder / END_MARKER).exists()
 
-    def _last(self) -> int | None:
-        try:
-            return int((self.incoming / "last").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-
-    def _take_first(self, after: int, ended: bool) -> int | None:
-        taken = [n for n in numbered_checkpoints(self.incoming) if n > after]
-        limit = min(taken, default=None)
-        for number, path in numbered_checkpoints(self.folder).items():
-            if number <= after or (limit is not None and number >= limit):
-                continue
-            if self._complete(path, ended) and take(path, self.incoming):
-                return number
-        return limit
+    def _ended(self, after: int) -> bool:
+        if self.options.fed:
+            return self._over.is_set()
+        return self._marker() or self.last == after
 
     def _complete(self, path: Path, ended: bool) -> bool:
         if missing_part(path) is not None:
@@ -120,6 +179,22 @@ class Watch:
         except (OSError, ValueError):
             return False
         return time.time() - newest >= self.options.settle
+
+
+@contextmanager
+def watch_run(
+    folder: Path | None,
+    out: Path,
+    base_model: str,
+    options: WatchOptions | None,
+    say: Callable[[str], None],
+) -> Iterator[Watch | None]:
+    """Take the checkpoints of ``folder`` into ``out`` meanwhile; None without ``options``."""
+    if options is None or folder is None:
+        yield None
+        return
+    with Watch(folder, out / INCOMING, base_model, options, say) as watch:
+        yield watch
 
 
 def take(checkpoint: Path, incoming: Path) -> bool:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from filelock import FileLock
 
 from mergekit_arm.errors import Failure, InputError
-from mergekit_arm.streaming import StreamCallback
+from mergekit_arm.streaming import StreamCallback, stream
 from mergekit_arm.streaming.training import callback as callback_module
 from tests.support.models import tiny_llama
-from tests.support.streams import config, weights, write_tokens
+from tests.support.streams import config, weights, write_run, write_tokens
 
 
 @pytest.mark.slow
@@ -65,20 +69,18 @@ def test_a_failing_stream_does_not_end_training(tmp_path: Path) -> None:
         callback.check()
 
 
-def test_neither_training_nor_stream_outlives_the_others_failure(
+def test_a_checkpoint_that_cannot_be_taken_does_not_end_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
     children: list[subprocess.Popen[bytes]] = []
-    at_exit: list[Callable[[], None]] = []
 
-    def popen(command: list[str], env: dict[str, str]) -> subprocess.Popen[bytes]:
-        children.append(Popen(sleeping))
+    def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        children.append(Popen(sleeping, **options))
         return children[-1]
 
     Popen = subprocess.Popen
     monkeypatch.setattr(callback_module.subprocess, "Popen", popen)
-    monkeypatch.setattr(callback_module.atexit, "register", at_exit.append)
     callback = StreamCallback(config(tmp_path), tmp_path / "out")
 
     class Arguments:
@@ -88,11 +90,113 @@ def test_neither_training_nor_stream_outlives_the_others_failure(
     callback.on_train_begin(Arguments(), State(), None)  # type: ignore[arg-type]
     assert len(children) == 1  # after an interruption the stream that waits is used again
     tiny_llama(0).save_pretrained(tmp_path / "run" / "checkpoint-2")
+    shutil.rmtree(tmp_path / "out")
     (tmp_path / "out").write_text("in the way")
     callback.on_save(Arguments(), State(), None)  # type: ignore[arg-type]
     assert "checkpoint-2 cannot be streamed" in caplog.text
-    at_exit[0]()
-    assert children[0].wait(timeout=20) == -signal.SIGTERM
+    children[0].kill()
+    assert children[0].wait(timeout=20) == -signal.SIGKILL
+
+
+class Child:
+    """A stream that is over before it began."""
+
+    def __init__(self, command: list[str], **options: Any) -> None:
+        self.stdin = None
+
+    def poll(self) -> int:
+        return 0
+
+    def wait(self, timeout: float) -> int:
+        return 0
+
+
+def begin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, run: str = "run"
+) -> StreamCallback:
+    """Begin a training at ``step`` into ``run``, with a stream into ``out`` that does nothing."""
+    monkeypatch.setattr(callback_module.subprocess, "Popen", Child)
+
+    class Arguments:
+        output_dir = str(tmp_path / run)
+
+    class At(State):
+        global_step = step
+
+    callback = StreamCallback(config(tmp_path, checkpoints=None), tmp_path / "out")
+    callback.on_train_begin(Arguments(), At(), None)  # type: ignore[arg-type]
+    return callback
+
+
+def test_another_trainings_stream_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished stream's model would be returned as this training's."""
+    write_run(tmp_path, (2, 4))
+    stream(config(tmp_path), tmp_path / "out")
+    for step in (0, 2):
+        with pytest.raises(InputError, match=r"came to checkpoint-4.*another training's"):
+            begin(tmp_path, monkeypatch, step, "another")
+    begin(tmp_path, monkeypatch, 4)  # the same, resumed
+
+
+@pytest.mark.slow
+def test_the_stream_of_another_directory_is_refused_by_the_stream(tmp_path: Path) -> None:
+    """Where a training was resumed, and its numbers alone would fit."""
+    write_run(tmp_path, (2,))
+    stream(config(tmp_path), tmp_path / "out")
+
+    class Arguments:
+        output_dir = str(tmp_path / "another")
+
+    callback = StreamCallback(config(tmp_path, checkpoints=None), tmp_path / "out", ["--quiet"])
+    callback.on_train_begin(Arguments(), State(), None)  # type: ignore[arg-type]
+    callback.on_train_end(Arguments(), State(), None)  # type: ignore[arg-type]
+    with pytest.raises(Failure, match="ended with 2"):
+        callback.check()
+
+
+def test_only_this_trainings_checkpoints_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path, (2, 4, 6))
+    taken = tmp_path / "out" / "incoming"
+    begin(tmp_path, monkeypatch, 0)
+    assert not taken.exists()  # all three are an older run's
+    begin(tmp_path, monkeypatch, 4)  # resumed from the second
+    assert sorted(path.name for path in taken.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    begin(tmp_path, monkeypatch, 2)
+    assert [path.name for path in taken.iterdir()] == ["checkpoint-2"]
+
+
+def test_a_stream_that_still_runs_is_not_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callback_module, "ORPHAN", 0.1)
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(InputError, match="another process"):
+        begin(tmp_path, monkeypatch, 0)
+
+
+@pytest.mark.slow
+def test_a_stream_ends_with_the_training_that_feeds_it(tmp_path: Path) -> None:
+    """Also where that is killed, and nothing of it can say so."""
+    write_run(tmp_path, (2,))
+    (tmp_path / "stream.yml").write_text(yaml.safe_dump(config(tmp_path)))
+    command = [sys.executable, "-m", "mergekit_arm", "stream", "stream.yml", "out", "--watch"]
+    child = subprocess.Popen(
+        [*command, "--fed", "--poll", "0.1"],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "COLUMNS": "300"},
+    )
+    assert child.stdin is not None
+    assert child.stderr is not None
+    # It takes nothing itself: what lies there may be another training's.
+    assert any(b"waiting for the first checkpoint" in line for line in child.stderr)
+    child.stdin.close()
+    assert child.wait(timeout=30) == -signal.SIGTERM
 
 
 _TRAINING = """
@@ -147,19 +251,17 @@ def test_the_stream_is_none_of_the_trainings_processes(
 ) -> None:
     given: list[dict[str, str]] = []
 
-    class Child:
-        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+    class Recorder(Child):
+        def __init__(self, command: list[str], env: dict[str, str], **options: Any) -> None:
+            super().__init__(command)
             given.append(env)
-
-        def terminate(self) -> None:
-            pass
 
     launched = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
     launched |= {"MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": "0"}
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("HF_HOME", "/kept")
-    monkeypatch.setattr(callback_module.subprocess, "Popen", Child)
+    monkeypatch.setattr(callback_module.subprocess, "Popen", Recorder)
 
     class Arguments:
         output_dir = str(tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,7 +16,6 @@ import pytest
 import torch
 
 from mergekit_arm.errors import Failure, InputError
-from mergekit_arm.files import hash_file
 from mergekit_arm.streaming import StreamOptions, WatchOptions, stream
 from mergekit_arm.streaming.training.checkpoints import is_last
 from mergekit_arm.streaming.training.watch import Watch, take
@@ -46,6 +46,10 @@ def save(models: Path, run: Path, number: int, *, last: bool = False) -> Path:
     return folder
 
 
+def digest(model: Path) -> str:
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+
+
 def watch(models: Path, tmp_path: Path, options: WatchOptions = FAST) -> Watch:
     return Watch(
         tmp_path / "run", tmp_path / "in", str(models / "base"), options, lambda note: None
@@ -66,8 +70,8 @@ def test_a_checkpoint_is_taken_when_it_is_complete(models: Path, tmp_path: Path)
     (folder / "trainer_state.json").write_text("{}")
     taken = follower.next(-1)
     assert not isinstance(taken, str)
-    assert taken[0] == 1
-    assert taken[1].reference == str(tmp_path / "in" / "checkpoint-1")
+    assert taken.name == "checkpoint-1"
+    assert taken.reference == str(tmp_path / "in" / "checkpoint-1")
 
 
 def test_without_a_trainers_state_a_checkpoint_must_have_settled(
@@ -83,12 +87,12 @@ def test_without_a_trainers_state_a_checkpoint_must_have_settled(
 
 def test_what_was_taken_outlives_its_original(models: Path, tmp_path: Path) -> None:
     folder = save(models, tmp_path / "run", 1)
-    original = hash_file(folder / "model.safetensors")
+    original = digest(folder)
     taken = watch(models, tmp_path).next(-1)
     assert not isinstance(taken, str)
     shutil.rmtree(folder)
     copy = tmp_path / "in" / "checkpoint-1"
-    assert hash_file(copy / "model.safetensors") == original
+    assert digest(copy) == original
     assert not (copy / "optimizer.pt").exists()
 
 
@@ -106,7 +110,7 @@ def test_a_checkpoint_that_vanishes_half_way_is_passed_over(
     monkeypatch.setattr(os, "link", rotating)
     taken = watch(models, tmp_path).next(-1)
     assert not isinstance(taken, str)
-    assert taken[0] == 2
+    assert taken.name == "checkpoint-2"
     assert [path.name for path in (tmp_path / "in").iterdir()] == [second.name]
 
 
@@ -163,6 +167,54 @@ def test_a_stream_follows_training_to_its_end(models: Path, tmp_path: Path, endi
     found = weights(result.model)
     assert all(torch.allclose(found[n], expected[n], rtol=1e-5, atol=1e-7) for n in found)
     assert not (tmp_path / "out" / "incoming").exists()
+
+
+def test_what_is_rotated_away_during_a_long_step_is_merged(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mergekit_arm.streaming.step.step as module
+
+    run = tmp_path / "run"
+    merge = module.merge
+
+    def slow(document: Any, text: str, *rest: Any) -> None:
+        if "checkpoint-1" in text:  # a trainer that keeps one checkpoint saves three more
+            for number in (2, 3, 4):
+                folder = save(models, run, number, last=number == 4)
+                time.sleep(0.5)
+                shutil.rmtree(folder)
+        merge(document, text, *rest)
+
+    monkeypatch.setattr(module, "merge", slow)
+    save(models, run, 1)
+    document = config(tmp_path, base_model=str(models / "base"))
+    result = stream(document, tmp_path / "out", StreamOptions(watch=FAST))
+    assert [one.checkpoint for one in result.steps] == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
+    assert not (tmp_path / "out" / "incoming").exists()
+
+
+def test_what_vanishes_before_it_is_whole_is_told(models: Path, tmp_path: Path) -> None:
+    folder = save(models, tmp_path / "run", 1)
+    (folder / "config.json").unlink()
+    notes: list[str] = []
+    options = WatchOptions(poll=0.02, timeout=0.5)
+    with Watch(tmp_path / "run", tmp_path / "in", "base", options, notes.append) as follower:
+        time.sleep(0.2)
+        shutil.rmtree(folder)
+        assert follower.next(-1) == "no new checkpoint in 0.5 s"
+    assert "checkpoint-1 was deleted before it could be taken" in notes
+
+
+def test_a_watched_stream_goes_on_with_further_training(models: Path, tmp_path: Path) -> None:
+    save(models, tmp_path / "run", 1, last=True)
+    document = config(tmp_path, base_model=str(models / "base"))
+    stream(document, tmp_path / "out", StreamOptions(watch=FAST))
+    again = stream(document, tmp_path / "out", StreamOptions(watch=FAST))  # ended, it waits not
+    assert len(again.steps) == 1
+    save(models, tmp_path / "run", 2, last=True)
+    assert len(stream(document, tmp_path / "out", StreamOptions(watch=FAST)).steps) == 2
+    save(models, tmp_path / "run", 3)
+    assert len(stream(document, tmp_path / "out").steps) == 3  # and without --watch as well
 
 
 def interrupted(document: dict[str, Any], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +289,7 @@ def test_a_run_without_a_checkpoint_fails_and_may_be_followed_again(
     document = config(tmp_path, base_model=str(models / "base"), evaluation=evaluation)
     hasty = StreamOptions(watch=WatchOptions(poll=0.02, timeout=0.1))
     notes: list[str] = []
-    with pytest.raises(Failure, match="no checkpoint came"):
+    with pytest.raises(Failure, match="no checkpoint was merged"):
         stream(document, tmp_path / "out", hasty, say=notes.append)
     assert any("checkpoint-1 is left out" in note and "truncated" in note for note in notes)
     assert not (tmp_path / "out" / "model").exists()

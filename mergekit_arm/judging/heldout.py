@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from mergekit_arm.data.chats import render, tokenise_rendered
 from mergekit_arm.data.formats import RowFormat, Unusable
 from mergekit_arm.data.rows import in_order, load_rows
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming.config import Evaluation, section
+from mergekit_arm.judging.sets import HeldOutSet
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -36,7 +37,7 @@ class ScoredSequence:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What every model of a stream is judged by: the same tokens for all of them."""
+    """What models are judged by: the same tokens for all of them."""
 
     sequences: list[ScoredSequence]
     answers_only: bool
@@ -44,6 +45,16 @@ class HeldOut:
     @property
     def scored_tokens(self) -> int:
         return sum(int(sequence.scored.sum()) for sequence in self.sequences)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tokens, and of which are scored."""
+        found = hashlib.sha256()
+        for sequence in self.sequences:
+            found.update(len(sequence.ids).to_bytes(8, "little"))
+            found.update(sequence.ids.numpy().tobytes())
+            found.update(sequence.scored.numpy().tobytes())
+        return found.hexdigest()
 
     def batches(
         self, *, elements: int, width: int, batch_size: int | None
@@ -70,7 +81,7 @@ class HeldOut:
             yield ids, mask, labels
 
 
-def load_heldout(settings: Evaluation, tokenizers: list[PreTrainedTokenizerBase]) -> HeldOut:
+def load_heldout(settings: HeldOutSet, tokenizers: list[PreTrainedTokenizerBase]) -> HeldOut:
     """Read and tokenise the held-out data.
 
     ``tokenizers``: the base's, then others that may be used where it has no chat template.
@@ -78,28 +89,26 @@ def load_heldout(settings: Evaluation, tokenizers: list[PreTrainedTokenizerBase]
     Raises:
         InputError: no data, no usable column, no tokenizer, or a template that cannot be cut.
     """
-    assert settings.dataset is not None
-    with section("evaluation"):
-        rows, split = load_rows(settings.dataset, settings.subset, settings.split)
-        form = recognise(rows, settings.text_column, settings.seed)
-        if form.kind == "chat":
-            held = HeldOut(_chat_sequences(rows, form, settings, tokenizers), True)
-        else:
-            corpus = build_corpus(
-                rows,
-                tokenizers[0] if tokenizers else None,
-                split=split,
-                column=settings.text_column,
-                samples=settings.samples,
-                sequence_length=settings.sequence_length,
-                seed=settings.seed,
-            )
-            held = whole_text(corpus.blocks)
-        if held.scored_tokens == 0:
-            remedy = "give longer rows"
-            if held.answers_only:
-                remedy = "no row has a message of the role assistant that answers another"
-            raise InputError(f"no token of the data can be scored: {remedy}")
+    rows, split = load_rows(settings.dataset, settings.subset, settings.split)
+    form = recognise(rows, settings.text_column, settings.seed)
+    if form.kind == "chat":
+        held = HeldOut(_chat_sequences(rows, form, settings, tokenizers), True)
+    else:
+        corpus = build_corpus(
+            rows,
+            tokenizers[0] if tokenizers else None,
+            split=split,
+            column=settings.text_column,
+            samples=settings.samples,
+            sequence_length=settings.sequence_length,
+            seed=settings.seed,
+        )
+        held = whole_text(corpus.blocks)
+    if held.scored_tokens == 0:
+        remedy = "give longer rows"
+        if held.answers_only:
+            remedy = "no row has a message of the role assistant that answers another"
+        raise InputError(f"no token of the data can be scored: {remedy}")
     return held
 
 
@@ -111,7 +120,7 @@ def whole_text(blocks: Iterable[Tensor]) -> HeldOut:
 def _chat_sequences(
     rows: Dataset | IterableDataset,
     form: RowFormat,
-    settings: Evaluation,
+    settings: HeldOutSet,
     tokenizers: list[PreTrainedTokenizerBase],
 ) -> list[ScoredSequence]:
     tokenizer = next((one for one in tokenizers if one.chat_template), None)

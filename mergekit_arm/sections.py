@@ -1,0 +1,85 @@
+"""YAML files of ours as checked models: how one is read, and how a mistake in it is told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mergekit_arm.errors import InputError, did_you_mean
+
+_FLAG = re.compile(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)")
+
+
+class Section(BaseModel):
+    """A part of a file: no other keys than its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@contextmanager
+def section(name: str) -> Iterator[None]:
+    """Put ``name`` before what is refused inside, and keys where ``calibrate`` has flags.
+
+    Raises:
+        InputError: the same, reworded.
+    """
+    try:
+        yield
+    except InputError as error:
+        message = _FLAG.sub(lambda flag: flag[1].replace("-", "_"), error.message)
+        raise InputError(f"{name}: {message}") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # yaml is untyped
+    """YAML, where one key twice is a mistake and not the second value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1 and key != "<<"), None)
+        if twice is not None:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(f"the key {twice} stands twice in the mapping of line {line}")
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds.
+
+    Raises:
+        InputError: it cannot be read, is no YAML, has a key twice, or holds no mapping.
+    """
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; name the YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(document, Mapping):
+        raise InputError(f"{path}: must be a mapping that starts with merge_method, base_model …")
+    return dict(document)
+
+
+def explain(error: ValidationError, known: Mapping[str, type[BaseModel]]) -> str:
+    """Return the first mistake as ``place: what is wrong``.
+
+    ``known``: a place's dotted name (``""`` is the whole) → the model that says its keys.
+    """
+    errors = error.errors()
+    # A misspelt key also leaves the right one missing: name the cause.
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+    place = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        outer = ".".join(place[:-1])
+        keys = known[outer].model_fields if outer in known else {}
+        inside = f" in {outer}" if outer else ""
+        there = f"; there are: {', '.join(keys)}" if keys else ""
+        return f"unknown key {place[-1]!r}{inside}{did_you_mean(place[-1], keys)}{there}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(place)}: {message[:1].lower()}{message[1:]}" if place else message

@@ -1,0 +1,112 @@
+"""The end of a stream: the final model, the average it is compared with, card and picture."""
+
+from __future__ import annotations
+
+import json
+
+from mergekit_arm.errors import Failure, InputError
+from mergekit_arm.files import remove, write_text
+from mergekit_arm.models.contents import describe
+from mergekit_arm.streaming.layout import (
+    AVERAGE,
+    CARD,
+    INCOMING,
+    LORA_CACHE,
+    METRIC_LOG,
+    MODEL,
+    PLOT,
+    PROVENANCE,
+)
+from mergekit_arm.streaming.plan.document import average_document, cast_document, to_yaml
+from mergekit_arm.streaming.report.card import stream_card
+from mergekit_arm.streaming.report.plot import draw_stream
+from mergekit_arm.streaming.state import Comparison
+from mergekit_arm.streaming.step.merge import forgetting, merge, merge_adapter
+from mergekit_arm.streaming.step.workplace import Workplace
+
+
+def finish(place: Workplace, reason: str) -> int:
+    """Make ``OUT/model`` of the chosen step, unless it lies there, and return that step."""
+    state, chosen = place.state, place.chosen
+    if chosen == 0:
+        place.say("no step was better than the base: the final model is the base")
+    _make_model(place, chosen)
+    evaluation, compare = place.plan.config.evaluation, place.plan.config.compare
+    if compare.average and evaluation and (evaluation.has_data or compare.commands):
+        _average(place)
+    # A finished model is published as it lies there: nothing half-written goes into it.
+    facts = place.folder(chosen or len(state.steps)) / PROVENANCE
+    measured = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else None
+    card = stream_card(place.plan, state, chosen, measured)
+    write_text(place.out / MODEL / CARD, card, staging=place.out)
+    draw_stream(state, place.plan.config.evaluation, place.out / PLOT)
+    if state.chosen is None:
+        place.prune(finished=True)
+    for name in (INCOMING, LORA_CACHE, METRIC_LOG):
+        remove(place.out / name)
+    state.chosen, state.stopped = chosen, reason
+    state.save(place.out)
+    return chosen
+
+
+def _make_model(place: Workplace, chosen: int) -> None:
+    state, model = place.state, place.out / MODEL
+    source, options = place.model_of(chosen), place.merge
+    document = cast_document(source, place.plan.final_dtype)
+    if state.chat_template is not None:
+        document["chat_template"] = state.chat_template
+    made = f"{to_yaml(document)}{options.out_shard_size} {options.safe_serialization}"
+    if model.is_dir() and state.final == made:
+        return
+    if not place.has(chosen):
+        raise InputError(
+            f"{place.out}: the float32 weights of step {chosen} are gone, of which the final model "
+            "would be made; keep them with --keep last or --keep all"
+        )
+    if state.final is not None and model.is_dir():
+        place.say(f"{model} is replaced: it becomes step {chosen} in {place.plan.final_dtype}")
+    merge_adapter(source, options)
+    copies = options.copy_tokenizer and place.plan.has_tokenizer
+    with forgetting([source]):
+        merge(
+            document,
+            to_yaml(document),
+            model,
+            options.model_copy(update={"copy_tokenizer": copies}),
+        )
+    state.final = made
+    state.save(place.out)
+
+
+def _average(place: Workplace) -> None:
+    """Score the uniform average of the merged checkpoints, once for so many steps."""
+    state = place.state
+    if state.average is not None and state.average.steps == len(state.steps):
+        return
+    merged = [one for record in state.steps for one in record.merged]
+    references = list(dict.fromkeys(one.reference for one in merged))
+    state.average = Comparison(steps=len(state.steps))
+    if len(references) < 2 or place.plan.config.changes_tokens:
+        single = "a single checkpoint was merged"
+        state.average.missing = single if len(references) < 2 else "the merges change the tokens"
+        return
+    try:
+        for reference in references:
+            describe(reference)
+            merge_adapter(reference, place.merge)
+    except InputError:
+        state.average.missing = "not all of the checkpoints are there any more"
+        place.say(f"the uniform average is not scored: {state.average.missing}")
+        return
+    model = place.out / AVERAGE
+    document = average_document(references)
+    options = place.merge.model_copy(update={"copy_tokenizer": place.plan.has_tokenizer})
+    try:
+        with forgetting([*references, str(model)]):
+            merge(document, to_yaml(document), model, options)
+        state.average.scores = place.score_aside(str(model))
+    except Failure as error:  # it is there to be looked at: the stream does not depend on it
+        state.average.missing = error.message
+        place.say(f"the uniform average is not scored: {error.message}")
+    finally:
+        remove(model)

@@ -1,0 +1,54 @@
+"""Scores a stream's models again where the judge has changed since."""
+
+from __future__ import annotations
+
+from mergekit_arm.errors import InputError
+from mergekit_arm.models.contents import describe
+from mergekit_arm.streaming.state import difference
+from mergekit_arm.streaming.step.workplace import Workplace
+
+
+def score_again(place: Workplace, judge: dict[str, str]) -> None:
+    """Bring all scores of the state to those of ``judge``, and the best step with them.
+
+    Models whose weights are gone have no score any more, and cannot be the best; it is said.
+    """
+    state = place.state
+    changed = difference(state.judge, judge) if state.base is not None else None
+    state.judge = judge
+    if changed:
+        place.say(f"the judge has changed ({changed}): scoring again what is there")
+        state.base, state.tried, state.average = place.score(place.plan.config.base_model), [], None
+        state.data = place.judge.read_data() if place.judge is not None else {}
+        lost = []
+        for record in state.steps:
+            record.base = state.base
+            for one in record.merged:
+                there = place.plan.config.compare.checkpoints and _is_there(one.reference)
+                one.scores = place.score_aside(one.reference) if there else {}
+            if not record.accepted:
+                record.current = state.scores_of(
+                    next(
+                        (o.step for o in reversed(state.steps[: record.step - 1]) if o.accepted), 0
+                    )
+                )
+            elif place.has(record.step):
+                record.current = place.score(place.model_of(record.step))
+            else:
+                record.current = {}
+                lost.append(str(record.step))
+        if lost and place.judge is not None:
+            place.say(f"steps without weights have no score any more: {', '.join(lost)}")
+    best = 0
+    for record in state.steps:  # what is the best may also have changed without a new score
+        if record.accepted and place.better(record.current, state.scores_of(best)):
+            best = record.step
+        record.best_step = best
+
+
+def _is_there(reference: str) -> bool:
+    try:
+        describe(reference)
+    except InputError:
+        return False
+    return True

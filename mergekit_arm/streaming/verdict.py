@@ -1,0 +1,169 @@
+"""The section ``evaluation``: by what a step is judged, which of two is better, what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from mergekit_arm.errors import InputError
+from mergekit_arm.judging.judge import Scores
+from mergekit_arm.judging.sets import DTYPE, EvaluationSet, HeldOutSet, read_sets
+from mergekit_arm.sections import Section
+
+LOSS, METRIC = "loss", "metric"
+"""Names of the sets where the file gives none."""
+
+_OF_DATA = tuple(HeldOutSet.model_fields)
+METRIC_KEYS = {
+    "metric_command": "metric_command",
+    "metric_goal": "goal",
+    "metric_timeout": "timeout",
+}
+SETS = "sets"
+"""The field under which the checked sets stand; no key of the file."""
+
+
+class Evaluation(Section):
+    """How a step is judged, and what follows from it."""
+
+    sets: dict[str, EvaluationSet]
+    """By name, in the order of the file."""
+    device: str = "auto"
+    dtype: DTYPE = "auto"
+    keep: Literal["best", "last"] = "best"
+    patience: int | None = Field(default=None, ge=1)
+    backtrack: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _collect(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            raise ValueError("must be a mapping such as {dataset: ./heldout.jsonl}")
+        if SETS in given:
+            return given  # what this function made, once more
+        own = {key: given[key] for key in cls.model_fields if key in given}
+        named = {key: value for key, value in given.items() if isinstance(value, Mapping)}
+        rest = {key: value for key, value in given.items() if key not in (*own, *named)}
+        sets = _named(named, rest) if named else _unnamed(rest)
+        unknown = {key: value for key, value in rest.items() if not _known(key, bool(named))}
+        try:
+            return {**own, **unknown, SETS: read_sets(sets, "")}
+        except InputError as error:
+            raise ValueError(_told(error.message)) from error
+
+    @property
+    def deciding(self) -> list[str]:
+        """The sets whose scores decide which step is the best.
+
+        A set with a bound only has to keep it, unless it says its weight. Where a file names no
+        sets, the command decides if there is one.
+        """
+        if METRIC in self.sets and set(self.sets) <= {LOSS, METRIC}:
+            return [METRIC]
+        found = [
+            name
+            for name, one in self.sets.items()
+            if bound_of(one) is None or "weight" in one.model_fields_set
+        ]
+        return found or list(self.sets)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether a set is data, and not a command."""
+        return any(isinstance(one, HeldOutSet) for one in self.sets.values())
+
+    def standing(self, scores: Scores, base: Scores) -> tuple[bool, float] | None:
+        """Return how good a model is beside the base, to be compared; None where it is not known.
+
+        Whether it keeps every bound; and the sum over the deciding sets of weight · (how much
+        better than the base), in nats for losses and in its own unit for a command.
+        """
+        if any(name not in scores or name not in base for name in self.sets):
+            return None
+        gain = 0.0
+        for name in self.deciding:
+            one = self.sets[name]
+            change = scores[name] - base[name]
+            gain += one.weight * (change if one.goal == "maximize" else -change)
+        return not self.exceeded(scores, base), gain
+
+    def exceeded(self, scores: Scores, base: Scores) -> list[str]:
+        """Return the sets whose loss has risen over the base's by more than their ``at_most``."""
+        bounds = {name: bound_of(one) for name, one in self.sets.items()}
+        return [
+            name
+            for name, bound in bounds.items()
+            if bound is not None and name in scores and scores[name] > base[name] + bound
+        ]
+
+    def better(self, scores: Scores, other: Scores, base: Scores) -> bool:
+        """Say whether ``scores`` are better than ``other``; equal is not."""
+        one, two = self.standing(scores, base), self.standing(other, base)
+        return one is not None and (two is None or one > two)
+
+    def better_of(self, scores: Scores, other: Scores) -> bool:
+        """Say whether a checkpoint's ``scores`` are better than ``other``, by the sets of both.
+
+        Commands are not run for them, so that a loss decides where a command decides the steps.
+        """
+        names = [name for name in self.deciding if name in scores and name in other]
+        change = 0.0
+        for name in names or [n for n in scores if n in other]:
+            one = self.sets[name]
+            difference = scores[name] - other[name]
+            change += one.weight * (difference if one.goal == "maximize" else -difference)
+        return change > 0
+
+    def document(self) -> dict[str, Any]:
+        """Return the YAML section again, without defaults."""
+        own = self.model_dump(mode="json", exclude_defaults=True, exclude={SETS})
+        written = {
+            name: one.model_dump(mode="json", exclude_unset=True) for name, one in self.sets.items()
+        }
+        if not set(written) <= {LOSS, METRIC}:
+            return {**written, **own}
+        metric = written.get(METRIC, {})
+        command = {key: metric[field] for key, field in METRIC_KEYS.items() if field in metric}
+        return {**written.get(LOSS, {}), **command, **own}
+
+
+def bound_of(one: EvaluationSet) -> float | None:
+    """Return how much a set's loss may rise over the base's."""
+    return one.at_most if isinstance(one, HeldOutSet) else None
+
+
+def _known(key: str, named: bool) -> bool:
+    return key in _OF_DATA or (not named and key in METRIC_KEYS)
+
+
+def _named(named: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
+    """Give every set the settings that stand beside the sets."""
+    shared = {key: value for key, value in rest.items() if key in _OF_DATA}
+    return {
+        name: dict(one) if "metric_command" in one else {**shared, **one}
+        for name, one in named.items()
+    }
+
+
+def _unnamed(given: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if given.get("dataset") is not None:
+        found[LOSS] = {key: given[key] for key in _OF_DATA if key in given}
+    command, goal = given.get("metric_command"), given.get("metric_goal")
+    if (command is None) != (goal is None):
+        raise ValueError("metric_command and metric_goal (minimize or maximize) belong together")
+    if command is not None:
+        found[METRIC] = {
+            field: given[key] for key, field in METRIC_KEYS.items() if given.get(key) is not None
+        }
+    if not found:
+        raise ValueError("needs a dataset, a metric_command, or both; or named sets of such")
+    return found
+
+
+def _told(message: str) -> str:
+    """Return what ``read_sets`` refused, without names that the file does not have."""
+    place, _, rest = message.removeprefix(".").partition(": ")
+    return rest if place in (LOSS, METRIC) else f"{place}: {rest}" if rest else message

@@ -1,0 +1,90 @@
+"""The card of a search's best model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import yaml
+
+from mergekit_arm.judging.judge import Scores
+from mergekit_arm.judging.sets import EvaluationSet, HeldOutSet
+from mergekit_arm.tuning.plan import TunePlan
+from mergekit_arm.tuning.trials import TrialRecord
+
+Row = tuple[str, float | None, Scores]
+"""What was scored, its gain, and its scores."""
+
+_TEMPLATE = """---
+{front}---
+# The best merge of {count} trials
+
+Trial {number}, {described}.
+Made with [mergekit](https://github.com/arcee-ai/mergekit) and mergekit-arm's `tune`, which
+searches the numbers of a merge. 0 is the base model's gain, 1 that of the best input model.
+
+## Evaluation, on which the numbers were searched
+
+{evaluation}
+{sets}{test}
+## Configuration
+
+```yaml
+{best}```
+"""
+
+
+def tune_card(
+    plan: TunePlan,
+    best: TrialRecord,
+    text: str,
+    count: int,
+    evaluation: list[Row],
+    test: list[Row],
+) -> str:
+    """Return the card's Markdown. No date and no duration: the same search, the same bytes."""
+    front: dict[str, object] = {"library_name": "transformers"}
+    # The Hub refuses a card whose base_model is not a repository's name.
+    names = [one.split("+")[0].split("@")[0] for one in [plan.base or "", *plan.inputs]]
+    hub = [name for name in names if name.count("/") == 1 and not name.startswith((".", "/"))]
+    if hub:
+        front["base_model"] = hub
+    front["tags"] = ["mergekit", "merge", "mergekit-arm"]
+    tested = ""
+    if test:
+        tested = f"\n## Test, on which nothing was searched\n\n{_table(test)}"
+    return _TEMPLATE.format(
+        front=yaml.safe_dump(front, sort_keys=False),
+        count=count,
+        number=best.number,
+        described=best.describe(),
+        evaluation=_table(evaluation),
+        sets=_sets(plan, plan.judge.sets),
+        test=tested,
+        best=text,
+    )
+
+
+def _table(rows: list[Row]) -> str:
+    names = list(rows[0][2])
+    header = ["", "gain", *names]
+    lines = [header, ["---"] * len(header)]
+    for label, gain, scores in rows:
+        shown = label if not os.path.isabs(label) else os.path.basename(label)
+        cells = [f"{scores[name]:.4f}" for name in names]
+        lines.append([shown, "" if gain is None else f"{gain:+.3f}", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _sets(plan: TunePlan, sets: Mapping[str, EvaluationSet]) -> str:
+    lines = []
+    for name, one in sets.items():
+        if isinstance(one, HeldOutSet):
+            held = plan.judge.heldout(name)
+            lines.append(
+                f"- {name}: mean loss (nats) of {held.scored_tokens:,} tokens, weight "
+                f"{one.weight:g}, SHA-256 {held.digest[:16]}"
+            )
+        else:
+            lines.append(f"- {name}: a command's number, {one.goal}d, weight {one.weight:g}")
+    return "\n" + "\n".join(lines) + "\n"

@@ -1,0 +1,122 @@
+"""A search survives what happens to its processes: ``kill -9``, and others beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.paths import ROOT
+from tests.support.tuning import config, lines, tensors, write_family
+
+_KEPT = ("study", "number", "outcome", "method", "values", "scores")
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("family")
+    write_family(folder)
+    return folder
+
+
+def write_config(family: Path, folder: Path, **tuning: Any) -> Path:
+    file = folder / "tune.yml"
+    file.write_text(yaml.safe_dump(config(family, {"pruning": False, **tuning})))
+    return file
+
+
+def start(file: Path, out: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "mergekit_arm", "tune", str(file), str(out), "--quiet"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> str:
+    _, said = process.communicate(timeout=400)
+    assert process.returncode == 0, said
+    return said
+
+
+def trials(out: Path) -> list[dict[str, Any]]:
+    """What must not depend on interruptions: all but times, and the numbers of those put back."""
+    found = [{key: one[key] for key in _KEPT} for one in lines(out)]
+    for study in ("baseline", "tune"):
+        for place, one in enumerate(one for one in found if one["study"] == study):
+            one["number"] = place
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_search_ends_as_one_that_was_not(family: Path, tmp_path: Path) -> None:
+    """With a grid, whose points are known: the same trials and the same model."""
+    file = write_config(family, tmp_path, trials=6, sampler="grid")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finished(start(file, whole))
+    deaths = 0
+    for lived in (3, 6):
+        process = start(file, killed)
+        for _ in range(2400):
+            done = len(lines(killed)) if (killed / "trials.jsonl").exists() else 0
+            if done >= lived or process.poll() is not None:
+                break
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        deaths += process.returncode == -signal.SIGKILL
+    assert deaths
+    finished(start(file, killed))
+    for one, other in pairs(killed, whole):
+        assert {**one, "number": other["number"]} == other
+    ours, theirs = tensors(killed / "model"), tensors(whole / "model")
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    left = {path.name for path in killed.iterdir()} - {path.name for path in whole.iterdir()}
+    assert left <= {"study.db-wal", "study.db-shm"}
+
+
+def pairs(one: Path, other: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Match the trials of two searches by their points."""
+    found = {(t["study"], json.dumps(t["values"])): t for t in trials(other)}
+    mine = trials(one)
+    assert len(mine) == len(found)
+    return [(t, found[t["study"], json.dumps(t["values"])]) for t in mine]
+
+
+@pytest.mark.slow
+def test_processes_share_a_search(family: Path, tmp_path: Path) -> None:
+    file, out = write_config(family, tmp_path, trials=12, sampler="random"), tmp_path / "out"
+    both = [start(file, out) for _ in range(2)]
+    for process in both:
+        finished(process)
+    found = lines(out)
+    assert sum(one["study"] == "baseline" for one in found) == 4
+    values = [json.dumps(one["values"]) for one in found if one["study"] == "tune"]
+    assert len(values) == len(set(values)) == 12
+    assert {one["outcome"] for one in found} == {"complete"}
+    assert (out / "model" / "config.json").is_file()
+    assert not list(out.glob(".work.*"))
+
+
+@pytest.mark.slow
+def test_one_of_two_dies_and_the_other_takes_its_trial(family: Path, tmp_path: Path) -> None:
+    file, out = write_config(family, tmp_path, trials=10, sampler="random"), tmp_path / "out"
+    first = start(file, out)
+    while first.poll() is None and not (out / "trials.jsonl").exists():
+        time.sleep(0.05)
+    second = start(file, out)
+    time.sleep(1)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    finished(second)
+    found = [one for one in lines(out) if one["study"] == "tune"]
+    assert [one["outcome"] for one in found] == ["complete"] * 10
