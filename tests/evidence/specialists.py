@@ -1,0 +1,178 @@
+"""Two specialists of one base, merged: each method with and without AIM, as many settings for each.
+
+The specialists are the converged models of two runs with one seed. Settings are chosen by the mean
+loss over both tasks' validation splits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from tests.evidence.bases import load
+from tests.evidence.judging import judge_answers, judge_general
+from tests.evidence.merging import BASE, State, merge, put
+from tests.evidence.recipes import Recipe, Settings, Statistics, plain
+from tests.evidence.runs import Base, Run, states
+from tests.evidence.sizes import Size
+from tests.evidence.tuning import best
+from tests.evidence.units import Key, Line, Store, Unit
+
+STUDY = "specialists"
+GENERAL = Statistics("general")
+DENSITY = {"density": 0.5}
+OMEGAS = (0.0, 0.4)
+"""What AIM tries: half of its budget each, with the upper half of the weights."""
+
+
+def recipes(size: Size, pair: tuple[str, str]) -> dict[str, list[Recipe]]:
+    """Return the merges by stage: ``core`` is what the question needs, ``sparse`` comes after."""
+    upper = size.weights[len(size.weights) // 2 :]
+
+    def tuned(method: str, **settings: object) -> Recipe:
+        grid = tuple({"weight": weight, **settings} for weight in size.weights)
+        return Recipe(method, method, pair, grid)
+
+    def informed(method: str, **settings: object) -> Recipe:
+        grid = tuple(
+            {"weight": weight, "omega": omega, "activation_stats": GENERAL, **settings}
+            for omega in OMEGAS
+            for weight in upper
+        )
+        return Recipe(f"aim_{method}", f"aim_{method}", pair, grid)
+
+    def whole(label: str, **settings: object) -> Recipe:
+        """As in AIM's paper: nothing is tuned."""
+        method = "aim" if settings else "task_arithmetic"
+        return Recipe(label, method, pair, ({"weight": 1.0, **settings},))
+
+    # RegMean's weights only say which model counts more; its scale is 1, and tried around that.
+    regmean = Recipe(
+        "regmean",
+        "regmean",
+        pair,
+        tuple(
+            {"scale": round(weight + 0.2, 2), "activation_stats": Statistics("own")}
+            for weight in size.weights
+        ),
+    )
+    return {
+        "core": [
+            tuned("task_arithmetic"),
+            informed("task_arithmetic"),
+            regmean,
+            whole("task_arithmetic, weights 1"),
+            whole("aim, weights 1, ω = 0", omega=0.0, activation_stats=GENERAL),
+            whole("aim, weights 1, permuted", omega=0.0, activation_stats=Statistics("permuted")),
+            whole("aim, weights 1, even", omega=0.0, activation_stats=Statistics("even")),
+        ],
+        "sparse": [
+            tuned("ties", **DENSITY),
+            informed("ties", **DENSITY),
+            tuned("dare_ties", **DENSITY),
+            informed("dare_ties", **DENSITY),
+        ],
+    }
+
+
+class Pair:
+    """The units of one pair of specialists."""
+
+    def __init__(self, base: Base, tasks: tuple[str, str], seed: int, store: Store) -> None:
+        self.base, self.tasks, self.seed, self.store = base, tasks, seed, store
+        self.runs = {task: Run(base, task, seed) for task in tasks}
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """What weights are put into to be judged."""
+        return load(self.base.folder, self.base.size.device)
+
+    @cached_property
+    def states(self) -> dict[str, State]:
+        """The base's weights and the specialists'."""
+        found = {task: states(run.checkpoint(1.0)) for task, run in self.runs.items()}
+        return {BASE: self.base.state(), **found}
+
+    def merged(self, recipe: Recipe, settings: Settings) -> State:
+        """Merge with these settings; what is random in a method is the same each time."""
+        torch.manual_seed(self.seed)
+        models = {task: self.states[task] for task in recipe.models}
+
+        def locate(of: str, model: str) -> Any:
+            return self.base.statistics(of) if model == BASE else self.runs[model].statistics(of)
+
+        return merge(recipe.method, self.states[BASE], models, settings, locate)
+
+    def key(self, part: str, label: str) -> Key:
+        """Return the key of one of this pair's lines."""
+        return Key(STUDY, self.base.size.name, "+".join(self.tasks), self.seed, part, label)
+
+    def judge(self, split: str, state: State) -> Line:
+        """Return everything that is kept of a model's judgement on both tasks."""
+        put(self.model, state)
+        judged = {
+            task: judge_answers(self.model, run.encoded[split]).line()
+            for task, run in self.runs.items()
+        }
+        line: Line = {
+            "data": "+".join(run.data_digest() for run in self.runs.values()),
+            "losses": [loss for one in judged.values() for loss in one["losses"]],
+            "exact": "".join(one["exact"] for one in judged.values()),
+        }
+        if split == "test":
+            line["general"] = judge_general(self.model, self.base.general)
+        return line
+
+    def single(self, name: str) -> Unit:
+        """Judge the base or a specialist on both tasks."""
+        return Unit(self.key("test", name), lambda: self.judge("test", self.states[name]))
+
+    def attempts(self, recipe: Recipe) -> list[Unit]:
+        """Judge a merge on the validation splits with every setting of its grid."""
+
+        def attempt(settings: Settings) -> Callable[[], Line]:
+            return lambda: {
+                "settings": plain(settings),
+                **self.judge("validation", self.merged(recipe, settings)),
+            }
+
+        return [
+            Unit(self.key("validation", recipe.tried(number)), attempt(settings))
+            for number, settings in enumerate(recipe.grid)
+        ]
+
+    def final(self, recipe: Recipe) -> Unit:
+        """Judge a merge on the test splits with the settings that were best on the validation."""
+
+        def compute() -> Line:
+            number = 0
+            if len(recipe.grid) > 1:
+                number = best([self.store.run(unit) for unit in self.attempts(recipe)])
+            settings = recipe.grid[number]
+            judged = self.judge("test", self.merged(recipe, settings))
+            return {"settings": plain(settings), **judged}
+
+        return Unit(self.key("test", recipe.label), compute)
+
+    def stage(self, name: str) -> list[Unit]:
+        """Return the units of ``singles`` or of a stage of recipes."""
+        if name == "singles":
+            return [self.single(one) for one in (BASE, *self.tasks)]
+        return [self.final(recipe) for recipe in recipes(self.base.size, self.tasks)[name]]
+
+
+def units(base: Base, store: Store, *, core: bool = False) -> list[Unit]:
+    """Return the study's units: all pairs with the first seed, then the next seed.
+
+    ``core`` leaves out the stages that come after those that the question needs.
+    """
+    found = []
+    for seed in base.size.seeds:
+        pairs = [Pair(base, pair, seed, store) for pair in base.size.pairs]
+        for stages in (("singles", "core"), () if core else ("sparse",)):
+            found += [unit for pair in pairs for stage in stages for unit in pair.stage(stage)]
+    return found

@@ -1,0 +1,228 @@
+"""Early checkpoints of a run, merged: against the converged model and every other checkpoint.
+
+A run is one task with one seed. Each method steps from the base to an average of checkpoints, and
+has its learning rate tuned; the test split sees one setting of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+from transformers import PreTrainedModel
+
+from tests.evidence.averages import AVERAGES
+from tests.evidence.bases import load
+from tests.evidence.judging import generate_missed, judge_answers, judge_general
+from tests.evidence.merging import BASE, State, merge, put
+from tests.evidence.recipes import Recipe, Settings, Statistics, plain
+from tests.evidence.runs import Base, Run, average, states
+from tests.evidence.sizes import FRACTIONS, Size
+from tests.evidence.tuning import best
+from tests.evidence.units import Key, Line, Store, Unit
+
+STUDY = "streams"
+CONVERGED = "100 %"
+GENERAL, TASK, RANDOM = (Statistics(of) for of in ("general", "task", "random"))
+
+
+def percent(fraction: float) -> str:
+    """Return what a checkpoint is called."""
+    return f"{100 * fraction:.0f} %"
+
+
+CHECKPOINTS = {percent(fraction): fraction for fraction in FRACTIONS}
+
+
+def recipes(size: Size) -> dict[str, list[Recipe]]:
+    """Return the merges by stage: ``core`` is what the question needs, the rest comes after."""
+
+    def tuned(label: str, source: str, **settings: object) -> Recipe:
+        grid = tuple({"learning_rate": rate, **settings} for rate in size.rates)
+        return Recipe(label, "arm", (source,), grid)
+
+    def linear(source: str) -> Recipe:
+        grid = tuple({"weight": rate} for rate in size.rates)
+        return Recipe(f"linear to {source}", "task_arithmetic", (source,), grid)
+
+    def turned(source: str, rotation: float, of: Statistics) -> Recipe:
+        label = f"arm to {source}, {of.of} text, ρ = {rotation}".replace("random text", "random")
+        return tuned(label, source, rotation=rotation, activation_stats=of)
+
+    def retaining(source: str, retain: float) -> Recipe:
+        label = f"arm to {source}, task_stats, κ = {retain}"
+        return tuned(label, source, retain=retain, activation_stats=GENERAL, task_stats=TASK)
+
+    return {
+        "core": [
+            linear("early"),
+            turned("early", -0.4, GENERAL),
+            retaining("early", 0.3),
+            turned("early", -0.4, RANDOM),
+        ],
+        "early": [
+            turned("early", -0.2, GENERAL),
+            turned("early", -0.7, GENERAL),
+            turned("early", -0.4, TASK),
+            retaining("early", 1.0),
+        ],
+        "late": [
+            linear(CONVERGED),
+            linear("late"),
+            turned("late", -0.7, GENERAL),
+            retaining("late", 0.3),
+        ],
+    }
+
+
+class Stream:
+    """The units of one run."""
+
+    def __init__(self, base: Base, task: str, seed: int, store: Store) -> None:
+        self.run = Run(base, task, seed)
+        self.base, self.store = base, store
+        self._states: dict[str, State] = {}
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """What weights are put into to be judged."""
+        return load(self.base.folder, self.base.size.device)
+
+    def state(self, name: str) -> State:
+        """Return the weights of the base, a checkpoint or an average."""
+        if name not in self._states:
+            if name == BASE:
+                self._states[name] = self.base.state()
+            elif name in AVERAGES:
+                parts = AVERAGES[name]
+                found = [states(self.run.checkpoint(fraction)) for fraction in parts]
+                self._states[name] = average(found, list(parts.values()))
+            else:
+                return states(self.run.checkpoint(CHECKPOINTS[name]))
+        return self._states[name]
+
+    def merged(self, recipe: Recipe, settings: Settings) -> State:
+        """Merge with these settings."""
+        models = {name: self.state(name) for name in recipe.models}
+        return merge(
+            recipe.method,
+            self.state(BASE),
+            models,
+            settings,
+            lambda of, _: self.run.statistics(of),
+        )
+
+    def key(self, part: str, label: str = "") -> Key:
+        """Return the key of one of this run's lines."""
+        return Key(STUDY, self.base.size.name, self.run.task, self.run.seed, part, label)
+
+    def judge(self, split: str, state: State) -> Line:
+        """Return everything that is kept of a model's judgement on one split."""
+        put(self.model, state)
+        line = judge_answers(self.model, self.run.encoded[split]).line()
+        if split == "test":
+            line["general"] = judge_general(self.model, self.base.general)
+        return {"data": self.run.data_digest(), **line}
+
+    def write(self, recipe: Recipe | None, name: str) -> Unit:
+        """Generate answers of the test split with what the ``test`` line of this name judged."""
+
+        def compute() -> Line:
+            judged = self.store.run(self.final(recipe) if recipe else self.single(name, "test"))
+            if recipe:
+                (settings,) = (s for s in recipe.grid if plain(s) == judged["settings"])
+                state = self.merged(recipe, settings)
+            else:
+                state = self.state(name)
+            generated = generate_missed(
+                put(self.model, state),
+                self.base.tokenizer,
+                self.run.encoded["test"],
+                self.run.examples["test"],
+                judged["exact"],
+            )
+            return {"data": self.run.data_digest(), "generated": generated}
+
+        return Unit(self.key("generated", recipe.label if recipe else name), compute)
+
+    def training(self) -> Unit:
+        """Train, and keep every step's loss."""
+        return Unit(
+            self.key("training"),
+            lambda: {"data": self.run.data_digest(), **self.run.train()},
+        )
+
+    def single(self, name: str, split: str) -> Unit:
+        """Judge the base, a checkpoint or an average as it is."""
+        return Unit(self.key(split, name), lambda: self.judge(split, self.state(name)))
+
+    def attempts(self, recipe: Recipe) -> list[Unit]:
+        """Judge a merge on the validation split with every setting of its grid."""
+
+        def attempt(settings: Settings) -> Callable[[], Line]:
+            return lambda: {
+                "settings": plain(settings),
+                **self.judge("validation", self.merged(recipe, settings)),
+            }
+
+        return [
+            Unit(self.key("validation", recipe.tried(number)), attempt(settings))
+            for number, settings in enumerate(recipe.grid)
+        ]
+
+    def final(self, recipe: Recipe) -> Unit:
+        """Judge a merge on the test split with the settings that were best on the validation."""
+
+        def compute() -> Line:
+            tried = [self.store.run(unit) for unit in self.attempts(recipe)]
+            settings = recipe.grid[best(tried)]
+            judged = self.judge("test", self.merged(recipe, settings))
+            return {"settings": plain(settings), **judged}
+
+        return Unit(self.key("test", recipe.label), compute)
+
+    def best_checkpoint(self) -> Unit:
+        """Judge on the test split the one checkpoint that is best on the validation split."""
+
+        def compute() -> Line:
+            tried = [self.store.run(self.single(name, "validation")) for name in CHECKPOINTS]
+            name = list(CHECKPOINTS)[best(tried)]
+            return {"settings": {"checkpoint": name}, **self.judge("test", self.state(name))}
+
+        return Unit(self.key("test", "best checkpoint"), compute)
+
+    def stage(self, name: str) -> list[Unit]:
+        """Return the units of one of ``STAGES``."""
+        if name == "training":
+            return [self.training()]
+        if name == "singles":
+            judged = [self.single(one, "test") for one in (BASE, CONVERGED, "early")]
+            judged += [self.single(one, "validation") for one in CHECKPOINTS]
+            return [*judged, self.best_checkpoint()]
+        if name == "averages":
+            return [self.single(one, "test") for one in AVERAGES]
+        if name == "generated":
+            core = recipes(self.base.size)["core"]
+            singles = [self.write(None, one) for one in (BASE, CONVERGED, "early")]
+            return singles + [self.write(recipe, recipe.models[0]) for recipe in core]
+        chosen = recipes(self.base.size)[name]
+        attempts = [unit for recipe in chosen for unit in self.attempts(recipe)]
+        return attempts + [self.final(recipe) for recipe in chosen]
+
+
+STAGES = ("training", "singles", "core", "averages", "late", "generated", "early")
+
+
+def units(base: Base, store: Store, *, core: bool = False) -> list[Unit]:
+    """Return the study's units: all tasks with the first seed, then the next seed.
+
+    ``core`` leaves out the stages that come after those that the question needs.
+    """
+    found = []
+    for seed in base.size.seeds:
+        streams = [Stream(base, task, seed, store) for task in base.size.tasks]
+        for stages in (STAGES[:3], () if core else STAGES[3:]):
+            for stream in streams:
+                found += [unit for stage in stages for unit in stream.stage(stage)]
+    seen: dict[str, Unit] = {str(unit.key): unit for unit in found}
+    return list(seen.values())

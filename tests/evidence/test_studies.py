@@ -1,0 +1,178 @@
+"""The studies, whole, at size tiny: every unit runs, and a second start finds nothing to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+pytest.importorskip("reasoning_gym", reason="pip install -e '.[evidence]'")
+
+from tests.evidence.__main__ import main
+from tests.evidence.bases import load
+from tests.evidence.judging import generate, generate_missed, judge_answers
+from tests.evidence.merging import BASE, merge, put
+from tests.evidence.recipes import Statistics
+from tests.evidence.runs import Base, Run
+from tests.evidence.sizes import SIZES
+from tests.evidence.streams import Stream, recipes
+from tests.evidence.tables import page
+from tests.evidence.tuning import best
+from tests.evidence.units import Store
+
+pytestmark = pytest.mark.slow
+TINY = SIZES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evidence")
+
+
+def study(folder: Path, *options: str) -> list[str]:
+    given = [*options, "--size", "tiny", "--work", str(folder), "--results", str(folder / "lines")]
+    done = CliRunner().invoke(main, given, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return [line for line in done.output.splitlines() if "/tiny/" in line]
+
+
+@pytest.fixture(scope="module")
+def stream(folder: Path) -> Stream:
+    """The first run, all of its core done."""
+    study(folder, "streams", "--core", "--only", "*/reverse/0/*")
+    return Stream(Base(TINY, folder), "reverse", 0, Store("streams", "tiny", folder / "lines"))
+
+
+def test_a_second_start_finds_nothing_to_do(stream: Stream, folder: Path) -> None:
+    listed = study(folder, "streams", "--core", "--dry-run", "--only", "*/reverse/0/*")
+    assert len(listed) > 20
+    assert all(line.startswith("done") for line in listed)
+    assert study(folder, "streams", "--core", "--only", "*/reverse/0/*") == []
+
+
+def test_checkpoints_that_are_gone_are_trained_again(stream: Stream) -> None:
+    last = stream.run.checkpoint(1.0) / "model.safetensors"
+    before = load_file(last)
+    last.unlink()
+    again = load_file(Run(stream.base, "reverse", 0).checkpoint(1.0) / "model.safetensors")
+    for name, tensor in before.items():
+        torch.testing.assert_close(again[name], tensor, msg=name)
+
+
+def test_training_learns_the_answers(stream: Stream) -> None:
+    losses = stream.store.run(stream.training())["step_losses"]
+    assert len(losses) == TINY.steps
+    assert fmean(losses[-3:]) < fmean(losses[:3]) - 0.5
+
+
+def test_the_test_split_sees_the_best_of_the_validation_split(stream: Stream) -> None:
+    for recipe in recipes(TINY)["core"]:
+        tried = [stream.store.run(unit) for unit in stream.attempts(recipe)]
+        losses = [fmean(line["losses"]) for line in tried]
+        assert len(tried) == len(TINY.rates)
+        assert losses[best(tried)] == min(losses)
+        assert stream.store.run(stream.final(recipe))["settings"] == tried[best(tried)]["settings"]
+
+
+def test_a_whole_linear_step_is_the_average_itself(stream: Stream) -> None:
+    (linear, *_) = recipes(TINY)["core"]
+    merged = stream.merged(linear, {"weight": 1.0})
+    for name, tensor in stream.state("early").items():
+        torch.testing.assert_close(merged[name], tensor, msg=name)
+
+
+def test_methods_differ_where_their_statistics_do(stream: Stream) -> None:
+    def step(of: str, rotation: float = -0.4) -> torch.Tensor:
+        settings = {"learning_rate": 1.0, "rotation": rotation, "activation_stats": Statistics(of)}
+        models = {"early": stream.state("early")}
+        merged = merge(
+            "arm", stream.state(BASE), models, settings, lambda of, _: stream.run.statistics(of)
+        )
+        return merged["model.layers.0.mlp.down_proj.weight"]
+
+    plain = step("general", 0.0)
+    turned = [step(of) for of in ("general", "task", "random")]
+    for one in turned:
+        assert not torch.allclose(one, plain, atol=1e-6)
+        base = stream.state(BASE)["model.layers.0.mlp.down_proj.weight"]
+        torch.testing.assert_close((one - base).norm(dim=1), (plain - base).norm(dim=1))
+    assert not torch.allclose(turned[0], turned[2], atol=1e-6)
+
+
+def test_controls_keep_what_they_promise(stream: Stream) -> None:
+    files = {
+        of: load_file(stream.base.statistics(of) / "model.safetensors")
+        for of in ("general", "random", "permuted", "even")
+    }
+    whole = files["general"]
+    bases = [name for name in whole if name.endswith(".basis")]
+    sums = [name for name in whole if name.endswith(".abs_sum")]
+    assert bases
+    assert sums
+    for name in bases:
+        drawn = files["random"][name].double()
+        assert drawn.shape == whole[name].shape
+        torch.testing.assert_close(
+            drawn.T @ drawn, torch.eye(drawn.shape[1]).double(), atol=0.03, rtol=0
+        )
+    for name in sums:
+        assert torch.equal(files["permuted"][name].sort().values, whole[name].sort().values)
+        even = files["even"][name]
+        assert even.argmax() == whole[name].argmax()
+        torch.testing.assert_close(even.mean(), whole[name].mean())
+        assert len(even.unique()) <= 2
+
+
+def test_what_is_not_generated_would_have_come_out_right(stream: Stream) -> None:
+    run, model = stream.run, load(stream.base.folder, "cpu")
+    # Learnt by heart, some answers are exact and others not.
+    put(model, stream.state("100 %"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    data, examples = run.encoded["training"][:4], run.examples["training"][:4]
+    for _ in range(120):
+        for row in data[:3]:
+            ids = torch.tensor([row.prompt + row.answer])
+            labels = ids.clone()
+            labels[:, : len(row.prompt)] = -100
+            model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+    exact = judge_answers(model, data).exact
+    assert "1" in exact
+    assert "0" in exact
+    whole = generate(model, stream.base.tokenizer, data, examples)
+    assert whole == generate_missed(model, stream.base.tokenizer, data, examples, exact)
+    assert all(b == "1" for a, b in zip(exact, whole, strict=True) if a == "1")
+
+
+def test_answers_are_judged_as_transformers_would(stream: Stream) -> None:
+    model = put(load(stream.base.folder, "cpu"), stream.state("100 %"))
+    data = stream.run.encoded["test"]
+    judged = judge_answers(model, data)
+    for row, loss in zip(data, judged.losses, strict=True):
+        ids = torch.tensor([row.prompt + row.answer])
+        labels = ids.clone()
+        labels[:, : len(row.prompt)] = -100
+        with torch.inference_mode():
+            expected = model(input_ids=ids, labels=labels).loss
+        assert loss == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_specialists_are_merged(stream: Stream, folder: Path) -> None:
+    done = study(folder, "specialists")
+    labels = {line.partition("/test/")[2].rpartition("  ")[0].strip() for line in done}
+    assert {"regmean", "task_arithmetic", "aim_ties", "aim, weights 1, permuted"} <= labels
+    assert study(folder, "specialists") == []
+    text = page(folder / "lines")
+    assert "### reverse+add, seed 0" in text
+    assert "### reverse, seed 0" in text
+
+
+def test_a_unit_that_does_not_exist_is_refused(folder: Path) -> None:
+    given = ["streams", "--size", "tiny", "--work", str(folder), "--only", "nothing"]
+    done = CliRunner().invoke(main, given)
+    assert done.exit_code == 2
+    assert "no unit is called nothing" in done.output

@@ -1,0 +1,76 @@
+"""Controls: statistics that are as large as the real ones, and know less of the activations."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+SEED = 7
+
+
+def random_subspace(source: Path, out: Path) -> None:
+    """Copy statistics with every basis replaced by a random one of as many columns."""
+
+    def replace(tensors: dict[str, Tensor], generator: torch.Generator) -> None:
+        for name in sorted(one for one in tensors if one.endswith(".basis")):
+            basis = tensors[name]
+            drawn = torch.randn(basis.shape, generator=generator, dtype=torch.float64)
+            tensors[name] = torch.linalg.qr(drawn).Q.to(basis.dtype).contiguous()
+
+    _changed(source, out, replace)
+
+
+def permuted_importance(source: Path, out: Path) -> None:
+    """Copy statistics with the channels' importances of every site in a random order."""
+
+    def replace(tensors: dict[str, Tensor], generator: torch.Generator) -> None:
+        sites = sorted(
+            name.removesuffix(".abs_sum") for name in tensors if name.endswith(".abs_sum")
+        )
+        for site in sites:
+            order = torch.randperm(tensors[f"{site}.abs_sum"].shape[-1], generator=generator)
+            for key in ("abs_sum", "square_sum"):
+                tensors[f"{site}.{key}"] = tensors[f"{site}.{key}"][..., order].contiguous()
+
+    _changed(source, out, replace)
+
+
+def even_importance(source: Path, out: Path) -> None:
+    """Copy statistics in which all channels but each site's loudest share what they had together.
+
+    AIM then shrinks by the same mean as before, and by the same everywhere.
+    """
+
+    def replace(tensors: dict[str, Tensor], generator: torch.Generator) -> None:
+        for name in sorted(one for one in tensors if one.endswith(".abs_sum")):
+            sums = tensors[name].double()
+            loudest, where = sums.max(-1, keepdim=True)
+            rest = (sums.sum(-1, keepdim=True) - loudest) / (sums.shape[-1] - 1)
+            even = rest.expand_as(sums).clone().scatter_(-1, where, loudest)
+            tensors[name] = even.to(tensors[name].dtype)
+
+    _changed(source, out, replace)
+
+
+def _changed(
+    source: Path, out: Path, replace: Callable[[dict[str, Tensor], torch.Generator], None]
+) -> None:
+    beside = out.with_name(out.name + ".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(source, beside)
+    tensors = load_file(source / "model.safetensors")
+    replace(tensors, torch.Generator().manual_seed(SEED))
+    save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
+    metadata = json.loads((beside / "activation_stats.json").read_text(encoding="utf-8"))
+    # The directory says of itself that it is whole; what is changed on purpose says nothing.
+    metadata.pop("digest", None)
+    metadata.pop("digests", None)
+    (beside / "activation_stats.json").write_text(json.dumps(metadata), encoding="utf-8")
+    os.replace(beside, out)
