@@ -25,6 +25,7 @@ FLOORS = (
     {"data", "models", "statistics"},
     {"methods", "calibration"},
     {"streaming"},
+    {"checking"},
     {"demo"},
     {"cli"},
     {"__main__"},
