@@ -25,7 +25,7 @@ FLOORS = (
     {"data", "models", "statistics"},
     {"methods", "calibration"},
     {"streaming"},
-    {"checking"},
+    {"checking", "inspecting"},
     {"demo"},
     {"cli"},
     {"__main__"},

@@ -13,6 +13,7 @@ from mergekit_arm.errors import InputError, did_you_mean, first_line
 COMMANDS = {
     "check": "Say in seconds what is wrong with a configuration.",
     "calibrate": "Measure a model's activations and write statistics for merging.",
+    "inspect": "Show what statistics hold, or compare two.",
     "stream": "Merge a run's checkpoints one after another, each merge a step.",
     "combine": "Add statistics that were measured apart.",
     "demo": "Train, calibrate and merge a very small model, in two minutes.",
