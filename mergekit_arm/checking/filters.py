@@ -16,9 +16,9 @@ from mergekit.merge_methods import MergeMethodSpec, ParameterScope
 
 from mergekit_arm.checking.document import Place
 from mergekit_arm.checking.findings import Findings
-from mergekit_arm.checking.parameters import levels
 from mergekit_arm.checking.planning import Planned
 from mergekit_arm.errors import did_you_mean
+from mergekit_arm.methods.levels import levels
 
 
 class _Reads:

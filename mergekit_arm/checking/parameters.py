@@ -7,11 +7,8 @@ under models other than the base. What stands elsewhere is ignored in silence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import MergeMethodSpec, ParameterScope
 from mergekit.merge_methods.base import ParameterSpec
@@ -21,29 +18,7 @@ from mergekit_arm.checking.document import Place
 from mergekit_arm.checking.findings import Findings
 from mergekit_arm.checking.keys import remedy
 from mergekit_arm.errors import InputError
-
-Settings = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Level:
-    """One ``parameters`` of a configuration."""
-
-    place: Place
-    settings: Settings
-    model: ModelReference | None = None
-    """Whose it is; None: of everything below it."""
-    base: ModelReference | None = None
-
-
-def levels(config: MergeConfiguration) -> Iterator[Level]:
-    """Yield every ``parameters`` that is written in a configuration."""
-    base = config.base_model
-    yield from _level((), config, None, base)
-    yield from _part((), config, base)
-    for name, module in (config.modules or {}).items():
-        yield from _level(("modules", name), module, None, base)
-        yield from _part(("modules", name), module, base)
+from mergekit_arm.methods.levels import levels
 
 
 def check_parameters(config: MergeConfiguration, spec: MergeMethodSpec, findings: Findings) -> None:
@@ -93,22 +68,3 @@ def _check_values(parameter: ParameterSpec, setting: Any, place: Place, findings
                 findings.error(place, error.message)
             except ValidationError as error:
                 findings.error(place, f"{one!r} does not do: {error.errors()[0]['msg']}")
-
-
-def _part(place: Place, part: Any, base: ModelReference | None) -> Iterator[Level]:
-    """Yield the levels of a part that has models or slices."""
-    for number, model in enumerate(part.models or []):
-        yield from _level((*place, "models", number), model, model.model, base)
-    for number, output in enumerate(part.slices or []):
-        inner = (*place, "slices", number)
-        own_base = output.base_model or base
-        yield from _level(inner, output, None, own_base)
-        for index, source in enumerate(output.sources):
-            yield from _level((*inner, "sources", index), source, source.model, own_base)
-
-
-def _level(
-    place: Place, holder: Any, model: ModelReference | None, base: ModelReference | None
-) -> Iterator[Level]:
-    if holder.parameters is not None:
-        yield Level((*place, "parameters"), holder.parameters, model, base)

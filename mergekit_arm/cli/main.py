@@ -14,6 +14,7 @@ COMMANDS = {
     "check": "Say in seconds what is wrong with a configuration.",
     "calibrate": "Measure a model's activations and write statistics for merging.",
     "inspect": "Show what statistics hold, or compare two.",
+    "push": "Publish statistics on the Hub.",
     "stream": "Merge a run's checkpoints one after another, each merge a step.",
     "combine": "Add statistics that were measured apart.",
     "demo": "Train, calibrate and merge a very small model, in two minutes.",
