@@ -26,6 +26,7 @@ FLOORS = (
     {"methods", "calibration"},
     {"streaming"},
     {"checking", "inspecting", "publishing"},
+    {"imatrix"},
     {"demo"},
     {"cli"},
     {"__main__"},

@@ -28,7 +28,7 @@ def mean_abs(statistics: Statistics, site: str) -> Tensor | None:
     Raises:
         InputError: the directory is damaged.
     """
-    if not IMPORTANCE.measured(statistics):
+    if not (IMPORTANCE.measured(statistics) and statistics.holds(site, "abs_sum")):
         return None
     tokens = torch.tensor(statistics.metadata.sites[site].tokens, dtype=torch.float64)
     return statistics.tensor(site, "abs_sum").double() / tokens.clamp(min=1)[..., None]
