@@ -5,8 +5,9 @@ and either has :func:`install` called whenever Python starts: ``mergekit_arm.sta
 3.15 and later read, and ``mergekit_arm.pth`` for those before. Where both are read, the second call
 changes nothing. The function puts a finder on ``sys.meta_path`` which waits for
 ``mergekit.merge_methods``; as soon as that package has executed,
-``mergekit_arm.methods.register_all()`` runs. ``MERGEKIT_ARM_AUTOLOAD=0`` in the environment
-switches it off; the ``.pth`` then does not even import this file.
+``mergekit_arm.methods.register_all()`` runs. Once ``mergekit.merge`` has, its ``run_merge`` says
+beside a merged model with which statistics it was merged. ``MERGEKIT_ARM_AUTOLOAD=0`` in the
+environment switches it all off; the ``.pth`` then does not even import this file.
 
 Every Python program of the environment pays for this file, so it imports nothing that Python has
 not loaded by then.
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 HOST = "mergekit.merge_methods"
 METHODS = "mergekit_arm.methods"
+MERGE = "mergekit.merge"
 
 # Watched modules that are executing just now, and the registration itself. Whoever imports one of
 # our method modules first makes it import mergekit half-way through: registering at that moment
@@ -58,7 +60,7 @@ class _Finder:
         path: "Sequence[str] | None" = None,
         target: "ModuleType | None" = None,
     ) -> "ModuleSpec | None":
-        if fullname != HOST and not f"{fullname}.".startswith(f"{METHODS}."):
+        if fullname not in (HOST, MERGE) and not f"{fullname}.".startswith(f"{METHODS}."):
             return None
         start = sys.meta_path.index(self) + 1 if self in sys.meta_path else 0
         for finder in sys.meta_path[start:]:
@@ -106,6 +108,10 @@ def _register() -> None:
         from mergekit_arm.methods import register_all  # not earlier: it needs torch and mergekit
 
         register_all()
+        if MERGE in sys.modules:
+            from mergekit_arm.publishing.provenance import attach  # it needs them as well
+
+            attach()
     except Exception as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         if sys.stderr is not None:  # as under pythonw

@@ -12,7 +12,7 @@ from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-from mergekit_arm.cli.main import COMMANDS
+from mergekit_arm.cli.main import COMMANDS, module_of
 from mergekit_arm.tuning.candidates import default_points, document_of, domains
 from mergekit_arm.tuning.config import load_tuning
 from tests.benchmarks.__main__ import main as benchmarks
@@ -25,7 +25,8 @@ TEXTS = sorted(
     for path in (folder.glob("*.md") if folder == ROOT else folder.rglob("*.md"))
 )
 OTHERS = {"--help", "--verbose", "--target", "--index-url", "--nproc-per-node"}
-"""Flags of pip and torchrun, and those of every command."""
+OTHERS |= {"--imatrix", "--process-output"}
+"""Flags of pip, torchrun and llama.cpp, and those of every command."""
 CONFIGS = sorted((ROOT / "example_configs").glob("*.yml"))
 
 
@@ -58,7 +59,7 @@ def test_the_rooms_that_are_named_exist() -> None:
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_flag_that_is_named_exists(path: Path) -> None:
-    commands = [import_module(f"mergekit_arm.cli.{name}").command for name in COMMANDS]
+    commands = [import_module(module_of(name)).command for name in COMMANDS]
     known = {
         flag
         for command in (*commands, benchmarks, mergekit_yaml)

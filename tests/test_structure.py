@@ -27,6 +27,8 @@ FLOORS = (
     {"judging"},
     {"streaming"},
     {"tuning"},
+    {"checking", "inspecting", "publishing"},
+    {"imatrix"},
     {"demo"},
     {"cli"},
     {"__main__"},
@@ -36,8 +38,8 @@ FLOORS = (
 NEIGHBOURS = {"models": {"data", "statistics"}, "data": {"statistics"}}
 """Rooms that may import from others of their floor, where it has rooms and not just files."""
 
-UPWARDS = {("autoload", "methods")}
-"""The one import upwards: what runs at every start of Python waits for mergekit, then registers."""
+UPWARDS = {("autoload", "methods"), ("autoload", "publishing")}
+"""The imports upwards: what runs at every start of Python waits for mergekit, then registers."""
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,23 @@ from mergekit_arm import __version__
 from mergekit_arm.errors import InputError, did_you_mean, first_line
 
 COMMANDS = {
+    "check": "Say in seconds what is wrong with a configuration.",
     "calibrate": "Measure a model's activations and write statistics for merging.",
+    "inspect": "Show what statistics hold, or compare two.",
+    "push": "Publish statistics on the Hub.",
+    "import-imatrix": "Make statistics of a llama.cpp importance matrix.",
+    "export-imatrix": "Write statistics as a llama.cpp importance matrix.",
     "stream": "Merge a run's checkpoints one after another, each merge a step.",
     "tune": "Search the numbers of a merge for what judges best.",
     "combine": "Add statistics that were measured apart.",
     "demo": "Train, calibrate and merge a very small model, in two minutes.",
 }
-"""Subcommand → its line in ``--help``; each lives in ``cli/<name>.py`` as ``command``."""
+"""Subcommand → its line in ``--help``; each is ``command`` in a file of ``cli/``."""
+
+
+def module_of(name: str) -> str:
+    """Return the module of a subcommand, whose name may have dashes."""
+    return f"mergekit_arm.cli.{name.replace('-', '_')}"
 
 
 class LazyGroup(click.Group):
@@ -29,7 +39,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"mergekit_arm.cli.{cmd_name}")
+        module = importlib.import_module(module_of(cmd_name))
         command: click.Command = module.command
         return command
 

@@ -77,17 +77,21 @@ def tensor_being_planned() -> PlannedTensor | None:
     return PlannedTensor(task.base_model, names, parameters, realigned)
 
 
+class HeadersOnly(LazyTensorLoader):  # type: ignore[misc]  # mergekit is untyped
+    """Knows a model's names and none of its values, as where only headers have been fetched."""
+
+
 def stored_tensor(model: ModelReference, name: str) -> Tensor | None:
     """Return a model's tensor, mapped from its file and not yet read, or None.
 
     None for what no file holds under this name, tied weights and tensors that mergekit converts,
-    and for files of torch before 1.6, which cannot be mapped.
+    for files of torch before 1.6, which cannot be mapped, and where headers alone are at hand.
 
     Raises:
         InputError: the file is absent or damaged, or lacks what the checkpoint's index promises.
     """
     loader = _loader(model)
-    if name not in loader.index.tensor_paths:
+    if isinstance(loader, HeadersOnly) or name not in loader.index.tensor_paths:
         return None
     file = loader.index.tensor_paths[name]
     try:

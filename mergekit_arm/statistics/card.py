@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+
+import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from mergekit_arm.statistics.format import Metadata
 
 _TEMPLATE = """---
-library_name: mergekit-arm
-tags: [mergekit, activation-statistics]
-base_model: {base_model}
----
+{front}---
 # {name}
 
 Activation statistics of `{reference}`{revision}, for merging with
@@ -23,6 +25,7 @@ They hold sums over calibration tokens for every input channel, and no text.
 | data | `{dataset}`{split}, column `{column}`, seed {seed} |
 | measured | {sequences} sequences, {tokens:,} tokens |
 | statistics | {statistics}, forward passes in {dtype} on {device} |
+| licence | {licence} |
 | coverage | {measured} weights measured at {sites} inputs{unmeasured} |
 | made with | {versions} |
 
@@ -41,17 +44,18 @@ parameters:
 """
 
 
-def statistics_card(metadata: Metadata, name: str) -> str:
+def statistics_card(metadata: Metadata, name: str, licence: str | None = None) -> str:
     """Return the card's Markdown: what it is, how it was measured, the YAML that uses it.
 
-    ``name`` is the directory's. No date, so that the same measurement gives the same bytes.
+    ``name`` is the directory's, or the repository's on the Hub; ``licence`` the Hub's name of one.
+    No date, so that the same measurement gives the same bytes.
     """
     model, data, settings = metadata.model, metadata.data, metadata.settings
     reasons = Counter(w.reason for w in metadata.weights.values() if w.reason)
     local = model.revision is None
     return _TEMPLATE.format(
-        # The Hub refuses a card whose base_model is not a repository's name.
-        base_model="[]" if local else model.reference.split("@")[0].split("+")[0],
+        front=yaml.safe_dump(_front(metadata, licence), sort_keys=False),
+        licence=f"`{licence}`" if licence else "not stated; the model's and the data's own apply",
         name=name,
         reference=model.reference,
         revision="" if local else f" at revision `{model.revision}`",
@@ -74,3 +78,29 @@ def statistics_card(metadata: Metadata, name: str) -> str:
         unmeasured="".join(f", {count} {reason}" for reason, count in sorted(reasons.items())),
         versions=", ".join(f"{package} {v}" for package, v in metadata.versions.items()),
     )
+
+
+def _front(metadata: Metadata, licence: str | None) -> dict[str, object]:
+    """Return the metadata that the Hub reads; it refuses names that no repository can have."""
+    front: dict[str, object] = {
+        "library_name": "mergekit-arm",
+        "tags": ["mergekit", "activation-statistics"],
+    }
+    if licence:
+        front["license"] = licence
+    model = metadata.model.reference.split("@")[0].split("+")[0]
+    if metadata.model.revision is not None and _is_hub_id(model):
+        front["base_model"] = model
+    data = [one.dataset for one in metadata.data.mixture or []] or [metadata.data.dataset]
+    published = [one for one in dict.fromkeys(data) if _is_hub_id(one) and "/" in one]
+    if published:
+        front["datasets"] = published
+    return front
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not re.search(r"\.(jsonl?|txt|csv|parquet)(\.\w+)?$", name)

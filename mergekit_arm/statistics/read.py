@@ -133,6 +133,16 @@ class Statistics:
         return str(self._path), self._version
 
     @property
+    def stored_bytes(self) -> int:
+        """The size of the files that hold the tensors."""
+        files = [*self._path.glob("*.safetensors")]
+        return sum(file.stat().st_size for file in files)
+
+    def probe(self, name: str) -> Tensor:
+        """Return the probe of a weight of the checkpoint: (32,) float32."""
+        return self._probes[self.metadata.weights[name].probe]
+
+    @property
     def names(self) -> list[str]:
         """Names of all stored tensors."""
         return sorted(self._files.header)

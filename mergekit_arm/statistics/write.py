@@ -33,7 +33,8 @@ def check_destination(out: Path, force: bool) -> None:
         raise InputError(f"{out} is a file; name a directory for the statistics")
     if not any(out.iterdir()):
         return
-    if not (out / METADATA_FILE).is_file():
+    # A merged model has the file too: it says with which statistics it was merged.
+    if not (out / METADATA_FILE).is_file() or (out / "config.json").exists():
         raise InputError(
             f"{out} exists and holds no statistics; it will not be replaced: choose another name"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,9 +40,15 @@ class Importance(Kind):
 
     name: ClassVar[str] = "importance"
 
+    magnitudes: bool = True
+    """Σ|x| is there as well: not so of what was imported from llama.cpp."""
+
+    def settings(self) -> dict[str, Any]:
+        return {} if self.magnitudes else {"magnitudes": False}
+
     def state(self, width: int) -> dict[str, TensorSpec]:
         one = TensorSpec(torch.float64, (width,))
-        return {"abs_sum": one, "square_sum": one}
+        return {"abs_sum": one, "square_sum": one} if self.magnitudes else {"square_sum": one}
 
     def observer(self, width: int, device: torch.device) -> ImportanceSums:
         return ImportanceSums(self.state(width), device)
@@ -73,6 +79,11 @@ class Importance(Kind):
         metadata = directory.metadata
         # With --multi-gpu, mergekit makes a GPU the default device.
         tokens = torch.tensor(metadata.sites[name].tokens, dtype=torch.float64, device="cpu")
+        if measure == "mean_abs" and not directory.holds(name, "abs_sum"):
+            raise InputError(
+                f"activation_stats {directory.reference}: they hold no mean |x|, only mean x², as "
+                "importance matrices do: set importance: rms, or calibrate the model"
+            )
         sums = directory.tensor(name, "abs_sum" if measure == "mean_abs" else "square_sum")
         values = sums.double() / tokens.clamp(min=1)[..., None]
         if measure == "rms":

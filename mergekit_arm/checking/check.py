@@ -1,0 +1,141 @@
+"""Check a configuration file: which kind of configuration it is, and what is wrong with it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from mergekit.options import MergeOptions
+
+from mergekit_arm.checking.document import Document, Place, dotted, read_documents
+from mergekit_arm.checking.findings import Finding, Findings
+from mergekit_arm.checking.keys import NAME, check_duplicates
+from mergekit_arm.checking.merge import check_merge
+from mergekit_arm.checking.room import Room
+from mergekit_arm.errors import InputError
+from mergekit_arm.streaming.config import load_config
+from mergekit_arm.streaming.forecast import forecast
+from mergekit_arm.streaming.options import StreamOptions
+from mergekit_arm.tuning.options import TuneOptions
+from mergekit_arm.tuning.tune import plan_tuning
+
+_NEW = ".mergekit-arm-check"
+"""A directory that is not there, in the place of one that has not been named."""
+
+_CHECKS: Mapping[str, Callable[[Findings, MergeOptions, Path], Room | None]]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What ``check`` has found."""
+
+    findings: list[Finding]
+    rooms: list[Room]
+    """Of every document that could be planned."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether nothing makes the work fail, and nothing that is written is ignored."""
+        return all(one.severity != "error" for one in self.findings)
+
+
+def check(
+    path: str | Path, options: MergeOptions | None = None, out: str | Path | None = None
+) -> Checked:
+    """Find what is wrong with the configuration at ``path``, from headers and never from weights.
+
+    Args:
+        path: of a merge, of several (``mergekit-multi``), or of a stream.
+        options: those that will be given to mergekit.
+        out: the directory where the result will lie, there or not; None: a new one, here.
+
+    Raises:
+        InputError: the file cannot be read, or ``out`` cannot be written.
+    """
+    options = options or MergeOptions()
+    documents = read_documents(path)
+    if not documents:
+        raise InputError(f"{path}: it is empty; write merge_method, models and base_model")
+    names = {one.value.get(NAME) for one in documents if isinstance(one.value, dict)}
+    made = frozenset(str(name) for name in names if name is not None)
+    place = None if out is None else Path(out)
+    found, rooms = list[Finding](), list[Room]()
+    for document in documents:
+        findings = Findings(document)
+        check_duplicates(document, findings)
+        room = _check_document(document, findings, options, place, made)
+        if room is not None:
+            rooms.append(room)
+        found += sorted(findings.all, key=lambda one: one.line)
+    if len(documents) > 1 and len(names) < len(documents):
+        raise InputError(f"{path}: give each of its {len(documents)} documents a name of its own")
+    return Checked(found, rooms)
+
+
+def _check_document(
+    document: Document,
+    findings: Findings,
+    options: MergeOptions,
+    out: Path | None,
+    made: frozenset[str],
+) -> Room | None:
+    if not isinstance(document.value, dict) or not document.value:
+        findings.error((), "must be a mapping that starts with merge_method, models, base_model …")
+        return None
+    for key, special in _CHECKS.items():
+        if key in document.value:
+            return special(findings, options, out or Path(_NEW))
+    return check_merge(findings, options, out or Path(), made)
+
+
+def _check_stream(findings: Findings, options: MergeOptions, out: Path) -> Room | None:
+    """Check a stream as its own dry run does."""
+    document = findings.document
+    try:
+        report = forecast(load_config(document.value), out, StreamOptions(options))
+    except InputError as error:
+        findings.error(_named(document, error.message), error.message)
+        return None
+    for problem in report.problems:
+        place = _named(document, problem)
+        findings.error(place, problem.removeprefix(f"{dotted(place)}: "))
+    for note in report.plan.notes if report.plan else ():
+        findings.note(_named(document, note), note)
+    needs = report.needs
+    if needs is None:
+        return None
+    return Room(needs.disk, needs.disk_free, needs.memory, needs.memory_free)
+
+
+def _check_tuning(findings: Findings, options: MergeOptions, out: Path) -> Room | None:
+    """Check a search as its own command does before the first merge."""
+    document = findings.document
+    try:
+        plan, _ = plan_tuning(document.value, out, TuneOptions(options))
+    except click.ClickException as error:
+        message = error.message.removeprefix("configuration: ")
+        findings.error(_named(document, message), message)
+        return None
+    for note in plan.notes:
+        findings.note(_named(document, note), note)
+    return None
+
+
+def _named(document: Document, message: str) -> Place:
+    """Return the place that a stream's message begins with, such as ``evaluation.samples:``."""
+    place: Place = ()
+    start = message.removeprefix("stream configuration: ")
+    if found := re.match(r"unknown key '(\w+)'(?: in (\w+))?", start):
+        return (found[2], found[1]) if found[2] else (found[1],)
+    for word in re.findall(r"[\w.]+(?=: )", start)[:3]:
+        for part in word.split("."):
+            if (*place, part) in document.lines:
+                place = (*place, part)
+    return place
+
+
+_CHECKS = {"checkpoints": _check_stream, "tuning": _check_tuning}
+"""A top-level key that only one kind of configuration has → its check. Any other is a merge."""

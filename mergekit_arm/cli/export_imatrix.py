@@ -1,0 +1,35 @@
+"""``mergekit-arm export-imatrix STATS OUT.gguf``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+_EPILOG = """\b
+Examples:
+  mergekit-arm export-imatrix ./stats ./imatrix.gguf
+  llama-quantize --imatrix ./imatrix.gguf model-f16.gguf model-q4.gguf Q4_K_M
+"""
+
+
+@click.command("export-imatrix", epilog=_EPILOG)
+@click.argument("statistics")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace OUT.")
+def command(statistics: str, out: Path, force: bool) -> None:
+    """Write the directory STATISTICS as an importance matrix for llama.cpp's quantisation.
+
+    STATISTICS may also be org/name[@revision] on the Hub. OUT is a GGUF file.
+    """
+    # Imported when there is work, so that --help is instant.
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("Writing"):
+        # Imported under a spinner: these take seconds.
+        from mergekit_arm.imatrix.exporting import export_imatrix
+        from mergekit_arm.statistics.read import open_statistics
+
+        matrix = export_imatrix(open_statistics(statistics), out, force=force)
+    console.print(f"{out}: {len(matrix.entries)} weights", highlight=False, markup=False)

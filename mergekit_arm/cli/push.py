@@ -1,0 +1,54 @@
+"""``mergekit-arm push STATS org/name``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+_EPILOG = """\b
+Examples:
+  mergekit-arm push ./stats my-org/llama-stats --dry-run
+  mergekit-arm push ./stats my-org/llama-stats --private --license apache-2.0
+"""
+
+
+@click.command("push", epilog=_EPILOG)
+@click.argument("statistics", type=click.Path(path_type=Path))
+@click.argument("repository", metavar="ORG/NAME")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--license", "licence", metavar="ID", help="Say it in the card, as apache-2.0.")
+@click.option("--dry-run", is_flag=True, help="Print what would be uploaded, and stop.")
+@click.option("--force", is_flag=True, help="Replace files of a repository that has some.")
+def command(
+    statistics: Path,
+    repository: str,
+    private: bool,
+    licence: str | None,
+    dry_run: bool,
+    force: bool,
+) -> None:
+    """Publish the directory STATISTICS on the Hub, as a repository ORG/NAME.
+
+    Every value is compared with its digest first. Everything goes up in one commit, with a card
+    that has the YAML which uses it. Log in before with `hf auth login`.
+    """
+    # Imported when there is work, so that --help is instant.
+    from rich.console import Console
+
+    from mergekit_arm.units import size_text
+
+    console = Console(stderr=True)
+    with console.status("Checking"):
+        # Imported under a spinner: these take seconds.
+        from mergekit_arm.publishing.push import CARD, prepare, push
+
+        upload = prepare(statistics, repository, licence)
+    if dry_run:
+        for name, file in upload.files.items():
+            click.echo(f"{name}  {size_text(file.stat().st_size)}")
+        click.echo(f"{CARD}:\n{upload.card}")
+        return
+    with console.status(f"Uploading {size_text(upload.size)}"):
+        address = push(upload, private=private, force=force)
+    click.echo(address)
