@@ -56,7 +56,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, is no YAML, has a key twice, or holds no mapping.
     """
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        document = _UniqueKeys(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name the YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

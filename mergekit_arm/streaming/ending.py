@@ -20,7 +20,7 @@ from mergekit_arm.streaming.layout import (
 from mergekit_arm.streaming.plan.document import average_document, cast_document, to_yaml
 from mergekit_arm.streaming.report.card import stream_card
 from mergekit_arm.streaming.report.plot import draw_stream
-from mergekit_arm.streaming.state import Comparison
+from mergekit_arm.streaming.state import AverageScores
 from mergekit_arm.streaming.step.merge import forgetting, merge, merge_adapter
 from mergekit_arm.streaming.step.workplace import Workplace
 
@@ -85,7 +85,7 @@ def _average(place: Workplace) -> None:
         return
     merged = [one for record in state.steps for one in record.merged]
     references = list(dict.fromkeys(one.reference for one in merged))
-    state.average = Comparison(steps=len(state.steps))
+    state.average = AverageScores(steps=len(state.steps))
     if len(references) < 2 or place.plan.config.changes_tokens:
         single = "a single checkpoint was merged"
         state.average.missing = single if len(references) < 2 else "the merges change the tokens"

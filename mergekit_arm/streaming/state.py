@@ -91,7 +91,7 @@ class Skipped(_Record):
     reason: str
 
 
-class Comparison(_Record):
+class AverageScores(_Record):
     """The uniform average of the checkpoints that were merged, beside which the stream is seen."""
 
     steps: int
@@ -119,7 +119,7 @@ class State(_Record):
     skipped: list[Skipped] = []
     tried: list[Attempt] = []
     """Of the step that is being made."""
-    average: Comparison | None = None
+    average: AverageScores | None = None
     last: int | None = None
     """The number of the run's last checkpoint, once that is known of one that was followed."""
     stopped: str | None = None
