@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.judging.judge import Judge
 from mergekit_arm.judging.sets import EvaluationSet, HeldOutSet
+from mergekit_arm.models.contents import Contents, describe
 from mergekit_arm.models.loading import choose_device
 from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.sections import section
@@ -111,6 +111,7 @@ def make_tune_plan(config: TuneConfig, settings: TuningSettings, merge: MergeOpt
         budget = len(first)
     quests = [Quest("tune", space, candidates, first, budget)]
     base, inputs = _models(space.document)
+    contents = {name: describe(name) for name in [*([base] if base else []), *inputs]}
     if settings.baseline:
         plain = baseline_document(space.document, BASELINE_WEIGHTS)
         if plain is None:
@@ -142,7 +143,7 @@ def make_tune_plan(config: TuneConfig, settings: TuningSettings, merge: MergeOpt
         notes.append("no base_model: improvements are over the inputs' mean score")
     notes += _calibration_notes(config)
     test = judges[1] if len(judges) > 1 else None
-    fingerprint = _fingerprint(config, settings, merge, judges[0], [*filter(None, [base]), *inputs])
+    fingerprint = _fingerprint(config, settings, merge, judges[0], contents)
     return TunePlan(config, settings, quests, base, inputs, judges[0], test, fingerprint, notes)
 
 
@@ -230,7 +231,7 @@ def _fingerprint(
     settings: TuningSettings,
     merge: MergeOptions,
     judge: Judge,
-    models: list[str],
+    contents: Mapping[str, Contents],
 ) -> dict[str, str]:
     """Return what must be equal for trials to be comparable; budget and sampler may change."""
     found = {key: json.dumps(value, sort_keys=True) for key, value in config.space.document.items()}
@@ -245,8 +246,8 @@ def _fingerprint(
         value = getattr(merge, name)
         if value != MergeOptions.model_fields[name].default:
             found[f"--{name.replace('_', '-')}"] = str(value)
-    for model in models:
-        found[f"the files of {model}"] = _files(model)
+    for model, one in contents.items():
+        found[f"the weights of {model}"] = one.fingerprint
     return found
 
 
@@ -255,18 +256,3 @@ def _told(one: EvaluationSet) -> str:
     for name in ("batch_size", "timeout"):  # how it is done, not what is asked
         told.pop(name, None)
     return json.dumps(told, sort_keys=True)
-
-
-def _files(reference: str) -> str:
-    """Return sizes and times of a local model's weights: enough to see that it is another one."""
-    parsed = ModelReference.parse(reference)
-    found = []
-    for part in filter(None, (parsed.model, parsed.lora)):
-        folder = Path(part.path)
-        if not folder.is_dir():
-            found.append(str(part.revision or "of the Hub"))
-            continue
-        for file in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")):
-            status = file.stat()
-            found.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
-    return "; ".join(found)

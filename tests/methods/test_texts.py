@@ -13,7 +13,7 @@ from mergekit_arm.methods.parameters import Interval, range_of
 from tests.support.paths import PACKAGE, ROOT
 
 TEXTS = {name: PACKAGE / "methods" / f"{name.upper()}.md" for name in ("aim", "arm", "regmean")}
-STATISTICS = {"activation_stats": "required", "task_stats": "none"}
+STATISTICS = {"activation_stats": "required", "task_stats": "none", "measured_on": "none"}
 SCOPES = {"shared": "shared", "each model": "input", "each other model": "non_base"}
 
 

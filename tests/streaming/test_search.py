@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def quadratic(folder: Path, run: Path, optimum: float) -> dict[str, Any]:
         f"['{UP}'].double() for p in sys.argv[1:])\n"
         f"print(float((((c - a) * (b - a)).sum() / ((b - a) ** 2).sum() - {optimum}) ** 2))\n"
     )
-    command = f"python {script} {run}/base {run}/run/checkpoint-1 {{model}}"
+    command = f"{sys.executable} {script} {run}/base {run}/run/checkpoint-1 {{model}}"
     return {"metric_command": command, "metric_goal": "minimize"}
 
 

@@ -79,7 +79,9 @@ class Importance(Kind):
         metadata = directory.metadata
         # With --multi-gpu, mergekit makes a GPU the default device.
         tokens = torch.tensor(metadata.sites[name].tokens, dtype=torch.float64, device="cpu")
-        if measure == "mean_abs" and not directory.holds(name, "abs_sum"):
+        if measure == "mean_abs" and (
+            directory.holds(name, "square_sum") and not directory.holds(name, "abs_sum")
+        ):
             raise InputError(
                 f"activation_stats {directory.reference}: they hold no mean |x|, only mean x², as "
                 "importance matrices do: set importance: rms, or calibrate the model"

@@ -10,12 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.study import Study
+from optuna.trial import TrialState
 
 from mergekit_arm.files import write_bytes
 from mergekit_arm.tuning.trials import TrialRecord, completed, front_of
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 _TRIAL, _PRUNED, _REFERENCE, _BEST = "#0072B2", "#999999", "#E69F00", "#D55E00"
+_FEWEST = 10
+"""Trials from which on a parameter's importance says anything."""
 
 
 def draw_tuning(found: list[TrialRecord], weights: dict[str, float], path: Path) -> None:
@@ -38,17 +41,18 @@ def draw_tuning(found: list[TrialRecord], weights: dict[str, float], path: Path)
 
 
 def importances(study: Study) -> dict[str, float]:
-    """Return the share of the variance of the gain that each parameter explains, largest first.
+    """Return how much each parameter decides whether a trial is among the best, largest first.
 
-    Empty where Optuna cannot tell: too few trials, or no parameter that all of them have.
+    The numbers add up to 1 (PED-ANOVA, arXiv 2304.10255); of several objectives, the best are
+    those near the front.
+    Empty where nothing can be told: too few trials, or no parameter that all of them have.
     """
-    several = len(study.directions) > 1
+    if sum(1 for one in study.trials if one.state == TrialState.COMPLETE) < _FEWEST:
+        return {}
     try:
         return dict(
             optuna.importance.get_param_importances(
-                study,
-                evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
-                target=(lambda trial: float(trial.user_attrs["gain"])) if several else None,
+                study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
             )
         )
     except (ValueError, RuntimeError, ImportError):
@@ -82,7 +86,7 @@ def _draw_trials(axes: Axes, found: list[TrialRecord]) -> None:
 def _draw_importances(axes: Axes, weights: dict[str, float]) -> None:
     names = list(weights)[::-1][-12:]
     axes.barh(names, [weights[name] for name in names], color=_TRIAL)
-    axes.set_xlabel("importance: share of the variance explained")
+    axes.set_xlabel("importance: how much it decides which trials are best")
 
 
 def _draw_front(axes: Axes, found: list[TrialRecord], first: str, second: str) -> None:

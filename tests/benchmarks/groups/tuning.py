@@ -7,13 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mergekit.options import MergeOptions
-
-from mergekit_arm.judging.judge import Judge
-from mergekit_arm.judging.sets import HeldOutSet
-from mergekit_arm.streaming.plan.document import to_yaml
-from mergekit_arm.streaming.step.merge import merge
-from mergekit_arm.tuning import TuneOptions, tune
 from tests.benchmarks.harness import TIME, Measured, Row, Side, compare
 from tests.benchmarks.inputs import Workshop
 
@@ -43,6 +36,8 @@ def tune_trial(shop: Workshop) -> list[Row]:
 
 def trials(document: dict[str, Any], tokens: str) -> Measured:
     """Search a grid, and return the seconds of one trial; the first is left out."""
+    from mergekit_arm.tuning import TuneOptions, tune
+
     ends: list[float] = []
     config = {
         **document,
@@ -68,6 +63,13 @@ def trials(document: dict[str, Any], tokens: str) -> Measured:
 
 def merges_and_scores(document: dict[str, Any], tokens: str) -> Measured:
     """Merge to the disk, load and score as often, and return the seconds of one; not the first."""
+    from mergekit.options import MergeOptions
+
+    from mergekit_arm.judging.judge import Judge
+    from mergekit_arm.judging.sets import HeldOutSet
+    from mergekit_arm.streaming.plan.document import to_yaml
+    from mergekit_arm.streaming.step.merge import merge
+
     ends: list[float] = []
     options = MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False)
     judge = Judge(
