@@ -246,8 +246,7 @@ def _fingerprint(
         value = getattr(merge, name)
         if value != MergeOptions.model_fields[name].default:
             found[f"--{name.replace('_', '-')}"] = str(value)
-    for model, one in contents.items():
-        found[f"the weights of {model}"] = one.fingerprint
+    found |= {f"the weights of {model}": one.fingerprint for model, one in contents.items()}
     return found
 
 

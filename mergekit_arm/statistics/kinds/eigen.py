@@ -21,7 +21,11 @@ _SPARE = 16
 _LEAST = 80
 """Vectors that are iterated at least: few of a flat spectrum's converge too slowly."""
 _GAIN = 1e-3
-"""Iteration ends where a product lets the eigenvalues grow by less than this share on average."""
+"""Iteration ends where a product lets the eigenvalues grow by less than this share on average.
+
+Where a few stand less than a tenth above an otherwise flat spectrum it ends too early: these hold
+0.97 of the best at width 400 and 0.94 at width 1600. Real inputs have no such spectra, and there
+hardly any direction is better than another."""
 _PRODUCTS = 12
 """Products with the second moment at most: what a flat spectrum takes to hold 0.997 of the best."""
 _ZERO = 1e-15

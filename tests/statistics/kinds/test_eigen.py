@@ -204,11 +204,13 @@ def test_any_small_moment(width: int, most: int, exponent: int, rank: int, seed:
 )
 @settings(max_examples=15, deadline=None)
 @example(decay=0.03125, massive=1.0, most=2, seed=0)
+@example(decay=0.0, massive=1.03, most=1, seed=3)
 def test_any_wide_moment(decay: float, massive: float, most: int, seed: int) -> None:
+    """The second example is the worst: one eigenvalue a little above a flat spectrum."""
     values = torch.arange(1, 401).double() ** -decay
     values[0] *= massive
     moment = with_spectrum(values, seed).float()
-    check(moment, *leading_eigenpairs(moment, None, most), 0.99)
+    check(moment, *leading_eigenpairs(moment, None, most), 0.97)
 
 
 def nystrom(sketch: Tensor, omega: Tensor) -> Tensor:
