@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.tuning.naming import Path, describe_place
 
 Value = float | int | str | bool
-Path = tuple[str | int, ...]
-"""Keys and indices from the top of the document to a place in it."""
 
 METHOD = "merge_method"
 TUNE = "tune"
@@ -137,7 +136,7 @@ def find_space(document: Mapping[str, Any]) -> Space:
                 f"parameters, or for {METHOD}"
             )
         domain, given = _read(space, where)
-        name = given or _unique(_describe(document, place), taken.values(), where)
+        name = given or _unique(describe_place(document, place), taken.values(), where)
         taken[place] = name
         other = found.get(name)
         if other is not None and other.domain != domain:
@@ -230,32 +229,11 @@ def _read(space: Mapping[str, Any], where: str) -> tuple[Domain, str | None]:
     return Domain(float(low), float(high), log, integer), name
 
 
-def _describe(document: Mapping[str, Any], place: Path) -> str:
-    """Return a name for a place, such as ``weight of code, mlp``."""
-    name = str(_parameter(place))
-    index = place.index("parameters")
-    notes = []
-    node: Any = document
-    for depth, key in enumerate(place):
-        if depth > index and isinstance(node, Mapping) and node.get("filter"):
-            notes.append(str(node["filter"]))
-        if depth > index and isinstance(key, int) and not _is_filter(node[key]):
-            notes.append(f"point {key}")
-        if depth == index and isinstance(node, Mapping) and "model" in node:
-            name += f" of {str(node['model']).rstrip('/').rpartition('/')[2]}"
-        node = node[key]
-    return ", ".join([name, *notes])
-
-
 def _copy(node: Any) -> Any:
     """Copy a document; what YAML's anchors made one object in two places becomes two."""
     if isinstance(node, Mapping):
         return {key: _copy(value) for key, value in node.items()}
     return [_copy(value) for value in node] if isinstance(node, list) else node
-
-
-def _is_filter(node: Any) -> bool:
-    return isinstance(node, Mapping) and "value" in node
 
 
 def _unique(name: str, taken: Any, where: str) -> str:

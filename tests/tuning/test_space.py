@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.tuning.naming import short_names
 from mergekit_arm.tuning.space import Domain, find_space, parameter_names
 
 EVERYWHERE = """
@@ -162,3 +163,8 @@ def test_points_lie_within_their_range(low: float, factor: float, log: bool, cou
 def test_whole_numbers_are_not_repeated() -> None:
     assert Domain(1, 3, integer=True).points(9) == [1, 2, 3]
     assert Domain(choices=("x", "y")).points(2) == ["x", "y"]
+
+
+def test_models_are_told_apart_by_what_differs() -> None:
+    names = short_names(["a/run/step-64", "b/run/step-64", "org/code", "code/"])
+    assert list(names.values()) == ["a/run/step-64", "b/run/step-64", "org/code", "code"]
