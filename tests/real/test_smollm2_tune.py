@@ -22,7 +22,7 @@ from tests.support.merges import weights
 pytestmark = pytest.mark.real
 
 METHODS = ["task_arithmetic", "aim", "arm"]
-SEQUENCES = 6
+SEQUENCES = 2
 
 
 def write_text(path: Path, text: str) -> str:
@@ -62,7 +62,7 @@ def document(
             "rotation": {"tune": [-1.0, 1.0]},
         },
         "dtype": "bfloat16",
-        "tuning": {**sets, "trials": 8, "dtype": "float32", "seed": 5, "pruning": False},
+        "tuning": {**sets, "trials": 4, "dtype": "float32", "seed": 5, "pruning": False},
     }
 
 
