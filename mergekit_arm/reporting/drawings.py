@@ -69,7 +69,6 @@ def heat_map(
     unit: str,
     *,
     logarithmic: bool = False,
-    bounds: tuple[float, float] | None = None,
 ) -> Drawing:
     """Draw values by kind (rows) and layer (columns).
 
@@ -85,7 +84,7 @@ def heat_map(
     ]
     bar: dict[str, Any] = {
         "orientation": "h", "y": 1.02, "yanchor": "bottom", "thickness": 10, "len": 1,
-        "title": {"text": label(unit), "side": "top"},
+        "title": {"text": label(unit), "side": "top"}, "tickangle": 0,
     }  # fmt: skip
     if logarithmic:
         bar |= _decades(list(cells.values()))
@@ -102,8 +101,6 @@ def heat_map(
         "xgap": 1,
         "ygap": 1,
     }
-    if bounds is not None:
-        data |= {"zmin": bounds[0], "zmax": bounds[1]}
     layout = _layout("layer", "")
     layout["xaxis"] |= {"showgrid": False, "zeroline": False}
     layout["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False}
@@ -132,7 +129,7 @@ def curves(
             {
                 "type": "scatter",
                 "name": label(line.label),
-                "x": [_short(at) for at, _ in line.points],
+                "x": [label(at) if isinstance(at, str) else _short(at) for at, _ in line.points],
                 "y": [_short(value) for _, value in line.points],
                 "mode": line.mode,
                 "line": {"color": colour, "dash": dash, "width": 2},
@@ -165,7 +162,7 @@ def histogram(name: str, title: str, caption: str, spread: Spread, x: str) -> Dr
         "hovertemplate": "%{x}: %{y:.3%}<extra></extra>",
     }
     layout = _layout(x, "share of the channels")
-    layout["xaxis"] |= {"range": [0, 1.005]}
+    layout["xaxis"] |= {"range": [_tenth(spread.least), 1.005]}
     layout["yaxis"] |= {"type": "log", "tickformat": "~p", "dtick": 1}
     layout |= {"bargap": 0.05, "showlegend": False}
     return Drawing(name, title, caption, [data], layout, 300)
@@ -192,7 +189,7 @@ def boxes(name: str, title: str, caption: str, spreads: Mapping[str, Spread], x:
     }
     layout = _layout(x, "")
     layout["yaxis"] |= {"type": "category", "autorange": "reversed", "showgrid": False}
-    layout["xaxis"] |= {"range": [0, 1.005]}
+    layout["xaxis"] |= {"range": [_tenth(min(each(0.01), default=0.0)), 1.005]}
     layout["showlegend"] = False
     return Drawing(name, title, caption, [data], layout, 80 + _ROW * len(found))
 
@@ -250,6 +247,11 @@ def _decades(values: Sequence[float]) -> dict[str, Any]:
         "tickvals": [math.log10(tick) for tick in ticks],
         "ticktext": [f"{tick:.3g}" for tick in ticks],
     }
+
+
+def _tenth(value: float) -> float:
+    """Return the tenth below a value, with some room before it."""
+    return max(0.0, math.floor(10 * value - 0.2) / 10)
 
 
 def _short(value: Any) -> Any:

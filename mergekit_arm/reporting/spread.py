@@ -17,7 +17,8 @@ class Spread:
 
     def add(self, values: Tensor) -> None:
         """Count ``values``, of any shape, in [0, 1]."""
-        found = (values.flatten().double() * BINS).long().clamp(0, BINS - 1)
+        # A float32 such as 0.4 is a little less than what it stands for.
+        found = (values.flatten().double() * BINS + 1e-3).long().clamp(0, BINS - 1)
         self.counts += torch.bincount(found, minlength=BINS)
 
     def merge(self, other: Spread) -> None:
@@ -33,6 +34,11 @@ class Spread:
         """Return the middle of the bin below which ``share`` of the values lie; to a thousandth."""
         reached = self.counts.cumsum(0) >= share * self.total
         return (int(reached.int().argmax()) + 0.5) / BINS
+
+    @property
+    def least(self) -> float:
+        """Return where the lowest bin that holds a value begins; 0 where none does."""
+        return int((self.counts > 0).int().argmax()) / BINS
 
     def shares(self, bins: int) -> list[float]:
         """Return the share of the values in each of ``bins`` equal bins, a divisor of 1000."""

@@ -18,7 +18,7 @@ from mergekit_arm.units import size_text
 
 OMEGA = 0.4
 """AIM's default, for which factors are shown where no merge says another."""
-FACTOR = "relaxation factor 1 − (1 − ω) ā"
+_FACTOR = "factor"
 _MOST = 10
 """Rows of a table of what stands out."""
 
@@ -63,22 +63,22 @@ def factor_drawings(spreads: dict[str, Spread], said: str) -> list[Drawing]:
     for one in spreads.values():
         total.merge(one)
     how = (
-        "1: the channel keeps what the merge made of it; ω: it is the most active channel of its "
-        "input, and is pulled back to the base the most. Over all input channels of all measured "
-        "weights; the shares are on a logarithmic axis."
+        "The factor is 1 − (1 − ω) ā. 1: the channel keeps what the merge made of it; ω: it is the "
+        "most active channel of its input, and is pulled back to the base the most. Over all input "
+        "channels of all measured weights; the shares are on a logarithmic axis."
     )
     read = (
         "Boxes: the middle half of the channels, and their median; whiskers: from the 1st to the "
         "99th hundredth. Over all layers."
     )
     return [
-        histogram("factors", "Relaxation factors of AIM", f"{said} {how}", total, FACTOR),
+        histogram("factors", "Relaxation factors of AIM", f"{said} {how}", total, _FACTOR),
         boxes(
             "factors-by-kind",
             "Relaxation factors by kind of weight",
             f"{said} {read}",
             spreads,
-            FACTOR,
+            _FACTOR,
         ),
     ]
 
@@ -91,12 +91,13 @@ def _importance(statistics: Statistics, summary: Summary) -> Iterator[Drawing]:
     spreads: dict[str, Spread] = defaultdict(Spread)
     peaks = {one.site: one.peak for one in summary.inputs}
     measure = "mean_abs"
-    for name, record in metadata.weights.items():
-        if record.site is None:
-            continue
+    order = {site: number for number, site in enumerate(metadata.sites)}
+    measured = [(name, one) for name, one in metadata.weights.items() if one.site is not None]
+    # As the forward pass goes; weights of one input follow each other, and it is read once.
+    for name, record in sorted(measured, key=lambda one: order[one[1].site or ""]):
+        assert record.site is not None  # those without are left out
         if not statistics.holds(record.site, "abs_sum"):
             measure = "rms"
-        # Weights of one input follow each other, and it is read once for them.
         values = IMPORTANCE.values(statistics, record, measure)
         rows = values.reshape(-1, values.shape[-1])
         rows = rows[rows.sum(-1) > 0]  # an expert that saw too little has zeros
