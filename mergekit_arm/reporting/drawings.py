@@ -52,6 +52,8 @@ class Curve:
     mode: str = "lines+markers"
     symbol: str = "circle"
     size: int = 6
+    shape: str = "linear"
+    """``hv`` for steps."""
     texts: Sequence[str] = field(default=())
     """What each point says under the pointer, in plain text."""
 
@@ -132,7 +134,7 @@ def curves(
                 "x": [label(at) if isinstance(at, str) else _short(at) for at, _ in line.points],
                 "y": [_short(value) for _, value in line.points],
                 "mode": line.mode,
-                "line": {"color": colour, "dash": dash, "width": 2},
+                "line": {"color": colour, "dash": dash, "width": 2, "shape": line.shape},
                 "marker": {"color": colour, "symbol": line.symbol, "size": line.size},
                 "text": [label(text) for text in line.texts] or None,
                 "hovertemplate": (

@@ -23,6 +23,9 @@ from mergekit_arm.reporting.drawings import Drawing
 _CONFIG = {"displayModeBar": False, "displaylogo": False, "responsive": True}
 _SCRIPT = re.compile(r"<script[^>]*>(.*?)</script>", re.DOTALL)
 
+_LONG = 45
+"""Characters from which on a table's cell has several lines."""
+
 _TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -145,13 +148,18 @@ def _facts(facts: Sequence[tuple[str, str]]) -> list[str]:
 
 def _table(table: Grid) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{_escaped(cell)}</{tag}>" for cell in cells) + "</tr>"
+        shown = (f"<{tag}{_class(cell)}>{_escaped(cell)}</{tag}>" for cell in cells)
+        return f"<tr>{''.join(shown)}</tr>"
 
     rows = "\n".join(row(cells, "td") for cells in table.rows)
     return (
         f'<h2>{_escaped(table.title)}</h2>\n<div class="wide"><table>\n<thead>'
         f"{row(table.header, 'th')}</thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>"
     )
+
+
+def _class(cell: str) -> str:
+    return ' class="long"' if len(cell) > _LONG else ""
 
 
 def _escaped(text: str) -> str:

@@ -72,14 +72,17 @@ def _scores(state: State, name: str, number: int) -> Drawing:
         lines.append(Curve("best", [(state.best, best)], RED, mode="markers", symbol="star",
                            size=13, texts=said))  # fmt: skip
     facts = state.data.get(name)
-    what = "a command's number" if facts is None else (
-        f"loss in nats per token over {facts.get('tokens', 0):,} tokens"
-    )  # fmt: skip
+    what = f"The number of a command, {name}"
+    if facts is not None:
+        what = f"The loss on {name}, in nats per token over {facts.get('tokens', 0):,} tokens"
     return curves(
-        f"scores-{number}", f"Score by step: {name}",
-        f"{name}: {what}. Of the running model after each step, beside each checkpoint as it is.",
-        lines, "step", name if facts is None else f"{name} (nats per token)",
-    )  # fmt: skip
+        f"scores-{number}",
+        f"Score by step: {name}",
+        f"{what}: of the running model after each step, beside each checkpoint as it is.",
+        lines,
+        "step",
+        name if facts is None else f"{name} (nats per token)",
+    )
 
 
 def _moves(records: list[StepRecord]) -> Iterator[Drawing]:

@@ -78,7 +78,7 @@ def _by_trial(found: list[TrialRecord]) -> Drawing:
     best: list[tuple[float, float]] = []
     for one in whole:
         best.append((one.number, max([one.gain or 0.0, *(gain for _, gain in best)])))
-    lines.append(Curve("best so far", best, RED, mode="lines"))
+    lines.append(Curve("best so far", best, RED, mode="lines", shape="hv"))
     return curves(
         "trials", "Gain by trial",
         "The weighted mean of the gains on all evaluation sets: 0 is the base's, 1 that of the "
@@ -147,7 +147,7 @@ def _facts(out: Path, state: TuneState, found: list[TrialRecord]) -> Iterator[tu
             yield "trials" if study == "tune" else "task arithmetic", said or "none finished"
     best = best_of(found, "tune", pareto=False)
     if best is not None:
-        yield "largest gain", f"{best.gain:+.3f}: {_said(best)}"
+        yield "largest gain", _said(best)
     for reference, scores in state.scores.items():
         yield f"scores of {reference}", _numbers(scores)
 
