@@ -38,6 +38,7 @@ from tests.reporting.scene import (
     write_evil_search,
 )
 from tests.support.merges import OMEGA, weights
+from tests.support.models import perturbed, tiny_experts
 
 
 def run(*arguments: object) -> Result:
@@ -333,3 +334,39 @@ def test_a_spread_counts() -> None:
     )
     spread.add(torch.ones(3))
     assert spread.total == 5003
+
+
+@pytest.mark.slow
+def test_experts(tmp_path: Path, measure: Any) -> None:
+    model = tiny_experts(0)
+    model.save_pretrained(tmp_path / "base")
+    perturbed(model, 1).save_pretrained(tmp_path / "a")
+    stats = measure(tmp_path / "base", tmp_path / "stats", min_expert_tokens=190)
+    shown = statistics_page(Statistics("stats", stats))
+    assert any("experts saw too few tokens" in note for note in shown.notes)
+    assert "down_proj" in drawn(shown, "importance").data[0]["y"]
+    page = merged_page(merge(tmp_path, tmp_path / "merged"))
+    assert not page.notes
+    kept = drawn(page, "kept")
+    (rows,) = kept.data
+    experts = [kind for kind in rows["y"] if "down_proj" in kind]
+    assert all(0.3 < cell(kept, kind, 0) < 1 for kind in experts)
+
+
+def test_slices_are_compared_with_the_layers_they_came_from(
+    family: Path, merged: Path, tmp_path: Path
+) -> None:
+    """The second layer twice: an output layer's base is the layer that its slice names."""
+    sources = [
+        {"model": str(family / "base"), "layer_range": [1, 2]},
+        {"model": str(family / "a"), "layer_range": [1, 2], "parameters": {"weight": 1.0}},
+    ]
+    out = merge(
+        family, tmp_path / "m", slices=[{"sources": sources}, {"sources": sources}], models=None
+    )
+    shown = merged_page(out)
+    moved = drawn(shown, "movement")
+    whole = drawn(merged_page(merged), "movement")
+    assert cell(whole, "q_proj", 0) != cell(whole, "q_proj", 1)
+    assert cell(moved, "q_proj", 0) == cell(moved, "q_proj", 1) == cell(whole, "q_proj", 1)
+    assert not shown.notes
