@@ -34,6 +34,7 @@ from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.files import is_path
 from mergekit_arm.methods import register_all
 from mergekit_arm.methods.aim import ActivationInformedMerge, gain
+from mergekit_arm.models.contents import missing_part
 from mergekit_arm.models.tensors import CheckpointTensors, open_tensors
 from mergekit_arm.streaming.step.movement import compare
 
@@ -58,25 +59,22 @@ class TensorFate:
 
 
 def stored_folder(reference: ModelReference) -> Path | None:
-    """Return where a model's weights lie on this machine; None where they do not.
+    """Return where a model lies on this machine; None where it does not, or not all of it.
 
     Nothing is downloaded. None for a model with an adapter, which would have to be merged.
     """
     path = reference.model.path
-    if reference.lora is not None:
+    if reference.lora is not None or (is_path(path) and not os.path.isdir(path)):
         return None
-    if os.path.isdir(path):
-        return Path(path)
-    if is_path(path):
-        return None
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
+    folder = path
+    if not os.path.isdir(path):
+        try:
+            folder = huggingface_hub.snapshot_download(
                 path, revision=reference.model.revision, local_files_only=True
             )
-        )
-    except (OSError, ValueError):
-        return None
+        except (OSError, ValueError):
+            return None
+    return None if missing_part(Path(folder)) else Path(folder)
 
 
 class Replay:

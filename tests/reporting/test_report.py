@@ -17,6 +17,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from mergekit_arm.cli.report import command
+from mergekit_arm.imatrix.exporting import to_matrix
+from mergekit_arm.imatrix.files import write_imatrix
+from mergekit_arm.imatrix.importing import import_imatrix
 from mergekit_arm.reporting.drawings import Drawing
 from mergekit_arm.reporting.merged import merged_page
 from mergekit_arm.reporting.page import Page, render
@@ -146,16 +149,16 @@ def test_a_merge_without_aim(family: Path, tmp_path: Path) -> None:
     assert max(angle for row in values for angle in row) < 0.1  # straight towards the model
 
 
-@pytest.mark.parametrize("gone", ["a", "stats", "base"])
+@pytest.mark.parametrize("gone", ["a", "a/model.safetensors", "stats", "base"])
 def test_what_is_gone_is_said(family: Path, tmp_path: Path, gone: str) -> None:
     for name in ("base", "a", "stats"):
         shutil.copytree(family / name, tmp_path / name)
     out = merge(tmp_path, tmp_path / "merge")
-    shutil.rmtree(tmp_path / gone)
+    (tmp_path / gone).rename(tmp_path / "elsewhere")
     shown = merged_page(out)
     names = [one.name for one in shown.drawings]
     (note,) = shown.notes
-    assert str(tmp_path / gone) in note
+    assert str(tmp_path / gone.partition("/")[0]) in note
     assert names == ([] if gone == "base" else ["movement"])
     if gone != "base":
         whole = merged_page(merge(family, tmp_path / "again"))
@@ -370,3 +373,20 @@ def test_slices_are_compared_with_the_layers_they_came_from(
     assert cell(whole, "q_proj", 0) != cell(whole, "q_proj", 1)
     assert cell(moved, "q_proj", 0) == cell(moved, "q_proj", 1) == cell(whole, "q_proj", 1)
     assert not shown.notes
+
+
+def test_statistics_of_an_importance_matrix_have_rms_alone(family: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    matrix = to_matrix(Statistics("stats", family / "stats"))
+    squares = {name: replace(one, magnitudes=None) for name, one in matrix.entries.items()}
+    write_imatrix(tmp_path / "squares.gguf", replace(matrix, entries=squares))
+    import_imatrix(tmp_path / "squares.gguf", str(family / "base"), tmp_path / "stats")
+    opened = Statistics("stats", tmp_path / "stats")
+    shown = statistics_page(opened)
+    record = opened.metadata.weights["model.layers.1.mlp.down_proj.weight"]
+    values = IMPORTANCE.values(opened, record, "rms").double()
+    importance = drawn(shown, "importance")
+    assert cell(importance, "down_proj", 1) == pytest.approx(float(values.mean()), rel=1e-3)
+    assert "√ mean x²" in importance.caption
+    peak = float(values.max() / values.mean())
+    assert cell(drawn(shown, "peaks"), "down_proj", 1) == pytest.approx(peak, rel=1e-3)
