@@ -98,7 +98,7 @@ def _read(
     references = sorted(config.referenced_models(), key=str)
     folders = {one: folder for one in references if (folder := stored_folder(one)) is not None}
     gone = [str(one) for one in references if one not in folders]
-    why = f"{', '.join(gone)} {'is' if len(gone) == 1 else 'are'} not on this machine, or not all of it"
+    why = f"this machine does not have all of {', '.join(gone)}"
     if not gone:
         try:
             replay = Replay(document, folders)

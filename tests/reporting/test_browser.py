@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -81,10 +83,15 @@ def page(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "page.html"
 
 
-def probed(page: Path, more: str = "") -> str:
-    """Return the page with the probe in it, and without the policy that keeps it from loading."""
+def probed(page: Path, more: str = "", *, policy: bool = False) -> str:
+    """Return the page with the probe in it, which its policy lets run, or without a policy."""
     text = page.read_text(encoding="utf-8")
-    text, count = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    if policy:
+        script = PROBE.removeprefix("<script>").removesuffix("</script>")
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        text, count = re.subn("script-src ", f"script-src 'sha256-{digest}' ", text, count=1)
+    else:
+        text, count = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
     assert count == 1
     return text.replace("</body>", f"{more}{PROBE}</body>")
 
@@ -115,10 +122,11 @@ def test_the_console_would_tell_of_what_the_policy_forbids(page: Path, tmp_path:
 
 def test_it_fits_loads_nothing_and_makes_pictures(page: Path, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(probed(page))
+    (tmp_path / "policy.html").write_text(probed(page, policy=True))
     (tmp_path / "image.html").write_text(probed(page, IMAGE))
     frames = [
         f'<iframe src="{name}" style="width:{width}px;height:900px;border:0"></iframe>'
-        for name, width in (("page.html", 375), ("page.html", 1440), ("image.html", 1000))
+        for name, width in (("page.html", 375), ("policy.html", 1440), ("image.html", 1000))
     ]
     (tmp_path / "frames.html").write_text(FRAMES + "\n".join(frames))
     shown, console = browse(tmp_path / "frames.html", tmp_path / "profile")
