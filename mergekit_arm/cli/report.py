@@ -25,7 +25,7 @@ def command(directory: Path, output: Path, force: bool) -> None:
 
     DIRECTORY may be statistics, a model that mergekit merged, or what `stream` or `tune` wrote;
     which of them it is shows by its files. The page holds everything that it shows, loads nothing
-    from anywhere, and follows the reader's light or dark setting, also in print.
+    from anywhere, follows the reader's light or dark setting, and prints on white.
 
     Every figure has a button in the page, "Save as PNG". No PNG is written without a browser;
     `stream` and `tune` leave stream.png and tune.png of their own.
