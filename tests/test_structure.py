@@ -28,7 +28,7 @@ FLOORS = (
     {"streaming"},
     {"tuning"},
     {"checking", "inspecting", "publishing"},
-    {"imatrix"},
+    {"imatrix", "reporting"},
     {"demo"},
     {"cli"},
     {"__main__"},

@@ -14,6 +14,7 @@ COMMANDS = {
     "check": "Say in seconds what is wrong with a configuration.",
     "calibrate": "Measure a model's activations and write statistics for merging.",
     "inspect": "Show what statistics hold, or compare two.",
+    "report": "Write a page with figures on statistics, a merge, a stream or a search.",
     "push": "Publish statistics on the Hub.",
     "import-imatrix": "Make statistics of a llama.cpp importance matrix.",
     "export-imatrix": "Write statistics as a llama.cpp importance matrix.",

@@ -33,6 +33,15 @@ IMPORTANCES = ("mean_abs", "rms")
 _CHUNK_ELEMENTS = 1 << 17
 
 
+def gain(importance: Tensor, omega: float) -> Tensor:
+    """Return 1 − (1 − ω) ā, the factor of every input channel, in ``importance``'s shape and dtype.
+
+    ``importance`` and ω as ``relax`` takes them.
+    """
+    peak = importance.amax(-1, keepdim=True)
+    return 1 - (1 - omega) * importance / torch.where(peak > 0, peak, 1)
+
+
 def relax(
     base: Tensor, merged: Tensor, importance: Tensor, omega: float, input_axis: int
 ) -> Tensor:
@@ -51,17 +60,15 @@ def relax(
         Holds the result and a small working copy.
     """
     dtype = torch.float64 if merged.dtype == torch.float64 else torch.float32
-    importance = importance.to(device=merged.device, dtype=dtype)
-    peak = importance.amax(-1, keepdim=True)
-    gain = 1 - (1 - omega) * importance / torch.where(peak > 0, peak, 1)
+    factors = gain(importance.to(device=merged.device, dtype=dtype), omega)
     shape = [1] * merged.ndim
-    shape[input_axis] = gain.shape[-1]
-    if gain.ndim == 2:
-        shape[0] = gain.shape[0]
-    gain = gain.reshape(shape)
+    shape[input_axis] = factors.shape[-1]
+    if factors.ndim == 2:
+        shape[0] = factors.shape[0]
+    factors = factors.reshape(shape)
     # lerp is exact at both ends: a gain of 1 is the merged weight, a gain of 0 the base's.
     if merged.dtype == dtype:
-        return torch.lerp(base.to(dtype), merged, gain)
+        return torch.lerp(base.to(dtype), merged, factors)
     result = torch.empty_like(merged)
     rows = max(1, _CHUNK_ELEMENTS * merged.shape[0] // max(merged.numel(), 1))
     for start in range(0, merged.shape[0], rows):
@@ -69,7 +76,7 @@ def relax(
         result[chunk] = torch.lerp(
             base[chunk].to(dtype),
             merged[chunk].to(dtype),
-            gain[chunk] if gain.shape[0] > 1 else gain,
+            factors[chunk] if factors.shape[0] > 1 else factors,
         )
     return result
 
