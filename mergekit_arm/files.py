@@ -35,9 +35,11 @@ def replacement(path: Path, *, staging: Path | None = None) -> Iterator[Path]:
 
     At every moment ``path`` is what it was or what it becomes, after a power failure too. The
     unfinished file lies in ``staging``, a directory on the same disk; beside ``path`` by
-    default. It is removed should the block fail.
+    default. It is removed should the block fail. Its name tells whose it is should this process
+    be killed: ``.<name>.<process>.<random>``.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=staging or path.parent)
+    prefix = f".{path.name}.{os.getpid()}."
+    descriptor, name = tempfile.mkstemp(prefix=prefix, dir=staging or path.parent)
     os.close(descriptor)
     unfinished = Path(name)
     try:

@@ -16,7 +16,7 @@ from mergekit.options import MergeOptions
 from mergekit_arm.files import remove, write_text
 from mergekit_arm.streaming.layout import LORA_CACHE
 from mergekit_arm.streaming.step.merge import merge_adapter
-from mergekit_arm.tuning.layout import BEST, PLOT, PREPARING, TRIALS, WORK
+from mergekit_arm.tuning.layout import BEST, PLOT, PREPARING, STATE_FILE, TRIALS, WORK
 from mergekit_arm.tuning.measuring import Told, measure_references
 from mergekit_arm.tuning.merging import Workshop
 from mergekit_arm.tuning.objective import Yardstick
@@ -132,7 +132,8 @@ class Run:
 
 def _remove_orphans(out: Path) -> None:
     """Remove what processes that are gone had in hand."""
-    for path in out.glob(f"{WORK}.*"):
-        number = path.name.removeprefix(f"{WORK}.").partition(".")[0]
-        if not number.isdigit() or not psutil.pid_exists(int(number)):
-            remove(path)
+    for start in (WORK, *(f".{name}" for name in (BEST, TRIALS, PLOT, STATE_FILE))):
+        for path in out.glob(f"{start}.*"):
+            number = path.name.removeprefix(f"{start}.").partition(".")[0]
+            if not number.isdigit() or not psutil.pid_exists(int(number)):
+                remove(path)

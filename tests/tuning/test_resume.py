@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mergekit_arm.tuning.run import _remove_orphans
 from tests.support.paths import ROOT
 from tests.support.tuning import config, lines, tensors, write_family
 
@@ -120,3 +121,15 @@ def test_one_of_two_dies_and_the_other_takes_its_trial(family: Path, tmp_path: P
     finished(second)
     found = [one for one in lines(out) if one["study"] == "tune"]
     assert [one["outcome"] for one in found] == ["complete"] * 10
+
+
+def test_unfinished_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    dead, alive = 2**22 + 1, os.getpid()
+    for name in (".best.yml.{}.x", ".trials.jsonl.{}.x", ".tune_state.json.{}.x", ".work.{}"):
+        for process in (dead, alive):
+            (tmp_path / name.format(process)).touch()
+    (tmp_path / ".env").touch()
+    _remove_orphans(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".env", *(name for name in left if f".{alive}" in name)}
+    assert len(left) == 5
