@@ -16,8 +16,7 @@ from mergekit_arm.checking.keys import NAME, check_duplicates
 from mergekit_arm.checking.merge import check_merge
 from mergekit_arm.checking.room import Room
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming.config import load_config
-from mergekit_arm.streaming.forecast import forecast
+from mergekit_arm.streaming.forecast import forecast_stream
 from mergekit_arm.streaming.options import StreamOptions
 from mergekit_arm.tuning.options import TuneOptions
 from mergekit_arm.tuning.tune import plan_tuning
@@ -95,7 +94,7 @@ def _check_stream(findings: Findings, options: MergeOptions, out: Path) -> Room 
     """Check a stream as its own dry run does."""
     document = findings.document
     try:
-        report = forecast(load_config(document.value), out, StreamOptions(options))
+        report = forecast_stream(document.value, out, StreamOptions(options))
     except InputError as error:
         findings.error(_named(document, error.message), error.message)
         return None

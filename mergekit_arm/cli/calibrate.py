@@ -200,7 +200,7 @@ def command(context: click.Context, /, config: str | None, **values: Any) -> Non
         from huggingface_hub.utils.tqdm import enable_progress_bars
 
         from mergekit_arm.calibration.calibrate import calibrate
-        from mergekit_arm.calibration.from_config import plan_config
+        from mergekit_arm.calibration.from_config import plan_calibrations
         from mergekit_arm.cli.tables.calibration import calibration_summary
 
         if values["quiet"] or not console.is_terminal:
@@ -222,7 +222,7 @@ def command(context: click.Context, /, config: str | None, **values: Any) -> Non
         if config is None:
             planned = [CalibrationOptions(**values)]
         else:
-            planned = plan_config(config, _written(context, values), say)
+            planned = plan_calibrations(config, _written(context, values), say)
         for options in planned:
             result = calibrate(options, display.tokens, say, preflight, display.stage)
             if result:

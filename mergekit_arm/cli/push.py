@@ -41,9 +41,9 @@ def command(
     console = Console(stderr=True)
     with console.status("Checking"):
         # Imported under a spinner: these take seconds.
-        from mergekit_arm.publishing.push import CARD, prepare, push
+        from mergekit_arm.publishing.push import CARD, prepare_upload, push
 
-        upload = prepare(statistics, repository, licence)
+        upload = prepare_upload(statistics, repository, licence)
     if dry_run:
         for name, file in upload.files.items():
             click.echo(f"{name}  {size_text(file.stat().st_size)}")

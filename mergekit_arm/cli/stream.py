@@ -18,7 +18,7 @@ from mergekit_arm.cli.progress import Display
 from mergekit_arm.cli.tables.stream import plan_report, step_line, stream_summary
 from mergekit_arm.errors import InputError
 from mergekit_arm.streaming.config import load_config
-from mergekit_arm.streaming.forecast import forecast
+from mergekit_arm.streaming.forecast import forecast_stream
 from mergekit_arm.streaming.layout import END_MARKER
 from mergekit_arm.streaming.options import StreamOptions, WatchOptions
 from mergekit_arm.streaming.references import plain_path
@@ -128,7 +128,7 @@ def _refuse_without_watch() -> None:
 
 
 def _print_plan(console: Console, config: str, out: str, options: StreamOptions) -> bool:
-    report = forecast(load_config(config), Path(plain_path(out)), options)
+    report = forecast_stream(load_config(config), Path(plain_path(out)), options)
     for part in plan_report(report):
         console.print(part, highlight=False, soft_wrap=True)
     return not report.problems
