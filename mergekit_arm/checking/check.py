@@ -124,15 +124,17 @@ def _check_tuning(findings: Findings, options: MergeOptions, out: Path) -> Room 
 
 
 def _named(document: Document, message: str) -> Place:
-    """Return the place that a stream's message begins with, such as ``evaluation.samples:``."""
+    """Return the place that a message begins with, such as ``evaluation.samples:``.
+
+    The key that an unknown one is, or as much of the place as the document has.
+    """
+    words = re.findall(r"[\w.]+(?=: )", message.removeprefix("stream configuration: "))[:3]
+    if found := re.search(r"unknown key '(\w+)'(?: in ([\w.]+))?", message):
+        words += [found[2] or "", found[1]]
     place: Place = ()
-    start = message.removeprefix("stream configuration: ")
-    if found := re.match(r"unknown key '(\w+)'(?: in (\w+))?", start):
-        return (found[2], found[1]) if found[2] else (found[1],)
-    for word in re.findall(r"[\w.]+(?=: )", start)[:3]:
-        for part in word.split("."):
-            if (*place, part) in document.lines:
-                place = (*place, part)
+    for part in ".".join(words).split("."):
+        if (*place, part) in document.lines:
+            place = (*place, part)
     return place
 
 

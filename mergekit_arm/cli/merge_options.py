@@ -19,22 +19,16 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class ShardSize(click.ParamType):
-    """A number of parameters, as mergekit reads it: 500M, 5B."""
+def size(text: str | int) -> int:
+    """Return a number of parameters, which mergekit reads as 500M or 5B; click shows SIZE."""
+    if isinstance(text, int):
+        return text
+    from mergekit.common import parse_kmb  # not for --help: it imports torch
 
-    name = "size"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | None:
-        if isinstance(value, int):
-            return value
-        from mergekit.common import parse_kmb  # not for --help: it imports torch
-
-        try:
-            return int(parse_kmb(value))
-        except ValueError:
-            self.fail(f"{value!r} is no number of parameters, such as 500M or 5B", param, ctx)
+    try:
+        return int(parse_kmb(text))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is no number such as 500M or 5B") from error
 
 
 _OUTPUT, _STORAGE = "Output Settings", "Storage"
@@ -47,8 +41,10 @@ OPTIONS: dict[str, tuple[str, Any, Any, str]] = {
         _DANGEROUS,
         bool,
         False,
-        "UNSAFE: discard trailing embedding rows to match the smallest vocabulary. Assumes "
-        "identical token IDs; use tokenizer configuration instead.",
+        (
+            "UNSAFE: discard trailing embedding rows to match the smallest vocabulary. Assumes "
+            "identical token IDs; use tokenizer configuration instead."
+        ),
     ),
     "transformers_cache": (_STORAGE, str, None, "Override storage path for downloaded models"),
     "lora_merge_cache": (_STORAGE, str, None, "Path to store merged LORA models"),
@@ -63,7 +59,7 @@ OPTIONS: dict[str, tuple[str, Any, Any, str]] = {
     ),
     "out_shard_size": (
         _OUTPUT,
-        ShardSize(),
+        size,
         5_000_000_000,
         "Number of parameters per output shard  [default: 5B]",
     ),
@@ -161,11 +157,12 @@ class MergeCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, our own first."""
         headings: dict[str, list[tuple[str, str]]] = {_OWN: []}
-        for parameter in self.get_params(ctx):
+        for parameter in self.params:
             record = parameter.get_help_record(ctx)
             if record is not None:
                 heading = OPTIONS.get(str(parameter.name), (_OWN,))[0]
                 headings.setdefault(heading, []).append(record)
         for heading, records in headings.items():
-            with formatter.section(heading):
-                formatter.write_dl(records)
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)

@@ -9,7 +9,12 @@ from mergekit.options import MergeOptions, PrettyPrintHelp
 from mergekit.options import add_merge_options as mergekits
 
 from mergekit_arm.cli.merge_options import MergeCommand, add_merge_options, merge_options
+from mergekit_arm.cli.stream import command as stream_command
+from mergekit_arm.cli.tune import command as tune_command
 from mergekit_arm.errors import InputError
+from mergekit_arm.streaming.layout import END_MARKER
+from mergekit_arm.streaming.options import WatchOptions
+from mergekit_arm.tuning.config import SAMPLERS
 
 
 @click.command(cls=PrettyPrintHelp)
@@ -47,3 +52,13 @@ def test_an_option_that_mergekit_has_lost_is_refused(monkeypatch: pytest.MonkeyP
     done = CliRunner().invoke(ours, ["--gpu-rich"])
     assert done.exit_code == InputError.exit_code
     assert "no --gpu-rich" in done.output
+
+
+def test_what_is_written_here_for_fast_help_is_the_librarys() -> None:
+    defaults = {one.name: one for one in stream_command.params}
+    assert defaults["watch_timeout"].default == WatchOptions.timeout
+    assert defaults["poll"].default == WatchOptions.poll
+    assert END_MARKER in str(getattr(defaults["end_marker"], "help", ""))
+    (sampler,) = (one for one in tune_command.params if one.name == "sampler")
+    assert isinstance(sampler.type, click.Choice)
+    assert tuple(sampler.type.choices) == SAMPLERS
