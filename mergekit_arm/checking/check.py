@@ -128,13 +128,14 @@ def _named(document: Document, message: str) -> Place:
 
     The key that an unknown one is, or as much of the place as the document has.
     """
-    words = re.findall(r"[\w.]+(?=: )", message.removeprefix("stream configuration: "))[:3]
+    words = re.findall(r"[\w.\[\]]+(?=: )", message.removeprefix("stream configuration: "))[:3]
     if found := re.search(r"unknown key '(\w+)'(?: in ([\w.]+))?", message):
         words += [found[2] or "", found[1]]
     place: Place = ()
-    for part in ".".join(words).split("."):
-        if (*place, part) in document.lines:
-            place = (*place, part)
+    for part in re.findall(r"\w+", ".".join(words)):
+        inner = (*place, int(part) if part.isdecimal() else part)
+        if inner in document.lines:
+            place = inner
     return place
 
 
