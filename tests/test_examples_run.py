@@ -52,7 +52,7 @@ def commands(path: Path) -> list[list[str]]:
 def models(tmp_path_factory: pytest.TempPathFactory, measure: Callable[..., Path]) -> Path:
     """A base, fine-tunes and a training run; the same of a mixture of experts."""
     folder = tmp_path_factory.mktemp("models")
-    trained = write_run(folder)
+    trained = write_run(folder, [10])  # a run of one checkpoint
     perturbed(trained[0], 8).save_pretrained(folder / "tuned-0")
     perturbed(trained[0], 9).save_pretrained(folder / "tuned-1")
     perturbed(trained[0], 10).save_pretrained(folder / "tuned-2")
@@ -79,13 +79,12 @@ def lay_out(path: Path, models: Path, here: Path) -> dict[str, str]:
     made = {one.get("name") for one in documents}
     source = models / "experts" if "expert" in path.name else models
     bases = list(dict.fromkeys(names(documents, "base_model")))
-    others = [one for one in dict.fromkeys(names(documents, "model")) if one not in bases]
+    inputs = dict.fromkeys(names(documents, "model"))
+    others = [one for one in inputs if one not in {*bases, *made}]
     replaced = {}
     for name, folder in [(one, "base") for one in bases] + [
         (one, f"tuned-{number}") for number, one in enumerate(others)
     ]:
-        if name in made:
-            continue
         local = name if name.startswith("./") else f"./{name.replace('/', '--')}"
         replaced[name] = local
         (here / local).parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +124,9 @@ def test_it_runs_as_it_says(
 
     example = tmp_path / "example_configs" / path.name
     example.parent.mkdir()
-    text = local(path.read_text(encoding="utf-8")).replace("trials: 40", "trials: 3")
+    text = local(path.read_text(encoding="utf-8")).replace(
+        "trials: 40", "trials: 1\n  baseline: false"
+    )
     example.write_text(text)
     data = tmp_path / "default.jsonl"
     write_tokens(data, 60)

@@ -126,7 +126,7 @@ def _check_tuning(findings: Findings, options: MergeOptions, out: Path) -> Room 
 def _named(document: Document, message: str) -> Place:
     """Return the place that a message begins with, such as ``evaluation.samples:``.
 
-    The key that an unknown one is, or as much of the place as the document has.
+    The key that nobody knows, or as much of the place as the document has; of a model, its name.
     """
     words = re.findall(r"[\w.\[\]]+(?=: )", message.removeprefix("stream configuration: "))[:3]
     if found := re.search(r"unknown key '(\w+)'(?: in ([\w.]+))?", message):
@@ -136,6 +136,8 @@ def _named(document: Document, message: str) -> Place:
         inner = (*place, int(part) if part.isdecimal() else part)
         if inner in document.lines:
             place = inner
+    if not place and (model := re.match(r"model (\S+): ", message)):
+        return next((at for at, value in document.leaves() if value == model[1]), ())
     return place
 
 

@@ -333,7 +333,7 @@ def test_a_search_is_checked_as_a_search(here: Path) -> None:
         ("[0.2, 1.2]", "[1.2, 0.2]", 5, "[1.2, 0.2]"),
         ("trials: 3", "trials: -3", 11, "greater than"),
         ("./tokens.jsonl", "./absent.jsonl", 13, "no such file"),
-        ("model: ./b", "model: ./absent", 1, "./absent: no such directory"),
+        ("- model: ./b", "- model: ./absent", 6, "./absent: no such directory"),
     ],
 )
 def test_mistakes_in_a_search(here: Path, old: str, new: str, line: int, said: str) -> None:

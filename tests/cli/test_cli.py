@@ -99,6 +99,7 @@ def test_calibrate_prints_a_table(family: Path, token_file: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "12 sequences, not 256" in done.stderr.replace("\n", " ")
     assert "weights at" in done.stdout
+    assert "\x1b" not in done.stdout + done.stderr  # no colour and no bar
     assert (tmp_path / "stats" / "activation_stats.json").is_file()
 
 
