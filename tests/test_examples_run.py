@@ -52,7 +52,7 @@ def commands(path: Path) -> list[list[str]]:
 def models(tmp_path_factory: pytest.TempPathFactory, measure: Callable[..., Path]) -> Path:
     """A base, fine-tunes and a training run; the same of a mixture of experts."""
     folder = tmp_path_factory.mktemp("models")
-    trained = write_run(folder, [10])  # a run of one checkpoint
+    trained = write_run(folder, (10, 20))
     perturbed(trained[0], 8).save_pretrained(folder / "tuned-0")
     perturbed(trained[0], 9).save_pretrained(folder / "tuned-1")
     perturbed(trained[0], 10).save_pretrained(folder / "tuned-2")
