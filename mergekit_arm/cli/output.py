@@ -22,12 +22,14 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 
 def print_tables(tables: Iterable[RenderableType]) -> None:
-    """Print tables and lines of text, which do not break where there is no terminal."""
-    from rich.console import Console  # not for --help
+    """Print tables as wide as the terminal, and lines of text as long as they are."""
+    # Not for --help, which stays instant.
+    from rich.console import Console
+    from rich.table import Table
 
     console = Console()
     for one in tables:
-        console.print(one, highlight=False, soft_wrap=isinstance(one, str), markup=False)
+        console.print(one, highlight=False, soft_wrap=not isinstance(one, Table), markup=False)
 
 
 def _plain(value: object) -> object:
