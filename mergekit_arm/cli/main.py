@@ -105,4 +105,6 @@ def main() -> None:
 def _how_to_go_on(arguments: list[str]) -> str:
     if any(one in CONTINUED for one in arguments[:1]):
         return "The same command goes on where it was."
+    if arguments[:1] == ["demo"]:
+        return "The same command with --force begins anew."
     return "Nothing half-written was left; the same command begins anew."

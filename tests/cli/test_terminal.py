@@ -110,6 +110,7 @@ def test_ctrl_c_says_how_to_go_on() -> None:
     assert interrupted("tune", "config.yml", "out") == goes_on
     assert interrupted("stream", "config.yml", "out") == goes_on
     assert "begins anew" in interrupted("combine", "a", "b", "out")
+    assert "with --force" in interrupted("demo")
 
 
 def test_json_is_one_document_and_alone(family: Path, token_file: Path, tmp_path: Path) -> None:
