@@ -10,6 +10,7 @@ import pytest
 import yaml
 from mergekit import merge_methods
 from mergekit.config import MergeConfiguration
+from mergekit.scripts.multimerge import main as mergekit_multi
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_arm.cli.main import COMMANDS, module_of
@@ -62,7 +63,7 @@ def test_every_flag_that_is_named_exists(path: Path) -> None:
     commands = [import_module(module_of(name)).command for name in COMMANDS]
     known = {
         flag
-        for command in (*commands, benchmarks, mergekit_yaml)
+        for command in (*commands, benchmarks, mergekit_yaml, mergekit_multi)
         for parameter in command.params
         for flag in (*parameter.opts, *parameter.secondary_opts)
     } | OTHERS
@@ -96,7 +97,9 @@ def test_merge_configurations_in_the_readme_are_mergekits() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_example_configurations_are_valid(path: Path) -> None:
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    *stages, config = yaml.safe_load_all(path.read_text(encoding="utf-8"))
+    for stage in stages:
+        check_merge({key: value for key, value in stage.items() if key != "name"})
     if "checkpoints" in config:
         from mergekit_arm.streaming.config import load_config
 

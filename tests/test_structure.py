@@ -108,6 +108,8 @@ def test_no_import_runs_upwards() -> None:
     wrong = []
     for one in OURS:
         source, target = room(module_name(one.file)), room(one.target)
+        if one.file == PACKAGE / "__init__.py" and not one.runs:
+            continue  # what the package offers from all floors, for type checkers
         if not {source, target} <= floor.keys():
             continue  # the test before this one names it
         beside = floor[source] == floor[target] and source != target

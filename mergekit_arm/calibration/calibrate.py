@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -51,6 +52,22 @@ class CalibrationResult:
     metadata: Metadata
     corpus: Corpus
     seconds: float
+
+    def fields(self) -> dict[str, Any]:
+        """Return it as JSON has it; what the directory holds besides, ``inspect --json`` says."""
+        metadata, data = self.metadata, self.metadata.data
+        measured = sum(1 for weight in metadata.weights.values() if weight.site)
+        return {
+            "out": str(self.out),
+            "model": metadata.model.reference,
+            "dataset": data.dataset,
+            "sequences": data.sequences,
+            "tokens": data.tokens,
+            "weights": len(metadata.weights),
+            "measured": measured,
+            "inputs": len(metadata.sites),
+            "seconds": self.seconds,
+        }
 
 
 @dataclass(frozen=True)

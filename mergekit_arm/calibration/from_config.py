@@ -51,8 +51,10 @@ class _Wanted:
     """Of the base, on general text: for this alone there is a data set by default."""
 
 
-def plan_config(
-    path: str | Path, given: Mapping[str, Any], say: Callable[[str], None]
+def plan_calibrations(
+    path: str | Path,
+    given: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[CalibrationOptions]:
     """Return what is to be measured for the merge configuration at ``path``, all of it checked.
 
@@ -67,6 +69,7 @@ def plan_config(
     Raises:
         InputError: the first thing that is wrong; nothing has been measured then.
     """
+    given, say = given or {}, say or (lambda note: None)
     document = _read(path)
     wanted = _wanted(path, document)
     section = _section(path, document, wanted)

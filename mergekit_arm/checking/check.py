@@ -16,8 +16,7 @@ from mergekit_arm.checking.keys import NAME, check_duplicates
 from mergekit_arm.checking.merge import check_merge
 from mergekit_arm.checking.room import Room
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming.config import load_config
-from mergekit_arm.streaming.forecast import forecast
+from mergekit_arm.streaming.forecast import forecast_stream
 from mergekit_arm.streaming.options import StreamOptions
 from mergekit_arm.tuning.options import TuneOptions
 from mergekit_arm.tuning.tune import plan_tuning
@@ -95,7 +94,7 @@ def _check_stream(findings: Findings, options: MergeOptions, out: Path) -> Room 
     """Check a stream as its own dry run does."""
     document = findings.document
     try:
-        report = forecast(load_config(document.value), out, StreamOptions(options))
+        report = forecast_stream(document.value, out, StreamOptions(options))
     except InputError as error:
         findings.error(_named(document, error.message), error.message)
         return None
@@ -125,15 +124,20 @@ def _check_tuning(findings: Findings, options: MergeOptions, out: Path) -> Room 
 
 
 def _named(document: Document, message: str) -> Place:
-    """Return the place that a stream's message begins with, such as ``evaluation.samples:``."""
+    """Return the place that a message begins with, such as ``evaluation.samples:``.
+
+    The key that nobody knows, or as much of the place as the document has; of a model, its name.
+    """
+    words = re.findall(r"[\w.\[\]]+(?=: )", message.removeprefix("stream configuration: "))[:3]
+    if found := re.search(r"unknown key '(\w+)'(?: in ([\w.]+))?", message):
+        words += [found[2] or "", found[1]]
     place: Place = ()
-    start = message.removeprefix("stream configuration: ")
-    if found := re.match(r"unknown key '(\w+)'(?: in (\w+))?", start):
-        return (found[2], found[1]) if found[2] else (found[1],)
-    for word in re.findall(r"[\w.]+(?=: )", start)[:3]:
-        for part in word.split("."):
-            if (*place, part) in document.lines:
-                place = (*place, part)
+    for part in re.findall(r"\w+", ".".join(words)):
+        inner = (*place, int(part) if part.isdecimal() else part)
+        if inner in document.lines:
+            place = inner
+    if not place and (model := re.match(r"model (\S+): ", message)):
+        return next((at for at, value in document.leaves() if value == model[1]), ())
     return place
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mergekit_arm.calibration.options import CalibrationOptions, parse_part
+from mergekit_arm.cli.output import json_option, print_json
 from mergekit_arm.data.settings import DEFAULT_DATASET, RECIPES
 from mergekit_arm.units import parse_duration, parse_size
 
@@ -168,9 +169,10 @@ def _checked(parse: Callable[[str], object]) -> Callable[..., str]:
 @_option("lora_merge_cache", type=click.Path(), help="Keep the merged model of model+lora here.")
 @_option("trust_remote_code", help="Run code that comes with the model (danger).")
 @_option("force", help="Replace statistics that exist at OUT.")
-@_option("quiet", help="Hide the bars of downloads.")
+@_option("quiet", help="Show no progress; notes, errors and the result remain.")
+@json_option
 @click.pass_context
-def command(context: click.Context, /, config: str | None, **values: Any) -> None:
+def command(context: click.Context, /, config: str | None, as_json: bool, **values: Any) -> None:
     """Measure MODEL's activations on calibration text and write statistics to OUT.
 
     MODEL is a local directory, a Hub id, id@revision, or model+lora. With --config, a merge
@@ -191,7 +193,9 @@ def command(context: click.Context, /, config: str | None, **values: Any) -> Non
     from mergekit_arm.cli.progress import Display
 
     console = Console(stderr=True)
-    with Display(console) as display:
+    shown = Console(stderr=True, quiet=True) if values["quiet"] else console
+    written = []
+    with Display(shown) as display:
         if os.environ.get("RANK", "0") == "0":  # one of a job's processes speaks for all
             display.stage("Loading libraries", 0, 0)
         # Imported when that is said: these take seconds.
@@ -200,7 +204,7 @@ def command(context: click.Context, /, config: str | None, **values: Any) -> Non
         from huggingface_hub.utils.tqdm import enable_progress_bars
 
         from mergekit_arm.calibration.calibrate import calibrate
-        from mergekit_arm.calibration.from_config import plan_config
+        from mergekit_arm.calibration.from_config import plan_calibrations
         from mergekit_arm.cli.tables.calibration import calibration_summary
 
         if values["quiet"] or not console.is_terminal:
@@ -215,20 +219,25 @@ def command(context: click.Context, /, config: str | None, **values: Any) -> Non
 
         def preflight(estimate: Preflight) -> None:
             for line in estimate.lines():
-                console.print(line, highlight=False)
+                (console if values["dry_run"] else shown).print(line, highlight=False)
             for warning in estimate.warnings():
                 say(warning)
 
         if config is None:
             planned = [CalibrationOptions(**values)]
         else:
-            planned = plan_config(config, _written(context, values), say)
+            planned = plan_calibrations(config, _written(context, values), say)
         for options in planned:
             result = calibrate(options, display.tokens, say, preflight, display.stage)
-            if result:
-                console.print(
-                    calibration_summary(result.metadata, result.out, result.corpus, result.seconds)
-                )
+            if result is None:
+                continue
+            table = calibration_summary(result.metadata, result.out, result.corpus, result.seconds)
+            if not as_json:
+                Console().print(table)
+            written.append(result.fields())
+    # Under torchrun, only the first process has something to say.
+    if as_json and os.environ.get("RANK", "0") == "0":
+        print_json({"written": written})
 
 
 def _written(context: click.Context, values: dict[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
+
+from mergekit_arm.cli.output import json_option, print_json
 
 _EPILOG = """\b
 Examples:
@@ -21,7 +21,7 @@ Examples:
     type=click.Path(),
     help="Where the result is to lie: its disk is looked at. [default: here]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+@json_option
 @click.option("--allow-crimes", is_flag=True, help="As mergekit-yaml will be given it.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code of the models (danger).")
 @click.option(
@@ -56,7 +56,7 @@ def command(config: str, out: str | None, as_json: bool, **merge: object) -> Non
             "findings": [one.fields() for one in checked.findings],
             "room": [one.fields() for one in checked.rooms],
         }
-        click.echo(json.dumps(document, indent=1))
+        print_json(document)
     else:
         for one in checked.findings:
             click.echo(str(one))

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mergekit_arm.cli.output import json_option, print_json, print_tables
+
 _EPILOG = """\b
 Examples:
   mergekit-arm combine ./stats-1 ./stats-2 ./stats
@@ -20,7 +22,8 @@ On two hosts without a shared network:
 @click.argument("directories", nargs=-1, required=True, metavar="DIRECTORY DIRECTORY …")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace statistics that exist at OUT.")
-def command(directories: tuple[str, ...], out: Path, force: bool) -> None:
+@json_option
+def command(directories: tuple[str, ...], out: Path, force: bool, as_json: bool) -> None:
     """Add statistics measured apart, and write what one run would have measured to OUT.
 
     All must be of one model and measured with the same settings, on data that share no row.
@@ -30,15 +33,15 @@ def command(directories: tuple[str, ...], out: Path, force: bool) -> None:
     # Imported when there is work, so that --help is instant.
     from rich.console import Console
 
-    console = Console(stderr=True)
-    with console.status("Adding"):
+    with Console(stderr=True).status("Adding"):
         # Imported under a spinner: these take seconds.
         from mergekit_arm.statistics.combine import combine
 
         metadata = combine(directories, out, force=force)
     data = metadata.data
-    console.print(
-        f"{out}: {len(directories)} directories, {data.sequences:,} sequences, "
-        f"{data.tokens:,} tokens at {len(metadata.sites)} inputs",
-        highlight=False,
-    )
+    counts = {"sequences": data.sequences, "tokens": data.tokens, "inputs": len(metadata.sites)}
+    if as_json:
+        print_json({"out": out, "directories": directories, **counts})
+        return
+    line = "{sequences:,} sequences, {tokens:,} tokens at {inputs} inputs".format_map(counts)
+    print_tables([f"{out}: {len(directories)} directories, {line}"])

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mergekit_arm.cli.output import json_option, print_json, print_tables
+
 _EPILOG = """\b
 Examples:
   mergekit-arm export-imatrix ./stats ./imatrix.gguf
@@ -17,7 +19,8 @@ Examples:
 @click.argument("statistics")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace OUT.")
-def command(statistics: str, out: Path, force: bool) -> None:
+@json_option
+def command(statistics: str, out: Path, force: bool, as_json: bool) -> None:
     """Write the directory STATISTICS as an importance matrix for llama.cpp's quantisation.
 
     STATISTICS may also be org/name[@revision] on the Hub. OUT is a GGUF file.
@@ -25,11 +28,13 @@ def command(statistics: str, out: Path, force: bool) -> None:
     # Imported when there is work, so that --help is instant.
     from rich.console import Console
 
-    console = Console(stderr=True)
-    with console.status("Writing"):
+    with Console(stderr=True).status("Writing"):
         # Imported under a spinner: these take seconds.
         from mergekit_arm.imatrix.exporting import export_imatrix
         from mergekit_arm.statistics.read import open_statistics
 
         matrix = export_imatrix(open_statistics(statistics), out, force=force)
-    console.print(f"{out}: {len(matrix.entries)} weights", highlight=False, markup=False)
+    if as_json:
+        print_json({"out": out, "weights": len(matrix.entries)})
+    else:
+        print_tables([f"{out}: {len(matrix.entries)} weights"])

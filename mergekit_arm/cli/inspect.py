@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
+
+from mergekit_arm.cli.output import json_option, print_json
 
 _EPILOG = """\b
 Examples:
@@ -18,7 +18,7 @@ Examples:
 @click.argument("statistics")
 @click.argument("other", required=False)
 @click.option("--tensor", metavar="NAME", help="Say what is known of this weight.")
-@click.option("--json", "as_json", is_flag=True, help="Print all numbers as JSON.")
+@json_option
 def command(statistics: str, other: str | None, tensor: str | None, as_json: bool) -> None:
     """Show what the directory STATISTICS holds: where it is from, how complete, what stands out.
 
@@ -49,7 +49,7 @@ def command(statistics: str, other: str | None, tensor: str | None, as_json: boo
             summary = summarise(opened)
             fields, tables = summary.fields(), list(summary_tables(summary))
     if as_json:
-        click.echo(json.dumps(fields, indent=1))
+        print_json(fields)
         return
     console = Console()
     for table in tables:

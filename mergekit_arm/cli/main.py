@@ -26,6 +26,10 @@ COMMANDS = {
 """Subcommand → its line in ``--help``; each is ``command`` in a file of ``cli/``."""
 
 
+CONTINUED = ("calibrate", "stream", "tune")
+"""Commands that keep their progress."""
+
+
 def module_of(name: str) -> str:
     """Return the module of a subcommand, whose name may have dashes."""
     return f"mergekit_arm.cli.{name.replace('-', '_')}"
@@ -47,7 +51,8 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+        known = not args or args[0] in COMMANDS or args[0].startswith("-")
+        if not known and not ctx.resilient_parsing:  # which completion is
             raise InputError(
                 f"no command {args[0]!r}{did_you_mean(args[0], COMMANDS)}; "
                 f"there are: {', '.join(COMMANDS)}"
@@ -61,7 +66,9 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mergekit-arm")
-@click.option("--verbose", is_flag=True, help="Show a traceback when something fails.")
+@click.option(
+    "--verbose", is_flag=True, help="Show a traceback when something fails; also behind a command."
+)
 def cli(verbose: bool) -> None:
     """Activation-informed merging for mergekit.
 
@@ -71,20 +78,22 @@ def cli(verbose: bool) -> None:
 
 def main() -> None:
     """Run the command line; one line and exit status 2 or 1 when something is wrong."""
+    arguments = [one for one in sys.argv[1:] if one != "--verbose"]
+    verbose = len(arguments) < len(sys.argv) - 1
     try:
         # Not standalone, click returns the status of a command that ends by its own Exit.
-        sys.exit(cli.main(prog_name="mergekit-arm", standalone_mode=False))
+        sys.exit(cli.main(arguments, prog_name="mergekit-arm", standalone_mode=False))
     except click.Abort:
-        click.echo("Stopped.", err=True)
+        click.echo(f"Stopped. {_how_to_go_on(arguments)}", err=True)
         sys.exit(1)
     except click.ClickException as error:
-        if "--verbose" in sys.argv:
+        if verbose:
             raise
         error.show()
         sys.exit(error.exit_code)
     except Exception as error:
         # The last resort: whatever a library raises is still one line for the user.
-        if "--verbose" in sys.argv:
+        if verbose:
             raise
         click.echo(
             f"Error: {type(error).__name__}: {first_line(error)} "
@@ -92,3 +101,11 @@ def main() -> None:
             err=True,
         )
         sys.exit(1)
+
+
+def _how_to_go_on(arguments: list[str]) -> str:
+    if any(one in CONTINUED for one in arguments[:1]):
+        return "The same command goes on where it was."
+    if arguments[:1] == ["demo"]:
+        return "The same command with --force begins anew."
+    return "Nothing half-written was left; the same command begins anew."

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mergekit_arm.cli.output import json_option, print_json
+
 _EPILOG = """\b
 Examples:
   mergekit-arm push ./stats my-org/llama-stats --dry-run
@@ -20,6 +22,7 @@ Examples:
 @click.option("--license", "licence", metavar="ID", help="Say it in the card, as apache-2.0.")
 @click.option("--dry-run", is_flag=True, help="Print what would be uploaded, and stop.")
 @click.option("--force", is_flag=True, help="Replace files of a repository that has some.")
+@json_option
 def command(
     statistics: Path,
     repository: str,
@@ -27,6 +30,7 @@ def command(
     licence: str | None,
     dry_run: bool,
     force: bool,
+    as_json: bool,
 ) -> None:
     """Publish the directory STATISTICS on the Hub, as a repository ORG/NAME.
 
@@ -41,14 +45,21 @@ def command(
     console = Console(stderr=True)
     with console.status("Checking"):
         # Imported under a spinner: these take seconds.
-        from mergekit_arm.publishing.push import CARD, prepare, push
+        from mergekit_arm.publishing.push import CARD, prepare_upload, push
 
-        upload = prepare(statistics, repository, licence)
+        upload = prepare_upload(statistics, repository, licence)
+    sizes = {name: file.stat().st_size for name, file in upload.files.items()}
     if dry_run:
-        for name, file in upload.files.items():
-            click.echo(f"{name}  {size_text(file.stat().st_size)}")
+        if as_json:
+            print_json({"repository": repository, "files": sizes, "card": upload.card})
+            return
+        for name, size in sizes.items():
+            click.echo(f"{name}  {size_text(size)}")
         click.echo(f"{CARD}:\n{upload.card}")
         return
     with console.status(f"Uploading {size_text(upload.size)}"):
         address = push(upload, private=private, force=force)
-    click.echo(address)
+    if as_json:
+        print_json({"repository": repository, "files": sizes, "address": address})
+    else:
+        click.echo(address)

@@ -1,28 +1,14 @@
-"""``mergekit-arm stream CONFIG OUT``.
-
-Nothing is imported late here: mergekit's own options, which this command offers, bring torch along.
-"""
+"""``mergekit-arm stream CONFIG OUT``."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
-import transformers
-from huggingface_hub.utils.tqdm import enable_progress_bars
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
-from rich.console import Console
 
-from mergekit_arm.cli.progress import Display
-from mergekit_arm.cli.tables.stream import plan_report, step_line, stream_summary
+from mergekit_arm.cli.merge_options import MergeCommand, add_merge_options, merge_options
+from mergekit_arm.cli.output import json_option, print_json, print_tables
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming.config import load_config
-from mergekit_arm.streaming.forecast import forecast
-from mergekit_arm.streaming.layout import END_MARKER
-from mergekit_arm.streaming.options import StreamOptions, WatchOptions
-from mergekit_arm.streaming.references import plain_path
-from mergekit_arm.streaming.stream import stream
 
 _EPILOG = """\b
 Examples:
@@ -32,7 +18,7 @@ Examples:
 """
 
 
-@click.command("stream", cls=PrettyPrintHelp, epilog=_EPILOG)
+@click.command("stream", cls=MergeCommand, epilog=_EPILOG)
 @click.argument("config", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option(
@@ -47,12 +33,12 @@ Examples:
 @click.option(
     "--end-marker",
     type=click.Path(),
-    help=f"File that appears when training ends. [default: {END_MARKER} beside the checkpoints]",
+    help="File that appears when training ends. [default: stream.end beside the checkpoints]",
 )
 @click.option(
     "--watch-timeout",
     type=click.FloatRange(0, min_open=True),
-    default=WatchOptions.timeout,
+    default=3600.0,
     show_default=True,
     metavar="SECONDS",
     help="Without a new checkpoint for so long, training counts as ended.",
@@ -60,7 +46,7 @@ Examples:
 @click.option(
     "--poll",
     type=click.FloatRange(0, min_open=True),
-    default=WatchOptions.poll,
+    default=2.0,
     show_default=True,
     metavar="SECONDS",
     help="Between looks for new checkpoints.",
@@ -68,9 +54,9 @@ Examples:
 @click.option("--finish", is_flag=True, help="Make OUT/model of the steps there are; take no more.")
 @click.option("--strict", is_flag=True, help="End at a checkpoint that cannot be merged.")
 @click.option("--fed", is_flag=True, help="With --watch: StreamCallback hands the checkpoints on.")
-@add_merge_options  # type: ignore[untyped-decorator]  # mergekit is untyped
+@json_option
+@add_merge_options
 def command(
-    merge_options: MergeOptions,
     config: str,
     out: str,
     keep: Any,
@@ -82,6 +68,8 @@ def command(
     finish: bool,
     strict: bool,
     fed: bool,
+    as_json: bool,
+    **values: Any,
 ) -> None:
     """Merge a training run's checkpoints one after another, each merge a step.
 
@@ -89,35 +77,55 @@ def command(
     evaluation. OUT/model is the result. The same command resumes an interrupted stream, and goes
     on with checkpoints that have come since. A bad checkpoint is skipped, and said.
     """
-    transformers.utils.logging.disable_progress_bar()  # which also silences downloads
-    if not merge_options.quiet:
-        enable_progress_bars()
-    merge_options.apply_global_options()
     if not watch:
         _refuse_without_watch()
+    if dry_run and as_json:
+        raise InputError("a dry run has no JSON: use `mergekit-arm check CONFIG --json`")
+    # Imported when there is work, so that --help is instant.
+    import transformers
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from rich.console import Console
+
+    from mergekit_arm.cli.progress import Display
+    from mergekit_arm.cli.tables.stream import plan_report, step_line, stream_summary
+    from mergekit_arm.streaming.forecast import forecast_stream
+    from mergekit_arm.streaming.options import StreamOptions, WatchOptions
+    from mergekit_arm.streaming.stream import stream
+
+    merge = merge_options(values)
+    transformers.utils.logging.disable_progress_bar()  # which also silences downloads
+    if not merge.quiet:
+        enable_progress_bars()
+    merge.apply_global_options()
     watching = WatchOptions(end_marker, watch_timeout, poll, fed=fed) if watch else None
-    options = StreamOptions(merge_options, keep, watching, finish, strict)
-    console = Console(stderr=True)
+    options = StreamOptions(merge, keep, watching, finish, strict)
     if dry_run:
-        if not _print_plan(console, config, out, options):
+        report = forecast_stream(config, out, options)
+        print_tables(plan_report(report))
+        if report.problems:
             raise click.exceptions.Exit(2)
         return
+    console = Console(stderr=True)
+    shown = Console(stderr=True, quiet=True) if merge.quiet else console
 
-    def line(text: str, style: str | None = None) -> None:
+    def line(console: Console, text: str, style: str | None = None) -> None:
         # Paths may hold brackets, which are not markup.
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    with Display(console) as display:
+    with Display(shown) as display:
         result = stream(
             config,
             out,
             options,
-            say=lambda note: line(note, "yellow"),
+            say=lambda note: line(console, note, "yellow"),
             progress=display.tokens,
             evaluating=display.stage,
-            on_step=lambda record: line(step_line(record)),
+            on_step=lambda record: line(shown, step_line(record)),
         )
-    console.print(stream_summary(result))
+    if as_json:
+        print_json(vars(result))
+    else:
+        print_tables([stream_summary(result)])
 
 
 def _refuse_without_watch() -> None:
@@ -125,10 +133,3 @@ def _refuse_without_watch() -> None:
     for name in ("end_marker", "watch_timeout", "poll", "fed"):
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise InputError(f"--{name.replace('_', '-')} belongs to --watch: add that")
-
-
-def _print_plan(console: Console, config: str, out: str, options: StreamOptions) -> bool:
-    report = forecast(load_config(config), Path(plain_path(out)), options)
-    for part in plan_report(report):
-        console.print(part, highlight=False, soft_wrap=True)
-    return not report.problems

@@ -1,27 +1,19 @@
-"""``mergekit-arm tune CONFIG OUT``.
-
-Nothing is imported late here: mergekit's own options, which this command offers, bring torch along.
-"""
+"""``mergekit-arm tune CONFIG OUT``."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import transformers
-from huggingface_hub.utils.tqdm import enable_progress_bars
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
-from rich.console import Console
 
-from mergekit_arm.cli.progress import Display
-from mergekit_arm.cli.tables.tune import space_report, trial_line, tune_summary
-from mergekit_arm.tuning.config import SAMPLERS
-from mergekit_arm.tuning.forecast import forecast_tuning
-from mergekit_arm.tuning.options import TuneOptions
-from mergekit_arm.tuning.trials import TrialRecord
-from mergekit_arm.tuning.tune import plan_tuning, tune
+from mergekit_arm.cli.merge_options import MergeCommand, add_merge_options, merge_options
+from mergekit_arm.cli.output import json_option, print_json, print_tables
+from mergekit_arm.errors import InputError
 from mergekit_arm.units import parse_duration
+
+if TYPE_CHECKING:
+    from mergekit_arm.tuning.trials import TrialRecord
 
 _EPILOG = """\b
 Examples:
@@ -35,7 +27,7 @@ A number becomes unknown by {tune: [LOW, HIGH]}; the section tuning names the da
 """
 
 
-@click.command("tune", cls=PrettyPrintHelp, epilog=_EPILOG)
+@click.command("tune", cls=MergeCommand, epilog=_EPILOG)
 @click.argument("config", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option("--trials", type=click.IntRange(1), help="How many. [default: the file's, or 40]")
@@ -45,7 +37,11 @@ A number becomes unknown by {tune: [LOW, HIGH]}; the section tuning names the da
     callback=lambda _context, _option, text: None if text is None else parse_duration(text),
     help="Begin no trial after so long (90s, 30m, 8h).",
 )
-@click.option("--sampler", type=click.Choice(SAMPLERS), help="[default: the file's, or tpe]")
+@click.option(
+    "--sampler",
+    type=click.Choice(["tpe", "random", "grid", "cmaes"]),
+    help="[default: the file's, or tpe]",
+)
 @click.option("--seed", type=click.IntRange(0), help="[default: the file's, or 42]")
 @click.option(
     "--dtype",
@@ -60,38 +56,51 @@ A number becomes unknown by {tune: [LOW, HIGH]}; the section tuning names the da
 @click.option("--model/--no-model", default=True, help="Write the best merge to OUT/model.")
 @click.option("--dry-run", is_flag=True, help="Print the space, trials, time and disk.")
 @click.option("--force", is_flag=True, help="Replace another search at OUT.")
-@add_merge_options  # type: ignore[untyped-decorator]  # mergekit is untyped
-def command(
-    merge_options: MergeOptions, config: str, out: str, dry_run: bool, **values: Any
-) -> None:
+@json_option
+@add_merge_options
+def command(config: str, out: str, dry_run: bool, as_json: bool, **values: Any) -> None:
     """Search the numbers of a merge for what judges best.
 
     CONFIG is a mergekit configuration with {tune: [LOW, HIGH]} in place of numbers, and a section
     tuning that names held-out data or commands. OUT/best.yml and OUT/model are the result. The
     same command continues an interrupted search; run more than once, the processes share it.
     """
+    if dry_run and as_json:
+        raise InputError("a dry run has no JSON: use `mergekit-arm check CONFIG --json`")
+    # Imported when there is work, so that --help is instant.
+    import transformers
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from rich.console import Console
+
+    from mergekit_arm.cli.progress import Display
+    from mergekit_arm.cli.tables.tune import space_report, trial_line, tune_summary
+    from mergekit_arm.tuning.forecast import forecast_tuning
+    from mergekit_arm.tuning.options import TuneOptions
+    from mergekit_arm.tuning.tune import plan_tuning, tune
+
+    quiet = values["quiet"]
+    merge = merge_options(values)
     transformers.utils.logging.disable_progress_bar()  # which also silences downloads
-    if not merge_options.quiet:
+    if not quiet:
         enable_progress_bars()
-    merge_options.apply_global_options()
-    options = TuneOptions(merge_options, **values)
+    merge.apply_global_options()
+    options = TuneOptions(merge, **values)
     console = Console(stderr=True)
     if dry_run:
         place = Path(out).absolute()
-        plan, merge = plan_tuning(config, place, options)
-        forecast = forecast_tuning(plan, place, merge, with_model=options.model)
-        for part in space_report(plan, forecast):
-            console.print(part, highlight=False, soft_wrap=True)
+        plan, planned = plan_tuning(config, place, options)
+        forecast = forecast_tuning(plan, place, planned, with_model=options.model)
+        print_tables(space_report(plan, forecast))
         return
 
     def line(text: str, style: str | None = None) -> None:
         # Paths may hold brackets, which are not markup.
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    with Display(console) as display:
+    with Display(Console(stderr=True, quiet=True) if quiet else console) as display:
 
         def ended(trial: TrialRecord, best: TrialRecord | None, done: int, budget: int) -> None:
-            if not merge_options.quiet or trial.reason is not None:
+            if not quiet or trial.reason is not None:
                 line(trial_line(trial, best, done, budget), "yellow" if trial.reason else None)
             if trial.study == "tune":
                 gain = best.gain if best is not None else None
@@ -106,5 +115,7 @@ def command(
             tell=lambda name, done, total: display.stage("Scoring", done, total),
             on_trial=ended,
         )
-    for part in tune_summary(result):
-        console.print(part, highlight=False, soft_wrap=True)
+    if as_json:
+        print_json(vars(result))
+    else:
+        print_tables(tune_summary(result))

@@ -72,13 +72,14 @@ def merge_configs() -> dict[str, dict[str, Any]]:
     }
 
 
-def run_demo(options: DemoOptions, console: Console) -> LossTable:
+def run_demo(options: DemoOptions, console: Console | None = None) -> LossTable:
     """Run the whole demo into ``options.out`` and print its table.
 
     Raises:
         InputError: the directory holds something that may not be replaced.
         Failure: this Python has no library sources, or mergekit does not know our methods.
     """
+    console = console or Console()
     _check(options)
     started = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())

@@ -23,13 +23,16 @@ _CHUNK = 512
 _Row = tuple[NDArray[np.float64], float, "NDArray[np.float64] | None"]
 
 
-def export_imatrix(statistics: Statistics, out: Path, *, force: bool = False) -> ImportanceMatrix:
+def export_imatrix(
+    statistics: Statistics, out: str | Path, *, force: bool = False
+) -> ImportanceMatrix:
     """Write what ``statistics`` know of every matrix's inputs to ``out``, and return it.
 
     Raises:
         InputError: they hold no importance, or are of a model that llama.cpp does not know, or
             ``out`` is there or cannot be written.
     """
+    out = Path(out)
     if out.is_dir():
         raise InputError(f"{out} is a directory; name a file, such as imatrix.gguf")
     if out.exists() and not force:

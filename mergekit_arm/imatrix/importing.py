@@ -61,7 +61,12 @@ class Imported:
 
 
 def import_imatrix(
-    file: Path, model: str, out: Path, *, force: bool = False, trust_remote_code: bool = False
+    file: str | Path,
+    model: str,
+    out: str | Path,
+    *,
+    force: bool = False,
+    trust_remote_code: bool = False,
 ) -> Imported:
     """Write statistics to ``out``: what ``file`` knows of the inputs of ``model``'s weights.
 
@@ -71,6 +76,7 @@ def import_imatrix(
         InputError: no importance matrix, one of another model, or a model that llama.cpp does
             not know; nothing has been written then.
     """
+    file, out = Path(file), Path(out)
     check_destination(out, force)
     try:
         try_writing(out)

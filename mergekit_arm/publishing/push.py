@@ -43,7 +43,7 @@ class Upload:
         return len(self.card.encode()) + sum(one.stat().st_size for one in self.files.values())
 
 
-def prepare(directory: Path, repository: str, licence: str | None = None) -> Upload:
+def prepare_upload(directory: str | Path, repository: str, licence: str | None = None) -> Upload:
     """Check a statistics directory, every value of it, and make what would be uploaded.
 
     Its card is made anew with the repository's name in its YAML, unless somebody has edited it.
@@ -62,6 +62,7 @@ def prepare(directory: Path, repository: str, licence: str | None = None) -> Upl
         raise InputError(f"{repository!r} is no name on the Hub: write org/name") from error
     if repository.count("/") != 1:
         raise InputError(f"{repository!r} is no name on the Hub: write org/name")
+    directory = Path(directory)
     if not directory.is_dir():
         raise InputError(
             f"{directory}: no such directory; name what `mergekit-arm calibrate` wrote"
@@ -85,7 +86,7 @@ def push(upload: Upload, *, private: bool = False, force: bool = False) -> str:
     """Upload in one commit, so that nothing half-written is ever seen; return the page's address.
 
     Args:
-        upload: what ``prepare`` made.
+        upload: what ``prepare_upload`` made.
         private: make the repository private, if it is new.
         force: replace files of a repository that has some.
 

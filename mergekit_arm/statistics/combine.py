@@ -35,7 +35,7 @@ A seed, a recipe or a chat template decides which rows and which words: those of
 """
 
 
-def combine(references: Sequence[str], out: Path, *, force: bool = False) -> Metadata:
+def combine(references: Sequence[str], out: str | Path, *, force: bool = False) -> Metadata:
     """Add the directories ``references`` and write the sum to ``out``.
 
     The order of ``references`` does not matter. Holds the result.
@@ -43,6 +43,7 @@ def combine(references: Sequence[str], out: Path, *, force: bool = False) -> Met
     Raises:
         InputError: they do not add up; the first difference is named.
     """
+    out = Path(out)
     check_destination(out, force)
     if len(references) < 2:
         raise InputError("combine adds directories: name two or more, and then OUT")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from mergekit.options import MergeOptions
@@ -12,7 +14,7 @@ from mergekit.options import MergeOptions
 from mergekit_arm.errors import InputError
 from mergekit_arm.files import try_writing
 from mergekit_arm.machine import free_disk, free_memory
-from mergekit_arm.streaming.config import StreamConfig
+from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.data_checks import (
     data_problems,
     disk_needed,
@@ -25,6 +27,7 @@ from mergekit_arm.streaming.options import StreamOptions, complete_options
 from mergekit_arm.streaming.plan.checks import Checks
 from mergekit_arm.streaming.plan.document import STEP_BYTES
 from mergekit_arm.streaming.plan.plan import StreamPlan, make_plan
+from mergekit_arm.streaming.references import plain_path
 from mergekit_arm.streaming.state import State, read_state
 
 _LIBRARIES = 700 << 20  # bytes resident once torch, transformers and mergekit are imported
@@ -56,8 +59,22 @@ class Forecast:
     problems: list[str]
 
 
-def forecast(config: StreamConfig, out: Path, options: StreamOptions) -> Forecast:
-    """Check a stream and forecast what it takes. Loads no model, leaves no file."""
+def forecast_stream(
+    config: StreamConfig | Mapping[str, Any] | str | Path,
+    out: str | Path,
+    options: StreamOptions | None = None,
+) -> Forecast:
+    """Check a stream and forecast what it takes. Loads no model, leaves no file.
+
+    Args:
+        config: as ``stream`` takes it.
+        out: a new directory, or that of the same stream.
+        options: as ``stream`` will be given them.
+
+    Raises:
+        InputError: ``config`` is no stream's. All else that is wrong is among the problems.
+    """
+    config, options, out = load_config(config), options or StreamOptions(), Path(plain_path(out))
     merge = complete_options(options.merge, out)
     check = Checks()
     state = check.run(lambda: read_state(out))

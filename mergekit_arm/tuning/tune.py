@@ -90,7 +90,7 @@ def tune(
 
 
 def plan_tuning(
-    config: Mapping[str, Any] | str | Path, out: Path, options: TuneOptions
+    config: Mapping[str, Any] | str | Path, out: str | Path, options: TuneOptions | None = None
 ) -> tuple[TunePlan, MergeOptions]:
     """Check a search, and what ``out`` holds; return it with mergekit's options for its merges.
 
@@ -99,6 +99,7 @@ def plan_tuning(
     Raises:
         InputError: the first thing that is wrong.
     """
+    out, options = Path(out).absolute(), options or TuneOptions()
     read = load_tuning(config)
     settings = options.settings(read.settings)
     there = check_out(out)

@@ -12,7 +12,7 @@ import yaml
 from click.testing import CliRunner, Result
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-from mergekit_arm.calibration.from_config import plan_config
+from mergekit_arm.calibration.from_config import plan_calibrations
 from mergekit_arm.cli.calibrate import command
 from mergekit_arm.errors import InputError
 from tests.support.calibrations import files
@@ -61,7 +61,7 @@ def calibrate(*words: str) -> Result:
 def plan(found: dict[str, Any], **given: Any) -> tuple[dict[str, tuple[str, Any]], list[str]]:
     """Return model and data set by directory, and what was said."""
     said: list[str] = []
-    planned = plan_config(write(found), given, said.append)
+    planned = plan_calibrations(write(found), given, said.append)
     return {one.out: (one.model, one.dataset) for one in planned}, said
 
 
@@ -158,7 +158,7 @@ def test_slices_and_what_the_command_line_says(scene: Path) -> None:
     found["calibration"] = {}
     planned, _ = plan(found, dataset="./a.jsonl", batch_size=2)
     assert planned == {"./stats/a": ("./a", "./a.jsonl")}
-    (only,) = plan_config("merge.yml", {"dataset": "./a.jsonl", "batch_size": 2}, print)
+    (only,) = plan_calibrations("merge.yml", {"dataset": "./a.jsonl", "batch_size": 2}, print)
     assert only.batch_size == 2
 
 

@@ -301,6 +301,51 @@ def test_streams_are_checked_as_streams(here: Path) -> None:
     assert line.startswith("merge.yml:5: error: evaluation: ")
 
 
+TUNING = """\
+merge_method: ties
+base_model: ./base
+models:
+  - model: ./a
+    parameters: {weight: {tune: [0.2, 1.2]}, density: 0.5}
+  - model: ./b
+    parameters:
+      weight: 0.4
+      density: {tune: [0.2, 0.5, 0.8], choice: true}
+tuning:
+  trials: 3
+  evaluation:
+    held: {dataset: ./tokens.jsonl}
+"""
+
+
+def test_a_search_is_checked_as_a_search(here: Path) -> None:
+    (here / "merge.yml").write_text(TUNING)
+    done = run("merge.yml")
+    assert done.exit_code == 0, done.output
+    assert not list(here.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "said"),
+    [
+        ("trials: 3", "trails: 3", 11, "unknown key 'trails' (did you mean 'trials'?)"),
+        ("dataset: ./tokens", "datset: ./tokens", 13, "either a dataset or"),
+        ("[0.2, 1.2]", "[1.2, 0.2]", 5, "[1.2, 0.2]"),
+        ("trials: 3", "trials: -3", 11, "greater than"),
+        ("./tokens.jsonl", "./absent.jsonl", 13, "no such file"),
+        ("- model: ./b", "- model: ./absent", 6, "./absent: no such directory"),
+    ],
+)
+def test_mistakes_in_a_search(here: Path, old: str, new: str, line: int, said: str) -> None:
+    assert old in TUNING
+    (here / "merge.yml").write_text(TUNING.replace(old, new))
+    done = run("merge.yml", "--json")
+    assert done.exit_code == 2
+    (error,) = [one for one in json.loads(done.stdout)["findings"] if one["severity"] == "error"]
+    assert said in error["message"]
+    assert error["line"] == line, error
+
+
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(command, arguments)
 

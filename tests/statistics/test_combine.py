@@ -248,7 +248,7 @@ def test_the_command(part: Calibrate, tmp_path: Path) -> None:
         [*command, str(tmp_path / "sum")], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "12 sequences, 384 tokens" in " ".join(done.stderr.split())
+    assert "12 sequences, 384 tokens" in " ".join(done.stdout.split())
     done = subprocess.run(
         [*command, str(tmp_path / "sum")], capture_output=True, text=True, check=False
     )

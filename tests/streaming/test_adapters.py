@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from mergekit_arm.errors import InputError
 from mergekit_arm.streaming import StreamOptions, stream
 from mergekit_arm.streaming.config import load_config
-from mergekit_arm.streaming.forecast import forecast
+from mergekit_arm.streaming.forecast import forecast_stream
 from mergekit_arm.streaming.plan.plan import make_plan
 from mergekit_arm.streaming.step.merge import merge_adapter
 from tests.support.models import tiny_llama
@@ -149,7 +149,7 @@ def test_text_is_measured_on_a_model_with_an_adapter(tmp_path: Path, place: str)
     else:
         document["parameters"] = {"alignment": 0.5}  # measures the checkpoints as well
     out = tmp_path / "out"
-    assert forecast(load_config(document), out, StreamOptions()).problems == []
+    assert forecast_stream(load_config(document), out, StreamOptions()).problems == []
     assert not out.exists()
     result = stream(document, out)
     assert result.steps[0].calibration_tokens == 4 * 24

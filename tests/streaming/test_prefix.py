@@ -14,7 +14,7 @@ import torch
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.streaming import StreamOptions, StreamResult, stream
 from mergekit_arm.streaming.config import load_config
-from mergekit_arm.streaming.forecast import forecast
+from mergekit_arm.streaming.forecast import forecast_stream
 from mergekit_arm.streaming.step import step as step_module
 from tests.support.models import perturbed, tiny_llama
 from tests.support.streams import config, digest, weights, write_run, write_tokens
@@ -330,7 +330,7 @@ def test_a_dry_run_shows_what_is_done_and_what_comes(models: Path, tmp_path: Pat
     document = load_config(config(folder))
     stream(document, tmp_path / "out")
     add(models, folder, 3)
-    found = forecast(document, tmp_path / "out", StreamOptions())
+    found = forecast_stream(document, tmp_path / "out", StreamOptions())
     assert found.plan is not None
     assert found.state is not None
     assert not found.problems

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mergekit_arm.errors import InputError
 from mergekit_arm.streaming import StreamConfig, StreamOptions, stream
 from mergekit_arm.streaming.config import load_config
-from mergekit_arm.streaming.forecast import forecast
+from mergekit_arm.streaming.forecast import forecast_stream
 from mergekit_arm.streaming.plan.method import fit_method
 from mergekit_arm.streaming.plan.plan import make_plan
 from mergekit_arm.streaming.step.merge import merge
@@ -172,7 +172,7 @@ def test_what_weighs_models_against_each_other_is_no_step(name: str) -> None:
 def test_both_texts_are_looked_at_before_the_first_step(run: Path, tmp_path: Path) -> None:
     calibration = texts(run, task={"dataset": str(run / "nowhere.jsonl")})
     document = load_config(retaining(run, calibration=calibration))
-    found = forecast(document, tmp_path / "out", StreamOptions())
+    found = forecast_stream(document, tmp_path / "out", StreamOptions())
     assert any("nowhere.jsonl" in problem for problem in found.problems)
 
 

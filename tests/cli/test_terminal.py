@@ -1,0 +1,186 @@
+"""Completion, colours, Ctrl-C and ``--json``, by real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from mergekit_arm.cli.main import COMMANDS, cli
+
+COMMAND = [sys.executable, "-m", "mergekit_arm"]
+
+
+def complete(*words: str) -> list[str]:
+    """Ask as bash does, with the cursor behind the last of ``words``."""
+    asked = {"COMP_WORDS": " ".join(["mergekit-arm", *words]), "COMP_CWORD": str(len(words))}
+    done = subprocess.run(
+        COMMAND,
+        env={**os.environ, **asked, "_MERGEKIT_ARM_COMPLETE": "bash_complete"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return [line.partition(",")[2] for line in done.stdout.splitlines()]
+
+
+def test_commands_and_options_are_completed() -> None:
+    assert complete("c") == ["check", "calibrate", "combine"]
+    assert "--dry-run" in complete("tune", "--d")
+    assert "--low-cpu-memory" in complete("stream", "--low")
+    assert complete("calibrate", "--recipe", "a") == ["aim"]
+    complete("calibrte", "--s")  # no error in the middle of a line
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_bash_takes_the_script() -> None:
+    environment = {**os.environ, "_MERGEKIT_ARM_COMPLETE": "bash_source"}
+    script = subprocess.run(COMMAND, env=environment, capture_output=True, text=True, check=True)
+    text = f"{script.stdout}\ncomplete -p mergekit-arm"
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+    assert "mergekit-arm" in done.stdout, done.stderr
+
+
+YELLOW = "\x1b[33m"
+TABLE = """
+from rich.table import Table
+from mergekit_arm.cli.output import print_tables
+table = Table()
+table.add_row("starved", style="yellow")
+print_tables([table])
+"""
+
+
+def on_a_terminal(program: str, **environment: str) -> str:
+    """Run a program with a terminal as its output, and return what it wrote there."""
+    mine, its = pty.openpty()
+    known = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=its,
+        env={**known, "TERM": "xterm-256color", **environment},
+    ):
+        os.close(its)
+        written = b""
+        try:
+            while piece := os.read(mine, 4096):
+                written += piece
+        except OSError:  # how Linux says that the other side is closed
+            pass
+    os.close(mine)
+    return written.decode()
+
+
+def test_colours_are_for_terminals_that_want_them() -> None:
+    assert YELLOW in on_a_terminal(TABLE)
+    plain = on_a_terminal(TABLE, NO_COLOR="1")
+    assert "starved" in plain
+    assert YELLOW not in plain
+    done = subprocess.run([sys.executable, "-c", TABLE], capture_output=True, text=True, check=True)
+    assert "starved" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def interrupted(*arguments: str) -> str:
+    """Run a command whose library is interrupted by Ctrl-C; return what it says."""
+    program = (
+        "import importlib, os, signal, sys\n"
+        "from mergekit_arm.cli.main import main\n"
+        f"importlib.import_module('mergekit_arm.cli.' + {arguments[0]!r}).command.callback = "
+        f"lambda **_: os.kill(os.getpid(), {signal.SIGINT.value})\n"
+        f"sys.argv = ['mergekit-arm', *{arguments!r}]\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip()
+
+
+def test_ctrl_c_says_how_to_go_on() -> None:
+    goes_on = "Stopped. The same command goes on where it was."
+    assert interrupted("tune", "config.yml", "out") == goes_on
+    assert interrupted("stream", "config.yml", "out") == goes_on
+    assert "begins anew" in interrupted("combine", "a", "b", "out")
+    assert "with --force" in interrupted("demo")
+
+
+def test_json_is_one_document_and_alone(family: Path, token_file: Path, tmp_path: Path) -> None:
+    def run(*arguments: object) -> dict[str, object]:
+        done = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
+        assert done.exit_code == 0, done.output
+        found: dict[str, object] = json.loads(done.stdout)
+        return found
+
+    measure = ("--dataset", token_file, "--keep-sketch")
+    for part, rows in (("1/2", 7), ("2/2", 5)):
+        out = tmp_path / part[0]
+        found = run("calibrate", family / "base", out, *measure, "--part", part, "--quiet")
+        (written,) = found["written"]  # type: ignore[misc]
+        assert (written["out"], written["sequences"]) == (str(out), rows)
+    found = run("combine", tmp_path / "1", tmp_path / "2", tmp_path / "both")
+    assert (found["sequences"], found["tokens"]) == (12, 12 * 32)
+    found = run("export-imatrix", tmp_path / "both", tmp_path / "im.gguf")
+    assert found["weights"] == 15
+    found = run("import-imatrix", tmp_path / "im.gguf", family / "base", tmp_path / "back")
+    assert found["mean_abs"] is True
+    found = run("push", tmp_path / "both", "someone/tiny", "--dry-run")
+    assert "activation_stats.json" in found["files"]  # type: ignore[operator]
+    (tmp_path / "stream.yml").write_text(
+        json.dumps(
+            {
+                "merge_method": "task_arithmetic",
+                "base_model": str(family / "base"),
+                "checkpoints": [str(family / "a")],
+                "learning_rate": 0.5,
+            }
+        )
+    )
+    found = run("stream", tmp_path / "stream.yml", tmp_path / "streamed", "--quiet")
+    (step,) = found["steps"]  # type: ignore[misc]
+    assert (found["chosen"], step["learning_rate"]) == (1, 0.5)
+    (tmp_path / "tune.yml").write_text(
+        json.dumps(
+            {
+                "merge_method": "task_arithmetic",
+                "base_model": str(family / "base"),
+                "models": [
+                    {"model": str(family / "a"), "parameters": {"weight": {"tune": [0, 1]}}}
+                ],
+                "tuning": {"evaluation": {"held": {"dataset": str(token_file)}}, "baseline": False},
+            }
+        )
+    )
+    found = run("tune", tmp_path / "tune.yml", tmp_path / "out", "--trials", 1, "--no-model")
+    assert found["best"]["number"] == 0  # type: ignore[index]
+    assert found["model"] is None
+
+
+@pytest.mark.parametrize("name", ["stream", "tune"])
+def test_a_dry_run_has_no_json(name: str) -> None:
+    done = CliRunner().invoke(cli, [name, "c.yml", "out", "--dry-run", "--json"])
+    assert done.exit_code == 2
+    assert "check CONFIG --json" in done.output
+
+
+def test_every_command_with_a_result_has_json() -> None:
+    for name in COMMANDS:
+        text = CliRunner().invoke(cli, [name, "--help"]).output
+        assert ("--json" in text) is (name != "demo"), name
+
+
+def test_verbose_may_stand_behind_a_command() -> None:
+    done = subprocess.run(
+        [*COMMAND, "calibrate", "a", "b", "--part", "9/2", "--verbose"],
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" in done.stderr
