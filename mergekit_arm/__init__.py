@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from mergekit_arm.publishing.push import Upload as Upload
     from mergekit_arm.publishing.push import prepare_upload as prepare_upload
     from mergekit_arm.publishing.push import push as push
+    from mergekit_arm.reporting.report import report as report
     from mergekit_arm.statistics.combine import combine as combine
     from mergekit_arm.statistics.read import Statistics as Statistics
     from mergekit_arm.statistics.read import open_statistics as open_statistics
@@ -64,6 +65,7 @@ _PLACES = {
     "inspecting.summary": ("Summary", "summarise"),
     "inspecting.tensor": ("TensorFacts", "look_up"),
     "publishing.push": ("Upload", "prepare_upload", "push"),
+    "reporting.report": ("report",),
     "statistics.combine": ("combine",),
     "statistics.read": ("Statistics", "open_statistics"),
     "streaming.forecast": ("Forecast", "forecast_stream"),

@@ -83,6 +83,7 @@ def test_statistics_from_one_end_to_the_other(
     back = ma.import_imatrix(str(tmp_path / "im.gguf"), base, str(tmp_path / "back"))
     assert back.magnitudes
     assert len(matrix.entries) == 2 * 7 + 1
+    assert ma.report(str(tmp_path / "both"), str(tmp_path / "both.html")) == "statistics"
     with fake_hub() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)

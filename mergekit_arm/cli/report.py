@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mergekit_arm.cli.output import json_option, print_json
+
 _EPILOG = """\b
 Examples:
   mergekit-arm report ./stats -o stats.html
@@ -20,7 +22,8 @@ Examples:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE",
               help="Where to write the page.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
-def command(directory: Path, output: Path, force: bool) -> None:
+@json_option
+def command(directory: Path, output: Path, force: bool, as_json: bool) -> None:
     """Write one HTML page with figures on what DIRECTORY holds.
 
     DIRECTORY may be statistics, a model that mergekit merged, or what `stream` or `tune` wrote;
@@ -49,4 +52,8 @@ def command(directory: Path, output: Path, force: bool) -> None:
             force=force,
             progress=lambda done, total: status.update(f"Reading tensor {done} of {total}"),
         )
-    click.echo(f"{output}: {kind}, {size_text(output.stat().st_size)}")
+    size = output.stat().st_size
+    if as_json:
+        print_json({"file": output, "kind": kind, "bytes": size})
+    else:
+        click.echo(f"{output}: {kind}, {size_text(size)}")

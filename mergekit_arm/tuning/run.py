@@ -79,7 +79,7 @@ class Run:
 
     def _prepare(self, work: Path) -> list[Yardstick]:
         """Score what trials are measured against, and open the studies."""
-        _remove_orphans(self.out)
+        remove_orphans(self.out)
         state = open_tune_state(self.out, self.plan.fingerprint)
         state.save(self.out)
         for reference in self.plan.references:
@@ -130,7 +130,7 @@ class Run:
         self.drawn = time.monotonic()
 
 
-def _remove_orphans(out: Path) -> None:
+def remove_orphans(out: Path) -> None:
     """Remove what processes that are gone had in hand."""
     for start in (WORK, *(f".{name}" for name in (BEST, TRIALS, PLOT, STATE_FILE))):
         for path in out.glob(f"{start}.*"):

@@ -134,6 +134,8 @@ def test_json_is_one_document_and_alone(family: Path, token_file: Path, tmp_path
     assert found["mean_abs"] is True
     found = run("push", tmp_path / "both", "someone/tiny", "--dry-run")
     assert "activation_stats.json" in found["files"]  # type: ignore[operator]
+    found = run("report", tmp_path / "both", "-o", tmp_path / "both.html")
+    assert found["kind"] == "statistics"
     (tmp_path / "stream.yml").write_text(
         json.dumps(
             {

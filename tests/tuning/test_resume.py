@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mergekit_arm.tuning.run import _remove_orphans
+from mergekit_arm.tuning.run import remove_orphans
 from tests.support.paths import ROOT
 from tests.support.tuning import config, lines, tensors, write_family
 
@@ -129,7 +129,7 @@ def test_unfinished_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
         for process in (dead, alive):
             (tmp_path / name.format(process)).touch()
     (tmp_path / ".env").touch()
-    _remove_orphans(tmp_path)
+    remove_orphans(tmp_path)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {".env", *(name for name in left if f".{alive}" in name)}
     assert len(left) == 5
