@@ -5,6 +5,7 @@ Nothing is imported late here: mergekit's own options, which this command offers
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,8 @@ def command(
     merge_options.apply_global_options()
     if not watch:
         _refuse_without_watch()
+    elif not (watch_timeout < math.inf and poll < math.inf):
+        raise InputError("--watch-timeout and --poll are finite numbers of seconds")
     watching = WatchOptions(end_marker, watch_timeout, poll, fed=fed) if watch else None
     options = StreamOptions(merge_options, keep, watching, finish, strict)
     console = Console(stderr=True)

@@ -48,7 +48,7 @@ def read_ids(row: Mapping[str, Any], column: str) -> tuple[Tensor, dict[str, Ten
         InputError: an id that no vocabulary has, or a mask or list beside the tokens that has
             another length than they, or holds no numbers.
     """
-    ids = _numbers(row[column])
+    ids = _numbers(row[column], column)
     for wrong in ids[(ids < 0) | (ids > _HIGHEST)].tolist()[:1]:
         raise InputError(
             f"a row has the token id {wrong} in {column!r}: no vocabulary has that; give ids of "
@@ -81,14 +81,20 @@ def read_ids(row: Mapping[str, Any], column: str) -> tuple[Tensor, dict[str, Ten
     return ids, extras
 
 
-def _numbers(value: Any) -> Tensor:
-    return torch.tensor(value if value is not None else [], dtype=torch.int64).flatten()
+def _numbers(value: Any, column: str) -> Tensor:
+    try:
+        return torch.tensor(value if value is not None else [], dtype=torch.int64).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"a row has no token ids in {column!r} ({first_line(error)}): choose another column "
+            "with --text-column"
+        ) from error
 
 
 def _beside(value: Any, name: str) -> Tensor:
     try:
         return torch.tensor(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"a row has no numbers in {name!r} ({first_line(error)}): leave {name!r} out"
         ) from error

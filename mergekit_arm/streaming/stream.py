@@ -144,6 +144,11 @@ def _locked(out: Path) -> Iterator[None]:
         raise InputError(f"{out}: another process runs this stream; wait for it") from error
     try:
         yield
+    except InputError:
+        if [path.name for path in out.iterdir()] == [LOCK_FILE]:  # refused, and nothing begun
+            (out / LOCK_FILE).unlink()
+            out.rmdir()
+        raise
     finally:
         lock.release()
 

@@ -52,9 +52,9 @@ STREAMS: list[Case] = [
     ("merge_method", "linear", ("linear", "takes no base")),
     ("base_model", REMOVED, ("base_model", "required")),
     ("base_model", "./nowhere", ("./nowhere", "no such directory")),
-    ("base_model", "./stats", ("./stats", "config.json")),
+    ("base_model", "./stats", ("stats", "no config.json")),
     ("base_model", "a+b+c", ("a+b+c",)),
-    ("base_model", "", ("base_model",)),
+    ("base_model", "", ("model", "no config.json")),
     ("checkpoints", REMOVED, ("checkpoints", "required")),
     ("checkpoints", "./nowhere", ("./nowhere", "no directory")),
     ("checkpoints", [], ("checkpoints", "list model references")),
@@ -127,14 +127,14 @@ SEARCHES: list[Case] = [
 MERGES: list[Case] = [
     ("merge_method", "aim_tise", ("aim_tise",)),
     ("merge_method", REMOVED, ("merge_method",)),
-    ("base_model", REMOVED, ("base_model",)),
+    ("base_model", REMOVED, ("merge_method", "requires a base")),
     ("models", REMOVED, ("models",)),
     ("models", [], ("models",)),
     ("models", "./a", ("models",)),
     ("models", [7], ("models",)),
     ("models.0.model", REMOVED, ("model",)),
     ("parameters.activation_stats", REMOVED, ("activation_stats",)),
-    ("parameters.activation_stats", 7, ("activation_stats 7",)),
+    ("parameters.activation_stats", 7, ("activation_stats", "not 7", "calibrate")),
     ("parameters.activation_stats", "", ("activation_stats",)),
     ("parameters.omega", "much", ("omega", "much")),
     ("parameters.omega", 2, ("omega", "2")),
@@ -144,7 +144,6 @@ MERGES: list[Case] = [
     ("parameters.importance", "max", ("importance", "mean_abs")),
     ("calibration", [1], ("calibration", "must hold mappings")),
     ("calibration", {"./stast": {}}, ("./stast", "did you mean './stats'")),
-    ("calibration", {"default": {"sampels": 3}}, ("sampels",)),
 ]
 """Refused by ``calibrate --config`` or, where the last words are no other, by ``check``."""
 
