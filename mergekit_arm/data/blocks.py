@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ class Corpus:
         """Return what the model is given beside ``block``."""
         return self.extras[block] if self.extras else {}
 
-    @property
+    @cached_property  # asked for once for each batch
     def lengths(self) -> list[int]:
         """Tokens of every block."""
         return [len(block) for block in self.blocks]
