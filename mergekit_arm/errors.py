@@ -13,13 +13,20 @@ from collections.abc import Iterable
 import click
 
 
-class InputError(click.ClickException):
+class _OneLine(click.ClickException):
+    """An error whose message stays one line, whatever a damaged file has put into it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))
+
+
+class InputError(_OneLine):
     """The user's input cannot work: exit status 2. The message names what, where and the remedy."""
 
     exit_code = 2
 
 
-class Failure(click.ClickException):
+class Failure(_OneLine):
     """The input was fine but the work could not be finished: exit status 1."""
 
     exit_code = 1
@@ -29,6 +36,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest of ``known``, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def visible(text: str) -> str:
+    """Return ``text`` with line breaks and control characters spelt out."""
+    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_arm.errors import InputError, did_you_mean
 
+_LONGEST = 1_000_000
+"""Bytes of a file that may be a configuration."""
+_MOST = 100_000
+"""Values that a configuration stays below."""
 _FLAG = re.compile(r"(?<!\S)--([a-z]+(?:-[a-z]+)*)")
 
 
@@ -49,6 +53,40 @@ class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # yaml is untyped
         return mapping
 
 
+def read_configuration(path: Path) -> str:
+    """Return the text of a YAML file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not text in UTF-8, or longer than any configuration.
+    """
+    with path.open("rb") as file:  # no more of it than that: it may be a device, or a model
+        content = file.read(_LONGEST + 1)
+    if len(content) > _LONGEST:
+        raise ValueError(f"it is longer than {_LONGEST:,} bytes")
+    return content.decode()
+
+
+def check_aliases(node: yaml.Node) -> None:
+    """Check that a YAML node, every alias written out, is no larger than any configuration.
+
+    Raises:
+        yaml.YAMLError: it is, or an alias stands within what it names.
+    """
+    sizes: dict[int, int] = {}
+
+    def size_of(one: yaml.Node) -> int:
+        if id(one) not in sizes:
+            sizes[id(one)] = _MOST  # as long as it is not known: then it holds itself
+            inner = one.value if isinstance(one, yaml.CollectionNode) else ()
+            parts = [part for two in inner for part in (two if isinstance(two, tuple) else (two,))]
+            sizes[id(one)] = 1 + sum(map(size_of, parts))
+        return sizes[id(one)]
+
+    if size_of(node) >= _MOST:
+        raise yaml.YAMLError(f"its aliases make {_MOST:,} values and more of it")
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """Return the mapping that a YAML file holds.
 
@@ -56,13 +94,23 @@ def read_mapping(path: Path) -> dict[str, Any]:
         InputError: it cannot be read, is no YAML, has a key twice, or holds no mapping.
     """
     try:
-        document = _UniqueKeys(path.read_text(encoding="utf-8")).get_single_data()
+        loader = _UniqueKeys(read_configuration(path))
+        node = loader.get_single_node()
+        if node is not None:
+            check_aliases(node)
+        document = None if node is None else loader.construct_document(node)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name the YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())[:200]})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: not YAML ({problem}); mend the file") from error
     if not isinstance(document, Mapping):
         raise InputError(f"{path}: must be a mapping that starts with merge_method, base_model …")
+    for key in document:
+        if not isinstance(key, str):
+            raise InputError(
+                f"{path}: the key {key!r} is no word; write merge_method, base_model …"
+            )
     return dict(document)
 
 

@@ -50,6 +50,20 @@ def test_every_file_that_is_named_exists(path: Path) -> None:
     assert not sorted(str(one) for one in named if not one.exists())
 
 
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_test_that_is_named_exists(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
+        assert f"\ndef {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
+def test_promises_name_their_tests() -> None:
+    text = (PACKAGE / "README.md").read_text(encoding="utf-8")
+    rows = text.partition("| promise | shown by |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(rows) >= 10
+    assert not [row for row in rows if not re.search(r"`tests/[\w/]+\.py(::\w+)?`", row)]
+
+
 def test_the_rooms_that_are_named_exist() -> None:
     text = (PACKAGE / "README.md").read_text(encoding="utf-8")
     table = text.partition("| --- | --- |")[2].partition("\n\n")[0]

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
@@ -27,10 +26,11 @@ from pydantic import ValidationError
 from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.calibration.reading import read_data
 from mergekit_arm.calibration.settings import NOT_IN_FILES, checked_settings
-from mergekit_arm.errors import InputError, did_you_mean, first_line
+from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.files import is_path
 from mergekit_arm.models.loading import choose_device, find_model
 from mergekit_arm.models.tensors import CheckpointTensors
+from mergekit_arm.sections import read_mapping
 from mergekit_arm.statistics.read import open_statistics
 from mergekit_arm.statistics.write import check_destination
 
@@ -70,7 +70,7 @@ def plan_calibrations(
         InputError: the first thing that is wrong; nothing has been measured then.
     """
     given, say = given or {}, say or (lambda note: None)
-    document = _read(path)
+    document = read_mapping(Path(path))
     wanted = _wanted(path, document)
     section = _section(path, document, wanted)
     flags = {name: value for name, value in given.items() if name not in NOT_IN_FILES}
@@ -90,16 +90,6 @@ def plan_calibrations(
         say(f"{directory}: to be measured on {one.model} with {data}")
         planned.append(options)
     return planned
-
-
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: no merge configuration ({first_line(error)})") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: no merge configuration: it must be a mapping with merge_method")
-    return document
 
 
 def _wanted(path: str | Path, document: Mapping[str, Any]) -> dict[str, _Wanted]:

@@ -48,6 +48,10 @@ class CalibrationOptions:
     force: bool = False
     quiet: bool = False
 
+    def __post_init__(self) -> None:
+        if not 0 < self.energy <= 1:  # NaN is neither
+            raise InputError(f"--energy {self.energy:g}: must lie in (0, 1]")
+
     def data(self) -> DataSettings:
         """Return what is asked of the data.
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from mergekit_arm.errors import InputError, first_line
+from mergekit_arm.sections import check_aliases, read_configuration
 
 Place = tuple[str | int, ...]
 """Keys and indices from the top: ``("models", 0, "parameters", "weight")``."""
@@ -53,7 +54,7 @@ def read_documents(path: str | Path) -> list[Document]:
         InputError: it cannot be read, or is no YAML.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_configuration(Path(path))
         return [_document(str(path), node, loader) for loader, node in _nodes(text)]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name the configuration's file") from error
@@ -61,14 +62,16 @@ def read_documents(path: str | Path) -> list[Document]:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or first_line(error)
-        raise InputError(f"{path}{line}: not YAML ({problem})") from error
+        raise InputError(f"{path}{line}: not YAML ({problem}); mend the file") from error
 
 
 def _nodes(text: str) -> Iterator[tuple[yaml.SafeLoader, yaml.Node]]:
     loader = yaml.SafeLoader(text)
     try:
         while loader.check_node():
-            yield loader, loader.get_node()
+            node = loader.get_node()
+            check_aliases(node)
+            yield loader, node
     finally:
         loader.dispose()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import click
@@ -79,6 +80,8 @@ def command(
     """
     if not watch:
         _refuse_without_watch()
+    elif not (watch_timeout < math.inf and poll < math.inf):
+        raise InputError("--watch-timeout and --poll are finite numbers of seconds")
     if dry_run and as_json:
         raise InputError("a dry run has no JSON: use `mergekit-arm check CONFIG --json`")
     # Imported when there is work, so that --help is instant.

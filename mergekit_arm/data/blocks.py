@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ class Corpus:
         """Return what the model is given beside ``block``."""
         return self.extras[block] if self.extras else {}
 
-    @property
+    @cached_property  # asked for once for each batch
     def lengths(self) -> list[int]:
         """Tokens of every block."""
         return [len(block) for block in self.blocks]
@@ -132,14 +133,15 @@ def build_corpus(
     assert tokenizer is not None
     left_out: LeftOut = Counter()
     texts = numbered_rows(in_order(rows, seed, list(form.columns)), form, part, left_out)
-    tokenised = tokenised_rows(texts, tokenizer, form, left_out)
+    wanted = samples * sequence_length
+    tokenised = tokenised_rows(texts, tokenizer, form, left_out, wanted)
     if recipe == "aim":
-        limit, wanted = sequence_length, samples * sequence_length
+        limit = sequence_length
         packed = pack(islice(short_rows(tokenised, limit, left_out), samples), wanted, limit)
         requested = min(samples, max(1, len(packed.stream) // sequence_length))
     else:
         limit = max_tokens_per_row or sequence_length
-        packed = pack(tokenised, samples * sequence_length, limit)
+        packed = pack(tokenised, wanted, limit)
         requested = samples
     blocks = packed.blocks(samples, sequence_length)
     if not blocks:

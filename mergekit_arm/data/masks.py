@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_arm.data.formats import Unusable
-from mergekit_arm.errors import InputError
+from mergekit_arm.errors import InputError, first_line
 
 MODEL_INPUTS = (
     "pixel_values",
@@ -32,6 +32,8 @@ But the masks: what they hide is taken out instead, so that padding never counts
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 
+_HIGHEST = (1 << 31) - 1
+"""A token id that tokenizers still take."""
 _BESIDE_TOKENS = ("token_type_ids", "mm_token_type_ids")
 """Columns that have one number for each token."""
 
@@ -43,11 +45,17 @@ def read_ids(row: Mapping[str, Any], column: str) -> tuple[Tensor, dict[str, Ten
 
     Raises:
         Unusable: no token is left.
-        InputError: a mask or a list beside the tokens has another length than they.
+        InputError: an id that no vocabulary has, or a mask or list beside the tokens that has
+            another length than they, or holds no numbers.
     """
-    ids = _numbers(row[column])
+    ids = _numbers(row[column], column)
+    for wrong in ids[(ids < 0) | (ids > _HIGHEST)].tolist()[:1]:
+        raise InputError(
+            f"a row has the token id {wrong} in {column!r}: no vocabulary has that; give ids of "
+            "the model's tokenizer"
+        )
     extras = {
-        name: torch.tensor(row[name])
+        name: _beside(row[name], name)
         for name in MODEL_INPUTS
         if name != column and row.get(name) is not None
     }
@@ -73,8 +81,23 @@ def read_ids(row: Mapping[str, Any], column: str) -> tuple[Tensor, dict[str, Ten
     return ids, extras
 
 
-def _numbers(value: Any) -> Tensor:
-    return torch.tensor(value if value is not None else [], dtype=torch.int64).flatten()
+def _numbers(value: Any, column: str) -> Tensor:
+    try:
+        return torch.tensor(value if value is not None else [], dtype=torch.int64).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"a row has no token ids in {column!r} ({first_line(error)}): choose another column "
+            "with --text-column"
+        ) from error
+
+
+def _beside(value: Any, name: str) -> Tensor:
+    try:
+        return torch.tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"a row has no numbers in {name!r} ({first_line(error)}): leave {name!r} out"
+        ) from error
 
 
 def _kept(mask: Tensor | None, length: int, name: str, column: str) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
+from lzma import LZMAError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,8 @@ def _of_directory(
 ) -> tuple[Dataset | IterableDataset, str | None]:
     import datasets  # as above
 
+    if (path / "config.json").is_file():
+        raise InputError(f"--dataset {name}: this is a model; name the text to measure it on")
     with _reading(f"data set {name!r}"), _without_bars():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return _chosen(name, datasets.load_from_disk(str(path)), split)
@@ -135,9 +138,11 @@ def _reading(what: str) -> Iterator[None]:
         ) from error
     except StopIteration as error:
         raise InputError(f"{what} holds no rows: give another --dataset") from error
-    except (OSError, ValueError, EOFError, ZstdError, DatasetGenerationError) as error:
+    except (OSError, ValueError, EOFError, LZMAError, ZstdError, DatasetGenerationError) as error:
         cause = error.__cause__ or error
-        raise InputError(f"{what} cannot be read: {first_line(cause)}") from error
+        raise InputError(
+            f"{what} cannot be read: {first_line(cause)}; mend it or give another --dataset"
+        ) from error
 
 
 @contextmanager

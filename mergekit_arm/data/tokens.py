@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROWS_AT_ONCE = 64
+_CHARACTERS = 32
+"""More than tokens have, one with another."""
+_LEAST = 100_000
+"""Characters that are always read of a row."""
 
 
 class NeedsTokenizer(InputError):
@@ -70,17 +74,22 @@ def tokenised_rows(
     tokenizer: PreTrainedTokenizerBase,
     form: RowFormat,
     left_out: LeftOut,
+    wanted: int,
 ) -> Iterator[Numbered]:
     """Yield the hash and the token ids of every row; texts get special tokens, chats their own.
+
+    A row is tokenised as far as it may hold ``wanted`` tokens: a book in one line takes no more
+    time and memory than what is used of it.
 
     Raises:
         InputError: the chat template refuses every row.
     """
+    longest = max(_LEAST, wanted * _CHARACTERS)
     refusal: str | None = None
     rendered_any = False
     while batch := list(islice(rows, _ROWS_AT_ONCE)):
         if form.kind == "text":
-            texts = [text for _, text in batch]
+            texts = [text[:longest] for _, text in batch]
             ids: list[list[int]] = tokenizer(texts, verbose=False)["input_ids"]
             numbers = [number for number, _ in batch]
         else:
@@ -92,7 +101,7 @@ def tokenised_rows(
                     refusal = refusal or str(error)
                     left_out["refused by the chat template"] += 1
                     continue
-                texts.append(text)
+                texts.append(text[:longest])
                 numbers.append(number)
             rendered_any = rendered_any or bool(texts)
             ids = tokenise_rendered(tokenizer, texts) if texts else []

@@ -28,6 +28,10 @@ _MOST = 1 << 20
 """More entries, or bytes of a name, than a whole file of the old format has."""
 
 
+_MOST_TOKENS = 1 << 53
+"""Above, float64 does not count."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """What is known of the inputs of one weight, or of one stack of experts."""
@@ -177,5 +181,7 @@ def _check(matrix: ImportanceMatrix) -> None:
         values += [] if entry.magnitudes is None else [entry.magnitudes]
         if not all(np.isfinite(one).all() and (one >= 0).all() for one in values):
             raise ValueError(f"{name} has values that are no sums")
+        if (entry.counts > _MOST_TOKENS).any():
+            raise ValueError(f"{name} has counts that nobody counts to")
         if len(entry.squares) != len(entry.counts):
             raise ValueError(f"{name} has {len(entry.squares)} rows and {len(entry.counts)} counts")

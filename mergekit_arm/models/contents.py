@@ -45,8 +45,8 @@ def describe(reference: str) -> Contents:
     Raises:
         InputError: unreadable, incomplete, or not reachable.
     """
-    parsed = ModelReference.parse(reference)
     try:
+        parsed = ModelReference.parse(reference)
         model = _describe_part(parsed.model.path, parsed.model.revision)
         if parsed.lora is None:
             return model

@@ -14,7 +14,7 @@ from mergekit.io.tasks import LoaderCache
 from safetensors import safe_open
 from torch import Tensor
 
-from mergekit_arm.errors import InputError, first_line
+from mergekit_arm.errors import InputError, first_line, visible
 from mergekit_arm.statistics.digest import DIGEST, document_digest
 from mergekit_arm.statistics.format import FORMAT_VERSION, METADATA_FILE, Metadata
 
@@ -103,11 +103,6 @@ def read_metadata(reference: str, path: Path) -> Metadata:
             f"measure it again, or remove its field {DIGEST} if it was edited on purpose"
         )
     return metadata
-
-
-def visible(text: str) -> str:
-    """Return ``text`` with the line breaks and control characters of a damaged file spelt out."""
-    return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
 
 
 def _parse(file: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mergekit_arm.errors import InputError, first_line
+from mergekit_arm.errors import InputError, first_line, visible
 from mergekit_arm.statistics.checks import check_values, problems
 from mergekit_arm.statistics.digest import tensor_digest
 from mergekit_arm.statistics.kinds import kinds
@@ -22,7 +22,6 @@ from mergekit_arm.statistics.locate import (
     locate,
     read_metadata,
     version,
-    visible,
 )
 from mergekit_arm.statistics.matching import Matcher
 from mergekit_arm.statistics.write import PROBES

@@ -215,7 +215,7 @@ def _filter(value: Mapping[str, Any]) -> dict[str, Any]:
 def _number(value: Any) -> float:
     try:
         found = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = float("nan")
     if not 0 < found <= HIGHEST_LEARNING_RATE:
         raise ValueError(f"must lie in (0, {HIGHEST_LEARNING_RATE:g}], not {value!r}; {_FORMS}")

@@ -6,7 +6,7 @@ the state, tidies up and draws, until a reason to stop is found; ``ending`` make
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -106,7 +106,7 @@ def stream(
         raise InputError(f"{place} cannot be made: {error.strerror}; give another OUT") from error
     with _locked(place):
         for left in unfinished(place):  # before anything that needs room
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            remove(left)
         if read_state(place) != state:
             raise InputError(f"{place}: another process has just worked on it; run again")
         begun = state is not None
@@ -136,14 +136,17 @@ def _refuse(problems: list[str]) -> None:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    # The system drops the lock when its holder dies, by whatever signal.
-    lock = FileLock(out / LOCK_FILE)
+    lock = FileLock(out / LOCK_FILE)  # dropped when its holder dies, by whatever signal
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise InputError(f"{out}: another process runs this stream; wait for it") from error
     try:
         yield
+    except InputError:
+        if os.listdir(out) == [LOCK_FILE]:  # nothing has begun
+            remove(out)
+        raise
     finally:
         lock.release()
 

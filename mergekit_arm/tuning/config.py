@@ -27,11 +27,11 @@ class TuningSettings(Section):
     """The section ``tuning`` without its sets, which are read apart."""
 
     objective: Literal["mean", "pareto"] = "mean"
-    trials: int = Field(default=40, ge=1)
+    trials: int = Field(default=40, ge=1, le=1_000_000)
     timeout: float | None = None
     """Seconds after which no trial begins."""
     sampler: Sampler = "tpe"
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, lt=1 << 32)
     baseline: bool = True
     """Whether plain task arithmetic is tried as well."""
     pruning: bool = True

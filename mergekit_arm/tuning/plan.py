@@ -10,7 +10,7 @@ from typing import Any
 
 from mergekit.options import MergeOptions
 
-from mergekit_arm.errors import InputError
+from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.judging.judge import Judge
 from mergekit_arm.judging.sets import EvaluationSet, HeldOutSet
 from mergekit_arm.models.contents import Contents, describe
@@ -18,6 +18,7 @@ from mergekit_arm.models.loading import choose_device
 from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.sections import section
 from mergekit_arm.statistics.read import open_statistics
+from mergekit_arm.streaming.config import FINAL_DTYPES
 from mergekit_arm.tuning.candidates import (
     Point,
     baseline_document,
@@ -110,6 +111,7 @@ def make_tune_plan(config: TuneConfig, settings: TuningSettings, merge: MergeOpt
         first = grid(candidates, settings.trials)
         budget = len(first)
     quests = [Quest("tune", space, candidates, first, budget)]
+    _check_dtypes(space.document)
     base, inputs = _models(space.document)
     contents = {name: describe(name) for name in [*([base] if base else []), *inputs]}
     if settings.baseline:
@@ -162,6 +164,16 @@ def _baseline(document: dict[str, Any]) -> Quest:
 
 def _all(found: Mapping[str, Mapping[str, Any]]) -> Iterable[Any]:
     return (domain for unknowns in found.values() for domain in unknowns.values())
+
+
+def _check_dtypes(document: Mapping[str, Any]) -> None:
+    for key in ("dtype", "out_dtype"):
+        name = document.get(key)
+        if name is not None and name not in FINAL_DTYPES:
+            raise InputError(
+                f"{key}: {name!r} is none of {', '.join(FINAL_DTYPES)}"
+                f"{did_you_mean(str(name), FINAL_DTYPES)}"
+            )
 
 
 def _models(document: Mapping[str, Any]) -> tuple[str | None, list[str]]:

@@ -26,7 +26,7 @@ from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from mergekit_arm.errors import InputError
+from mergekit_arm.errors import Failure, InputError, first_line
 from mergekit_arm.tuning.config import Sampler
 from mergekit_arm.tuning.space import METHOD, Domain, Value
 
@@ -205,6 +205,7 @@ def open_storage(out: Path) -> RDBStorage:
 
     Raises:
         InputError: it is no such file.
+        Failure: the disk is full, or cannot be written.
     """
     path = out / STUDY_FILE
     try:
@@ -212,6 +213,10 @@ def open_storage(out: Path) -> RDBStorage:
             # Readers such as Optuna's dashboard do not wait for writers.
             connection.execute("PRAGMA journal_mode=WAL")
         return RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}})
+    except sqlite3.OperationalError as error:
+        raise Failure(
+            f"{path} cannot be written ({first_line(error)}); make room and run it again"
+        ) from error
     except (sqlite3.DatabaseError, RuntimeError) as error:
         raise InputError(f"{path} is no study ({error}); give another OUT, or --force") from error
 

@@ -14,6 +14,7 @@ Wherever mergekit's grammar takes a number, ``{tune: [low, high]}`` may stand fo
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -218,7 +219,7 @@ def _read(space: Mapping[str, Any], where: str) -> tuple[Domain, str | None]:
         raise InputError(
             f"{where}: {values} is no range of two numbers; add choice: true to try each of them"
         )
-    low, high = ends
+    low, high = (one if abs(one) < sys.float_info.max else math.inf for one in ends)
     log, integer = bool(space.get("log")), bool(space.get("int"))
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise InputError(f"{where}: the range {values} is empty: write [LOW, HIGH]")

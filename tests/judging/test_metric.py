@@ -112,7 +112,9 @@ def test_what_a_command_leaves_behind_ends_with_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_the_command_dies_with_us(tmp_path: Path, by: signal.Signals) -> None:
     program = (
-        "import sys; from pathlib import Path; from mergekit_arm.judging.metric import run_metric;"
+        "import signal, sys; from pathlib import Path;"
+        "from mergekit_arm.judging.metric import run_metric;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"  # background shells ignore it
         "run_metric('sleep 300 & echo $! > {scratch}/a; echo $$ > {scratch}/b; wait', 'x', "
         "Path(sys.argv[1]))"
     )

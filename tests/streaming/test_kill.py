@@ -151,7 +151,7 @@ def test_killed_again_and_again(server: Any, scene: Any, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "kills",
-    [pytest.param(5, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)],
+    [pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.long)],
 )
 def test_killed_at_random_moments(server: Any, scene: Any, tmp_path: Path, kills: int) -> None:
     document, whole, _ = scene

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -83,6 +84,26 @@ def test_a_killed_search_ends_as_one_that_was_not(family: Path, tmp_path: Path) 
     assert all((ours[name] == theirs[name]).all() for name in theirs)
     left = {path.name for path in killed.iterdir()} - {path.name for path in whole.iterdir()}
     assert left <= {"study.db-wal", "study.db-shm"}
+
+
+@pytest.mark.long
+def test_killed_at_twenty_random_moments(family: Path, tmp_path: Path) -> None:
+    """One search, killed again and again, each life a little longer than it takes to begin."""
+    file = write_config(family, tmp_path, trials=6, sampler="grid")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    begun = time.monotonic()
+    finished(start(file, whole))
+    life, generator = time.monotonic() - begun, random.Random(4)
+    for _ in range(20):
+        process = start(file, killed)
+        time.sleep(generator.uniform(0, life))
+        process.kill()
+        process.wait()
+    finished(start(file, killed))
+    for one, other in pairs(killed, whole):
+        assert {**one, "number": other["number"]} == other
+    ours, theirs = tensors(killed / "model"), tensors(whole / "model")
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
 def pairs(one: Path, other: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:

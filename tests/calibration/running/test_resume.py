@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import random
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +67,38 @@ def test_after_kill_9_the_same_command_continues(
     calibrate(given)
     assert files(tmp_path / "s") == files(whole[low_memory])
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize("low_memory", WAYS)
+@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.long)])
+def test_killed_at_random_moments(
+    kills: int,
+    low_memory: bool,
+    family: Path,
+    token_file: Path,
+    tmp_path: Path,
+    whole: list[Path],
+) -> None:
+    """Each of so many runs is killed once, somewhere in its life, and then ends."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama"])
+    generator = random.Random(3)
+    begun = time.monotonic()
+    for number in range(kills + 1):
+        given = options(family, tmp_path / str(number) / "s", token_file, low_memory=low_memory)
+        process = context.Process(target=calibrate, args=(given,))
+        process.start()
+        if number == 0:  # the first lives, and says how long a life is
+            process.join()
+            life = time.monotonic() - begun
+            continue
+        process.join(generator.uniform(0, life))
+        process.kill()
+        process.join()
+        if not (tmp_path / str(number) / "s").exists():
+            calibrate(given)
+        assert files(tmp_path / str(number) / "s") == files(whole[low_memory])
+        assert [path.name for path in (tmp_path / str(number)).iterdir()] == ["s"]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,17 @@ from pathlib import Path
 import pytest
 from transformers import LlamaForCausalLM
 
-from tests.bad_input.scene import Result, Scene, set_up
-from tests.bad_input.table import MERGED, MERGEKIT, MODELS, SITE, STATISTICS, Break, Case
+from tests.hostile.models_and_statistics import (
+    MERGED,
+    MERGEKIT,
+    MODELS,
+    SITE,
+    STATISTICS,
+    Break,
+    Case,
+)
+from tests.hostile.refusals import assert_refused
+from tests.hostile.scene import Scene, set_up
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +51,6 @@ def table(*cases: list[Case]) -> Callable[[Callable[..., None]], Callable[..., N
     return pytest.mark.parametrize(("damage", "said"), [case[1:] for case in every], ids=names)
 
 
-def assert_refused(result: Result, said: tuple[str, ...]) -> None:
-    # What is not finite shows in the middle of the work: that may be the dtype's fault.
-    assert result.code == (1 if "NaN or infinity" in said else 2), result.output or repr(
-        result.exception
-    )
-    assert "Traceback" not in result.output
-    lines = [line for line in result.output.splitlines() if line.startswith("Error: ")]
-    assert len(lines) == 1, result.output
-    assert result.output.rstrip().endswith(lines[0]), "the message goes on after its line"
-    for part in said:
-        assert part in lines[0], lines[0]
-    assert not {path.name for path in result.made}, result.made
-
-
 @table(STATISTICS)
 def test_statistics(damage: Break, said: tuple[str, ...], scene: Scene) -> None:
     damage(scene)
@@ -85,10 +80,6 @@ def test_what_mergekit_meets_first(damage: Break, said: tuple[str, ...], scene: 
     assert result.code != 0
     assert not [path for path in result.made if path.suffix == ".safetensors"]
     assert_refused(scene.calibrate(), said)
-
-
-def test_the_table_is_not_short() -> None:
-    assert len(STATISTICS) + len(MODELS) + len(MERGED) >= 60
 
 
 def test_what_is_whole_is_accepted(scene: Scene) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.bad_input.scene import (
+from tests.hostile.scene import (
     INDEX,
     METADATA,
     TENSORS,

@@ -12,12 +12,12 @@ from typing import Any
 
 import click
 import yaml
-from click.testing import CliRunner
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_arm.cli.main import cli as mergekit_arm
+from tests.hostile.refusals import Result, run
 from tests.support.merges import config
 
 INDEX = "model.safetensors.index.json"
@@ -49,32 +49,14 @@ class Scene:
 
     def calibrate(self, *options: str) -> Result:
         data = ["--dataset", str(self / "tokens.jsonl"), "--samples", "4"]
-        return self._run(mergekit_arm, "calibrate", self.model, str(self / "out"), *data, *options)
+        out = str(self / "out")
+        return self._run(mergekit_arm, "calibrate", self.model, out, *data, *options)
 
     def combine(self) -> Result:
         return self._run(mergekit_arm, "combine", self.stats, self.stats, str(self / "out"))
 
     def _run(self, command: click.Command, *arguments: str) -> Result:
-        before = set(self.folder.rglob("*"))
-        done = CliRunner().invoke(command, arguments)
-        made = {
-            path
-            for path in set(self.folder.rglob("*")) - before
-            # mergekit makes its output directory before there is anything to put into it.
-            if not (path == self / "out" and path.is_dir() and not any(path.iterdir()))
-        }
-        return Result(done.exit_code, done.output, done.exception, made)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command did."""
-
-    code: int
-    output: str
-    exception: BaseException | None
-    made: set[Path]
-    """Files and directories that were not there before."""
+        return run(self.folder, command, *arguments)
 
 
 Break = Callable[[Scene], object]
