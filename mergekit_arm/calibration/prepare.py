@@ -120,6 +120,7 @@ def prepare(
         process=job.process,
         processes=job.processes,
     )
+    temporary.enter_context(progress.alone())
     progress.check(options.force)
     job.wait("ready")
     return Prepared(

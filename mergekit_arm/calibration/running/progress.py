@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -70,6 +71,32 @@ class SavedProgress:
         self._fingerprint = {**fingerprint, "number of processes": str(processes)}
         self._every = every
         self._saved = time.monotonic()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs of the same command from this progress, for the duration of the block.
+
+        Two that save in one place would each read what the other is about to replace.
+
+        Raises:
+            InputError: another run is at it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / f".{self._prefix}lock", blocking=False)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise InputError(
+                f"another calibration is saving in {self.folder}: wait for it, or choose another "
+                "OUT"
+            ) from error
+        try:
+            yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+            with contextlib.suppress(OSError):  # not empty: there is something to continue
+                self.folder.rmdir()
 
     def check(self, force: bool) -> None:
         """Refuse the progress of another run; with ``force``, remove it.
