@@ -28,7 +28,7 @@ pytestmark = pytest.mark.real
 
 BLOCKS = 16
 RATE = 0.7
-LAYERS = range(0, 30, 6)
+LAYERS = range(0, 30, 15)
 """Those whose subspaces are compared: exact ones take seconds each."""
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 Report = pytest.CaptureFixture[str]
