@@ -63,7 +63,7 @@ def _of_directory(
 ) -> tuple[Dataset | IterableDataset, str | None]:
     import datasets  # as above
 
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         raise InputError(f"--dataset {name}: this is a model; name the text to measure it on")
     with _reading(f"data set {name!r}"), _without_bars():
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
