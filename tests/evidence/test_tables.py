@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 from tests.evidence.intervals import paired
 from tests.evidence.plots import distances, draw
 from tests.evidence.tables import PAGE, grouped, page, summary
-from tests.evidence.units import Line
+from tests.evidence.units import RESULTS, Line
+from tests.support.paths import ROOT
 
 
 def line(label: str, losses: list[float], *, about: str = "reverse", data: str = "d") -> Line:
@@ -74,3 +77,29 @@ def test_a_picture_is_drawn_of_distances(tmp_path: Path) -> None:
 
 def test_without_lines_there_is_a_page(tmp_path: Path) -> None:
     assert page(tmp_path).startswith("# Results")
+
+
+def test_the_front_page_says_what_the_lines_say() -> None:
+    lines = [json.loads(one) for one in (RESULTS / "streams-small.jsonl").read_text().splitlines()]
+    found: dict[str, dict[str, Line]] = {}
+    for one in lines:
+        _, _, task, seed, part, label = one["unit"].split("/", 5)
+        if (seed, part) == ("0", "test"):
+            found.setdefault(label, {})[task] = one
+    assert {len(tasks) for tasks in found.values()} == {4}
+
+    def loss(label: str, task: str) -> float:
+        return float(np.mean(found[label][task]["losses"]))
+
+    def lower(label: str, than: str) -> int:
+        return sum(loss(label, task) < loss(than, task) for task in found[label])
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = text.partition("**Early checkpoints of a fine-tune")[2].partition("\n")[0]
+    linear, turned = "linear to early", "arm to early, general text, ρ = -0.4"
+    retaining = "arm to early, task_stats, κ = 0.3"
+    labels = ["base", "100 %", linear, turned, retaining]
+    general = [float(np.mean([one["general"] for one in found[la].values()])) for la in labels]
+    assert re.findall(r"\d\.\d\d", said) == [f"{value:.2f}" for value in general]
+    counts = [lower("early", "100 %"), lower(linear, turned), lower(retaining, linear)]
+    assert re.findall(r"(\d) of 4", said) == [str(count) for count in counts]
