@@ -46,8 +46,10 @@ _WRITTEN = (
     *(MODEL, STATE_FILE, JOURNAL, PLOT, CARD, "removed"),
     *(STEP_CONFIG, METRICS, PROVENANCE, STEP_STATISTICS, TASK_STATISTICS, CHECKPOINT_STATISTICS),
 )
-# The endings are ours, and tempfile's: eight characters of its alphabet.
-_UNFINISHED = re.compile(rf"\.({'|'.join(map(re.escape, _WRITTEN))})\.(partial|[a-z0-9_]{{8}})")
+# The endings are ours: a process, and eight characters of tempfile's alphabet.
+_UNFINISHED = re.compile(
+    rf"\.({'|'.join(map(re.escape, _WRITTEN))})\.(partial|(\d+\.)?[a-z0-9_]{{8}})"
+)
 
 
 def unfinished(out: Path) -> Iterator[Path]:
