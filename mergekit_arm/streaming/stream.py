@@ -6,7 +6,7 @@ the state, tidies up and draws, until a reason to stop is found; ``ending`` make
 
 from __future__ import annotations
 
-import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -105,8 +105,8 @@ def stream(
     except OSError as error:
         raise InputError(f"{place} cannot be made: {error.strerror}; give another OUT") from error
     with _locked(place):
-        for left in unfinished(place):  # before anything that needs room
-            remove(left)
+        for left in unfinished(place):  # before anything needs room, as `remove` does
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         if read_state(place) != state:
             raise InputError(f"{place}: another process has just worked on it; run again")
         begun = state is not None
@@ -144,7 +144,7 @@ def _locked(out: Path) -> Iterator[None]:
     try:
         yield
     except InputError:
-        if os.listdir(out) == [LOCK_FILE]:  # nothing has begun
+        if [one.name for one in out.iterdir()] == [LOCK_FILE]:  # nothing has begun
             remove(out)
         raise
     finally:

@@ -81,6 +81,7 @@ class SavedProgress:
         Raises:
             InputError: another run is at it.
         """
+        made = [one for one in (self.folder, *self.folder.parents) if not one.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / f".{self._prefix}lock", blocking=False)
         try:
@@ -95,8 +96,9 @@ class SavedProgress:
         finally:
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
-            with contextlib.suppress(OSError):  # not empty: there is something to continue
-                self.folder.rmdir()
+            for one in made or [self.folder]:
+                with contextlib.suppress(OSError):  # not empty: there is something to continue
+                    one.rmdir()
 
     def check(self, force: bool) -> None:
         """Refuse the progress of another run; with ``force``, remove it.

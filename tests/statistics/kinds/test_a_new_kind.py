@@ -147,7 +147,7 @@ def test_it_is_measured_written_and_read(
     more = ["--low-memory"] if low_memory else []
     done = CliRunner().invoke(command, [*arguments, "--statistics", "largest, importance", *more])
     assert done.exit_code == 0, done.output
-    assert "without largest" in done.stderr
+    assert "without largest" in done.stdout
     check(out, family / "base", token_file)
     norms = Statistics("s", out).metadata.sites["model.norm"]
     assert norms.kinds == {"largest": {"left_out": "norms only"}}
