@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.reporting.drawings import (
@@ -20,9 +17,9 @@ from mergekit_arm.reporting.drawings import (
     panels,
 )
 from mergekit_arm.reporting.page import Grid, Page
-from mergekit_arm.tuning.layout import BEST, STATE_FILE, TRIALS
+from mergekit_arm.tuning.layout import BEST, TRIALS
 from mergekit_arm.tuning.space import Value
-from mergekit_arm.tuning.state import TUNE_VERSION, TuneState
+from mergekit_arm.tuning.state import TuneState, read_tune_state
 from mergekit_arm.tuning.trials import TrialRecord, best_of, completed, front_of, short
 
 _MOST = 12
@@ -36,7 +33,12 @@ def tune_page(out: Path) -> Page:
     Raises:
         InputError: its files are damaged, or of another version.
     """
-    state, found = _state(out), _trials(out)
+    state = read_tune_state(
+        out,
+        other_version="report with the version that wrote it",
+        damaged="run the search again",
+    )
+    found = _trials(out)
     whole = completed(found, "tune")
     notes = [] if whole else ["No trial has been scored yet."]
     drawings = []
@@ -187,21 +189,6 @@ def _said(one: TrialRecord) -> str:
 
 def _numbers(scores: dict[str, float]) -> str:
     return ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
-
-
-def _state(out: Path) -> TuneState:
-    file = out / STATE_FILE
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        if document.get("format_version") != TUNE_VERSION:
-            raise InputError(
-                f"{file}: format {document.get('format_version')}, and this mergekit-arm reads "
-                f"{TUNE_VERSION}: report with the version that wrote it"
-            )
-        return TuneState.model_validate(document)
-    except (OSError, ValueError, AttributeError, ValidationError) as error:
-        raise InputError(f"{file} is damaged ({type(error).__name__}); run the search again"
-                         ) from error  # fmt: skip
 
 
 def _trials(out: Path) -> list[TrialRecord]:

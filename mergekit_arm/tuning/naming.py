@@ -21,7 +21,8 @@ def describe_place(document: Mapping[str, Any], place: Path) -> str:
         if depth > index and isinstance(key, int) and not _is_filter(node[key]):
             notes.append(f"point {key}")
         if depth == index and isinstance(node, Mapping) and "model" in node:
-            name += f" of {short_names(set(_models(document)))[str(node['model'])]}"
+            model = str(node["model"])
+            name += f" of {short_names({model, *model_names(document)})[model]}"
         node = node[key]
     return ", ".join([name, *notes])
 
@@ -42,15 +43,17 @@ def short_names(references: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _models(node: Any) -> Iterator[str]:
+def model_names(node: Any) -> Iterator[str]:
+    """Yield the models that a configuration lists, in its order, as often as it does."""
     if isinstance(node, Mapping):
-        if "model" in node:
-            yield str(node["model"])
-        for value in node.values():
-            yield from _models(value)
+        if isinstance(node.get("model"), str):
+            yield node["model"]
+        for key, value in node.items():
+            if key not in ("parameters", "tokenizer"):
+                yield from model_names(value)
     elif isinstance(node, list):
         for value in node:
-            yield from _models(value)
+            yield from model_names(value)
 
 
 def _is_filter(node: Any) -> bool:

@@ -29,6 +29,7 @@ from mergekit_arm.tuning.candidates import (
 )
 from mergekit_arm.tuning.config import BASELINE_WEIGHTS, TuneConfig, TuningSettings
 from mergekit_arm.tuning.grid import grid
+from mergekit_arm.tuning.naming import model_names
 from mergekit_arm.tuning.search import Candidates
 from mergekit_arm.tuning.space import METHOD, Space, find_space
 
@@ -178,21 +179,7 @@ def _check_dtypes(document: Mapping[str, Any]) -> None:
 
 def _models(document: Mapping[str, Any]) -> tuple[str | None, list[str]]:
     base = document.get("base_model")
-    names: list[str] = []
-
-    def walk(node: Any) -> None:
-        if isinstance(node, Mapping):
-            if isinstance(node.get("model"), str):
-                names.append(node["model"])
-            for key, value in node.items():
-                if key not in ("parameters", "tokenizer"):
-                    walk(value)
-        elif isinstance(node, list):
-            for one in node:
-                walk(one)
-
-    walk(document)
-    inputs = [name for name in dict.fromkeys(names) if name != base]
+    inputs = [name for name in dict.fromkeys(model_names(document)) if name != base]
     if not inputs:
         raise InputError("no model is merged: list them under models or slices")
     return base if isinstance(base, str) else None, inputs

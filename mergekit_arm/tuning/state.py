@@ -43,21 +43,13 @@ def open_tune_state(out: Path, fingerprint: Mapping[str, str]) -> TuneState:
     Raises:
         InputError: it is damaged, or of another search; the difference is named.
     """
-    file = out / STATE_FILE
-    if not file.is_file():
+    if not (out / STATE_FILE).is_file():
         return TuneState(fingerprint=dict(fingerprint))
-    try:
-        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if document.get("format_version") != TUNE_VERSION:
-            raise InputError(
-                f"{file}: format {document.get('format_version')}, and this mergekit-arm reads "
-                f"{TUNE_VERSION}: go on with the version that began it"
-            )
-        state = TuneState.model_validate(document)
-    except (OSError, ValueError, ValidationError) as error:
-        raise InputError(
-            f"{file} is damaged ({type(error).__name__}); give another OUT, or --force"
-        ) from error
+    state = read_tune_state(
+        out,
+        other_version="go on with the version that began it",
+        damaged="give another OUT, or --force",
+    )
     for key in sorted({*state.fingerprint, *fingerprint}):
         before, now = state.fingerprint.get(key), fingerprint.get(key)
         if before != now:
@@ -66,3 +58,27 @@ def open_tune_state(out: Path, fingerprint: Mapping[str, str]) -> TuneState:
                 "give another OUT, or --force"
             )
     return state
+
+
+def read_tune_state(out: Path, *, other_version: str, damaged: str) -> TuneState:
+    """Return the state that ``out`` holds.
+
+    Args:
+        out: the directory of a search.
+        other_version: what to do where another version has written it.
+        damaged: what to do where it cannot be read.
+
+    Raises:
+        InputError: one of these, with the remedy that is given.
+    """
+    file = out / STATE_FILE
+    try:
+        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if document.get("format_version") != TUNE_VERSION:
+            raise InputError(
+                f"{file}: format {document.get('format_version')}, and this mergekit-arm reads "
+                f"{TUNE_VERSION}: {other_version}"
+            )
+        return TuneState.model_validate(document)
+    except (OSError, ValueError, AttributeError, ValidationError) as error:
+        raise InputError(f"{file} is damaged ({type(error).__name__}); {damaged}") from error
