@@ -83,7 +83,8 @@ class SavedProgress:
         """
         made = [one for one in (self.folder, *self.folder.parents) if not one.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / f".{self._prefix}lock", blocking=False)
+        # Not a name that `discard` removes: the lock of a file that is gone keeps nobody out.
+        lock = FileLock(self.folder / f".lock-{self._prefix}file", blocking=False)
         try:
             lock.acquire()
         except Timeout as error:
