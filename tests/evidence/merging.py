@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.merge_methods import merge_state_dicts
+from mergekit.merge_methods import PerGroupValues, merge_state_dicts
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.evidence.recipes import Settings, Statistics
+from tests.evidence.recipes import ByDepth, ByName, Settings, Statistics
 
 State = dict[str, Tensor]
 BASE = "base"
@@ -27,12 +27,14 @@ def merge(
     """Return the merged weights, in float32."""
 
     def resolved(value: Any) -> Any:
+        if isinstance(value, ByName | ByDepth):
+            return PerGroupValues(value(list(base)))
         if not isinstance(value, Statistics):
             return value
-        if value.of != "own":
+        if not value.each:
             return str(locate(value.of, BASE))
         # The base is asked for one too, and its general text is what it would keep to.
-        own = {name: str(locate("own", name)) for name in models}
+        own = {name: str(locate(value.of, name)) for name in models}
         return {BASE: str(locate("general", BASE)), **own}
 
     return merge_state_dicts(

@@ -23,7 +23,12 @@ from tests.evidence.general import calibration_text, digest, judging_blocks
 from tests.evidence.sizes import Size
 from tests.evidence.tasks import Example, examples
 from tests.evidence.training import train
-from tests.evidence.variants import even_importance, permuted_importance, random_subspace
+from tests.evidence.variants import (
+    data_free_moments,
+    even_importance,
+    permuted_importance,
+    random_subspace,
+)
 
 State = dict[str, Tensor]
 
@@ -56,15 +61,21 @@ class Base:
         return states(self.folder)
 
     def statistics(self, which: str) -> Path:
-        """Return the base's statistics on general text, or one of ``VARIANTS`` of these."""
+        """Return the base's statistics on general text, or one of ``VARIANTS`` of these.
+
+        ``general-512`` are on about 512 tokens of it.
+        """
         out = self.work / f"statistics-{which}"
         if which in VARIANTS:
             return made(out, lambda: VARIANTS[which](self.statistics("general"), out))
-        return made(out, lambda: self.measure(list(calibration_text()), self.folder, out))
+        tokens = int(which.partition("-")[2] or 0)
+        blocks = -(-tokens // self.size.block) or self.size.general["calibration"]
+        texts = list(calibration_text())
+        return made(out, lambda: self.measure(texts, self.folder, out, blocks=blocks))
 
-    def measure(self, texts: list[str], model: Path, out: Path, *, join: bool = True) -> None:
-        """Measure ``model`` on ``texts``: as blocks of the size's length, or a block for each."""
-        data = out.with_suffix(".jsonl")
+    def measure(self, texts: list[str], model: Path, out: Path, *, blocks: int = 0) -> None:
+        """Measure ``model`` on ``blocks`` of the texts in a row; on a block for each text if 0."""
+        data, join = out.with_suffix(".jsonl"), blocks > 0
         length = self.size.block
         if join:
             rows = [{"text": text} for text in texts]
@@ -74,9 +85,10 @@ class Base:
         calibrate(
             CalibrationOptions(
                 model=str(model),
+                tokenizer=str(self.folder) if join else None,
                 out=str(out),
                 dataset=str(data),
-                samples=self.size.general["calibration"] if join else len(texts),
+                samples=blocks or len(texts),
                 sequence_length=length,
                 device=self.size.device,
                 dtype="float32",
@@ -145,21 +157,29 @@ class Run:
             self._log.write_text(json.dumps({"step_losses": losses, **spent}))
 
     def statistics(self, which: str) -> Path:
-        """Return statistics of the base or, for ``own``, of the converged specialist.
+        """Return statistics of the base or, for ``own`` …, of the converged specialist.
 
-        ``task`` and ``own`` are on the training examples, answers included; the others are the
-        base's on general text.
+        ``task`` and ``own`` are on the training examples, answers included, ``own-general`` on
+        general text, and ``own-free`` on no data: what the specialist's weights say of its inputs.
+        The others are the base's on general text.
         """
-        if which not in ("task", "own"):
-            return self.base.statistics(which)
         out = self.folder / f"statistics-{which}"
-        texts = [one.prompt + one.answer for one in self.examples["training"]]
-
-        def measure() -> None:
+        if which == "own-general":
+            blocks = self.base.size.general["calibration"]
+            texts, specialist = list(calibration_text()), self.checkpoint(1.0)
+            return made(out, lambda: self.base.measure(texts, specialist, out, blocks=blocks))
+        if which == "own-free":
+            source = self.statistics("own")
+            weights = states(self.checkpoint(1.0)), self.base.state()
+            return made(out, lambda: data_free_moments(source, out, *weights))
+        if which in ("task", "own"):
             model = self.base.folder if which == "task" else self.checkpoint(1.0)
-            self.base.measure(texts, model, out, join=False)
+            return made(out, lambda: self.base.measure(self.texts(), model, out))
+        return self.base.statistics(which)
 
-        return made(out, measure)
+    def texts(self) -> list[str]:
+        """Return the training examples, answers included."""
+        return [one.prompt + one.answer for one in self.examples["training"]]
 
     def data_digest(self) -> str:
         """Return a short name of all that this run learns and is judged by."""

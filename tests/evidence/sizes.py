@@ -16,8 +16,8 @@ class Size:
     base: str
     """``tiny``, ``smollm2`` (built from a package, without the Hub), or a name on the Hub."""
     tasks: tuple[str, ...]
-    pairs: tuple[tuple[str, str], ...]
-    """Tasks whose specialists are merged."""
+    groups: tuple[tuple[str, ...], ...]
+    """Tasks whose specialists are merged: pairs, and triples after them."""
     seeds: tuple[int, ...]
     training: int
     """Examples to learn from; so few that they are soon known by heart."""
@@ -50,7 +50,13 @@ _SMALL = Size(
     name="small",
     base="smollm2",
     tasks=("reverse", "filter", "sort", "add"),
-    pairs=(("reverse", "filter"), ("sort", "add"), ("reverse", "add"), ("filter", "sort")),
+    groups=(
+        ("reverse", "filter"),
+        ("sort", "add"),
+        ("reverse", "add"),
+        ("filter", "sort"),
+        ("reverse", "filter", "add"),
+    ),
     seeds=(0, 1, 2),
     training=64,
     validation=60,
@@ -76,11 +82,14 @@ _HOT = replace(
     weights=(0.4, 0.6, 0.8, 1.0),
 )
 
+# As many steps, and no example twice: where nothing is learnt by heart nothing of this should help.
+_PLENTY = replace(_SMALL, name="plenty", training=_SMALL.training * _SMALL.epochs, epochs=1)
+
 _TINY = Size(
     name="tiny",
     base="tiny",
     tasks=("reverse", "add"),
-    pairs=(("reverse", "add"),),
+    groups=(("reverse", "add"),),
     seeds=(0,),
     training=16,
     validation=6,
@@ -98,7 +107,13 @@ _GPU = Size(
     name="gpu",
     base="HuggingFaceTB/SmolLM2-1.7B",
     tasks=("reverse", "filter", "sort", "add", "reorder"),
-    pairs=(("reverse", "filter"), ("sort", "add"), ("reverse", "add"), ("filter", "reorder")),
+    groups=(
+        ("reverse", "filter"),
+        ("sort", "add"),
+        ("reverse", "add"),
+        ("filter", "reorder"),
+        ("reverse", "filter", "add"),
+    ),
     seeds=(0, 1, 2),
     training=128,
     validation=100,
@@ -113,4 +128,4 @@ _GPU = Size(
     device="cuda",
 )
 
-SIZES = {size.name: size for size in (_TINY, _SMALL, _HOT, _GPU)}
+SIZES = {size.name: size for size in (_TINY, _SMALL, _PLENTY, _HOT, _GPU)}

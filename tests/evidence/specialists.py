@@ -1,14 +1,15 @@
-"""Two specialists of one base, merged: each method with and without AIM, as many settings for each.
+"""Specialists of one base, merged: each method with and without AIM, as many settings for each.
 
 The specialists are the converged models of two runs with one seed. Settings are chosen by the mean
-loss over both tasks' validation splits.
+loss over all tasks' validation splits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
@@ -17,54 +18,55 @@ from tests.evidence.bases import load
 from tests.evidence.judging import judge_answers, judge_general
 from tests.evidence.merging import BASE, State, merge, put
 from tests.evidence.recipes import Recipe, Settings, Statistics, plain
-from tests.evidence.runs import Base, Run, states
+from tests.evidence.runs import Base, Run, made, states
 from tests.evidence.sizes import Size
 from tests.evidence.tuning import best
 from tests.evidence.units import Key, Line, Store, Unit
 
 STUDY = "specialists"
 GENERAL = Statistics("general")
+OWN = Statistics("own", each=True)
 DENSITY = {"density": 0.5}
 OMEGAS = (0.0, 0.4)
 """What AIM tries: half of its budget each, with the upper half of the weights."""
 
 
-def recipes(size: Size, pair: tuple[str, str]) -> dict[str, list[Recipe]]:
-    """Return the merges by stage: ``core`` is what the question needs, ``sparse`` comes after."""
-    upper = size.weights[len(size.weights) // 2 :]
+CALIBRATION_TOKENS = tuple(2**power for power in range(9, 16))
+"""On how many tokens of general text AIM's importance is measured, where that is the question."""
 
-    def tuned(method: str, **settings: object) -> Recipe:
-        grid = tuple({"weight": weight, **settings} for weight in size.weights)
-        return Recipe(method, method, pair, grid)
 
-    def informed(method: str, **settings: object) -> Recipe:
+def recipes(size: Size, tasks: tuple[str, ...]) -> dict[str, list[Recipe]]:
+    """Return the merges by stage: ``core`` is what the question needs, the rest comes after."""
+    strengths = {"weight": size.weights, "scale": tuple(round(w + 0.2, 2) for w in size.weights)}
+    """RegMean's weights only say which model counts more; its scale is 1, and tried around that."""
+
+    def tuned(method: str, strength: str = "weight", **settings: object) -> Recipe:
+        grid = tuple({strength: value, **settings} for value in strengths[strength])
+        return Recipe(method, method, tasks, grid)
+
+    def informed(method: str, strength: str = "weight", **settings: object) -> Recipe:
+        upper = strengths[strength][len(size.weights) // 2 :]
         grid = tuple(
-            {"weight": weight, "omega": omega, "activation_stats": GENERAL, **settings}
+            {strength: value, "omega": omega, "activation_stats": GENERAL, **settings}
             for omega in OMEGAS
-            for weight in upper
+            for value in upper
         )
-        return Recipe(f"aim_{method}", f"aim_{method}", pair, grid)
+        return Recipe(f"aim_{method}", f"aim_{method}", tasks, grid)
 
     def whole(label: str, **settings: object) -> Recipe:
         """As in AIM's paper: nothing is tuned."""
         method = "aim" if settings else "task_arithmetic"
-        return Recipe(label, method, pair, ({"weight": 1.0, **settings},))
+        return Recipe(label, method, tasks, ({"weight": 1.0, **settings},))
 
-    # RegMean's weights only say which model counts more; its scale is 1, and tried around that.
-    regmean = Recipe(
-        "regmean",
-        "regmean",
-        pair,
-        tuple(
-            {"scale": round(weight + 0.2, 2), "activation_stats": Statistics("own")}
-            for weight in size.weights
-        ),
-    )
+    def regmean(what: str = "", of: Statistics = OWN, **settings: object) -> Recipe:
+        plain = tuned("regmean", "scale", activation_stats=of, **settings)
+        return replace(plain, label=f"regmean{what}")
+
     return {
         "core": [
             tuned("task_arithmetic"),
             informed("task_arithmetic"),
-            regmean,
+            regmean(),
             whole("task_arithmetic, weights 1"),
             whole("aim, weights 1, ω = 0", omega=0.0, activation_stats=GENERAL),
             whole("aim, weights 1, permuted", omega=0.0, activation_stats=Statistics("permuted")),
@@ -76,13 +78,27 @@ def recipes(size: Size, pair: tuple[str, str]) -> dict[str, list[Recipe]]:
             tuned("dare_ties", **DENSITY),
             informed("dare_ties", **DENSITY),
         ],
+        "moments": [
+            regmean(", general text", Statistics("own-general", each=True)),
+            regmean(", no data", Statistics("own-free", each=True)),
+            regmean(", κ = 0.1", retain=0.1),
+            informed("regmean", "scale", activation_stats=OWN),
+        ],
+        "calibration": [
+            whole("aim, weights 1, task text", omega=0.0, activation_stats=Statistics("tasks")),
+            *(
+                whole(f"aim, weights 1, {tokens} tokens", omega=0.0, activation_stats=some)
+                for tokens in CALIBRATION_TOKENS
+                for some in [Statistics(f"general-{tokens}")]
+            ),
+        ],
     }
 
 
-class Pair:
-    """The units of one pair of specialists."""
+class Group:
+    """The units of one pair, or triple, of specialists."""
 
-    def __init__(self, base: Base, tasks: tuple[str, str], seed: int, store: Store) -> None:
+    def __init__(self, base: Base, tasks: tuple[str, ...], seed: int, store: Store) -> None:
         self.base, self.tasks, self.seed, self.store = base, tasks, seed, store
         self.runs = {task: Run(base, task, seed) for task in tasks}
 
@@ -102,17 +118,24 @@ class Pair:
         torch.manual_seed(self.seed)
         models = {task: self.states[task] for task in recipe.models}
 
-        def locate(of: str, model: str) -> Any:
-            return self.base.statistics(of) if model == BASE else self.runs[model].statistics(of)
+        return merge(recipe.method, self.states[BASE], models, settings, self.locate)
 
-        return merge(recipe.method, self.states[BASE], models, settings, locate)
+    def locate(self, of: str, model: str) -> Path:
+        """Return the directory of a model's statistics of this name."""
+        if model != BASE:
+            return self.runs[model].statistics(of)
+        if of != "tasks":
+            return self.base.statistics(of)
+        out = self.base.work / f"statistics-{'-'.join(self.tasks)}-{self.seed}"
+        texts = [text for run in self.runs.values() for text in run.texts()]
+        return made(out, lambda: self.base.measure(texts, self.base.folder, out))
 
     def key(self, part: str, label: str) -> Key:
-        """Return the key of one of this pair's lines."""
+        """Return the key of one of this group's lines."""
         return Key(STUDY, self.base.size.name, "+".join(self.tasks), self.seed, part, label)
 
     def judge(self, split: str, state: State) -> Line:
-        """Return everything that is kept of a model's judgement on both tasks."""
+        """Return everything that is kept of a model's judgement on all tasks."""
         put(self.model, state)
         judged = {
             task: judge_answers(self.model, run.encoded[split]).line()
@@ -128,7 +151,7 @@ class Pair:
         return line
 
     def single(self, name: str) -> Unit:
-        """Judge the base or a specialist on both tasks."""
+        """Judge the base or a specialist on all tasks."""
         return Unit(self.key("test", name), lambda: self.judge("test", self.states[name]))
 
     def attempts(self, recipe: Recipe) -> list[Unit]:
@@ -165,14 +188,17 @@ class Pair:
         return [self.final(recipe) for recipe in recipes(self.base.size, self.tasks)[name]]
 
 
+STAGES = ("singles", "core", "moments", "calibration", "sparse")
+
+
 def units(base: Base, store: Store, *, core: bool = False) -> list[Unit]:
-    """Return the study's units: all pairs with the first seed, then the next seed.
+    """Return the study's units: all groups with the first seed, then the next seed.
 
     ``core`` leaves out the stages that come after those that the question needs.
     """
     found = []
     for seed in base.size.seeds:
-        pairs = [Pair(base, pair, seed, store) for pair in base.size.pairs]
-        for stages in (("singles", "core"), () if core else ("sparse",)):
-            found += [unit for pair in pairs for stage in stages for unit in pair.stage(stage)]
+        groups = [Group(base, tasks, seed, store) for tasks in base.size.groups]
+        for stages in (STAGES[:2], () if core else STAGES[2:]):
+            found += [unit for group in groups for stage in stages for unit in group.stage(stage)]
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cached_property
+from statistics import fmean
 
 from transformers import PreTrainedModel
 
@@ -15,11 +16,12 @@ from tests.evidence.averages import AVERAGES
 from tests.evidence.bases import load
 from tests.evidence.judging import generate_missed, judge_answers, judge_general
 from tests.evidence.merging import BASE, State, merge, put
-from tests.evidence.recipes import Recipe, Settings, Statistics, plain
+from tests.evidence.recipes import ByDepth, ByName, Recipe, Settings, Statistics, plain
 from tests.evidence.runs import Base, Run, average, states
 from tests.evidence.sizes import FRACTIONS, Size
 from tests.evidence.tuning import best
 from tests.evidence.units import Key, Line, Store, Unit
+from tests.evidence.walks import WALKS, Walk, follow
 
 STUDY = "streams"
 CONVERGED = "100 %"
@@ -49,6 +51,25 @@ def recipes(size: Size) -> dict[str, list[Recipe]]:
         label = f"arm to {source}, {of.of} text, ρ = {rotation}".replace("random text", "random")
         return tuned(label, source, rotation=rotation, activation_stats=of)
 
+    def varied(what: str, **settings: object) -> Recipe:
+        return tuned(f"arm to early, {what}", "early", activation_stats=GENERAL, **settings)
+
+    def searched(source: str) -> Recipe:
+        """ρ is chosen along with the rate, so that fewer rates are tried."""
+        near = size.rates[len(size.rates) // 2 - 1 :][:2]
+        grid = tuple(
+            {"learning_rate": rate, "rotation": rotation, "activation_stats": GENERAL}
+            for rotation in (-0.4, -0.8)
+            for rate in near
+        )
+        return Recipe(f"arm to {source}, ρ searched", "arm", (source,), grid)
+
+    def protected(source: str) -> Recipe:
+        grid = tuple(
+            {"weight": rate, "omega": 0.4, "activation_stats": GENERAL} for rate in size.rates
+        )
+        return Recipe(f"aim to {source}", "aim_task_arithmetic", (source,), grid)
+
     def retaining(source: str, retain: float) -> Recipe:
         label = f"arm to {source}, task_stats, κ = {retain}"
         return tuned(label, source, retain=retain, activation_stats=GENERAL, task_stats=TASK)
@@ -71,6 +92,17 @@ def recipes(size: Size) -> dict[str, list[Recipe]]:
             linear("late"),
             turned("late", -0.7, GENERAL),
             retaining("late", 0.3),
+        ],
+        # Other operators, each as many tries: kept in the package only if they win here.
+        "variants": [
+            varied("attention alone", rotation=ByName((("self_attn", -0.7), ("", 0.0)))),
+            varied("MLP alone", rotation=ByName((("mlp", -0.7), ("", 0.0)))),
+            varied("down projections alone", rotation=ByName((("down_proj", -0.7), ("", 0.0)))),
+            varied("first layers more", rotation=ByDepth(-0.8, 0.0)),
+            varied("last layers more", rotation=ByDepth(0.0, -0.8)),
+            varied("leading direction alone", rotation=-0.7, energy=0.01),
+            searched("early"),
+            protected("early"),
         ],
     }
 
@@ -181,6 +213,18 @@ class Stream:
 
         return Unit(self.key("test", recipe.label), compute)
 
+    def walk(self, walk: Walk) -> Unit:
+        """Judge on the test split where a step after another led."""
+
+        def loss(state: State) -> float:
+            return fmean(self.judge("validation", state)["losses"])
+
+        def compute() -> Line:
+            state, rates = follow(walk, self.run, self.state(BASE), self.base.size.rates, loss)
+            return {"settings": {"learning_rates": rates}, **self.judge("test", state)}
+
+        return Unit(self.key("test", walk.label), compute)
+
     def best_checkpoint(self) -> Unit:
         """Judge on the test split the one checkpoint that is best on the validation split."""
 
@@ -201,6 +245,8 @@ class Stream:
             return [*judged, self.best_checkpoint()]
         if name == "averages":
             return [self.single(one, "test") for one in AVERAGES]
+        if name == "walks":
+            return [self.walk(one) for one in WALKS]
         if name == "generated":
             core = recipes(self.base.size)["core"]
             singles = [self.write(None, one) for one in (BASE, CONVERGED, "early")]
@@ -210,7 +256,17 @@ class Stream:
         return attempts + [self.final(recipe) for recipe in chosen]
 
 
-STAGES = ("training", "singles", "core", "averages", "late", "generated", "early")
+STAGES = (
+    "training",
+    "singles",
+    "core",
+    "variants",
+    "walks",
+    "averages",
+    "late",
+    "early",
+    "generated",
+)
 
 
 def units(base: Base, store: Store, *, core: bool = False) -> list[Unit]:

@@ -16,13 +16,14 @@ from tests.evidence.__main__ import main
 from tests.evidence.bases import load
 from tests.evidence.judging import generate, generate_missed, judge_answers
 from tests.evidence.merging import BASE, merge, put
-from tests.evidence.recipes import Statistics
-from tests.evidence.runs import Base, Run
+from tests.evidence.recipes import ByDepth, ByName, Recipe, Statistics
+from tests.evidence.runs import Base, Run, states
 from tests.evidence.sizes import SIZES
 from tests.evidence.streams import Stream, recipes
 from tests.evidence.tables import page
 from tests.evidence.tuning import best
 from tests.evidence.units import Store
+from tests.evidence.walks import WALKS, follow
 
 pytestmark = pytest.mark.slow
 TINY = SIZES["tiny"]
@@ -101,6 +102,61 @@ def test_methods_differ_where_their_statistics_do(stream: Stream) -> None:
         base = stream.state(BASE)["model.layers.0.mlp.down_proj.weight"]
         torch.testing.assert_close((one - base).norm(dim=1), (plain - base).norm(dim=1))
     assert not torch.allclose(turned[0], turned[2], atol=1e-6)
+
+
+def test_a_parameter_may_depend_on_the_weight(stream: Stream) -> None:
+    names = ["model.embed_tokens.weight", *(f"model.layers.{n}.mlp.w" for n in (0, 1, 2)), "norm"]
+    assert ByDepth(-0.8, 0.0)(names) == pytest.approx([-0.8, -0.8, -0.4, 0.0, 0.0])
+    assert ByName((("mlp", 1.0), ("", 0.0)))(names) == [0, 1, 1, 1, 0]
+
+    def step(rotation: float | ByName) -> dict[str, torch.Tensor]:
+        settings = {"rotation": rotation, "activation_stats": Statistics("general")}
+        recipe = Recipe("", "arm", ("early",), ())
+        return stream.merged(recipe, settings)
+
+    plain, turned, some = (step(one) for one in (0.0, -0.7, ByName((("mlp", -0.7), ("", 0.0)))))
+    attention, mlp = "model.layers.0.self_attn.v_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(some[attention], plain[attention])
+    assert torch.equal(some[mlp], turned[mlp])
+    assert not torch.equal(some[mlp], plain[mlp])
+
+
+def test_a_walk_never_gets_worse_where_it_looks(stream: Stream, folder: Path) -> None:
+    for walk in WALKS:
+        line = stream.store.run(stream.walk(walk))
+        rates = line["settings"]["learning_rates"]
+        assert len(rates) == 3
+        assert set(rates) <= {0.0, *TINY.rates}
+
+    def loss(state: dict[str, torch.Tensor]) -> float:
+        return fmean(stream.judge("validation", state)["losses"])
+
+    state, rates = follow(WALKS[0], stream.run, stream.state(BASE), TINY.rates, loss)
+    assert loss(state) <= loss(stream.state(BASE))
+    # A linear step of rate r, done by hand.
+    expected = dict(stream.state(BASE))
+    for rate, name in zip(rates, ("15 %", "20 %", "25 %"), strict=True):
+        target = stream.state(name)
+        expected = {key: own + rate * (target[key] - own) for key, own in expected.items()}
+    for key, tensor in expected.items():
+        torch.testing.assert_close(state[key], tensor, msg=key)
+
+
+def test_moments_without_data_are_those_of_the_task_vectors(stream: Stream) -> None:
+    run, site = stream.run, "model.layers.1.mlp.down_proj"
+    found = load_file(run.statistics("own-free") / "model.safetensors")
+    known = load_file(run.statistics("own") / "model.safetensors")
+    name = f"{site}.weight"
+    moved = (states(run.checkpoint(1.0))[name] - stream.state(BASE)[name]).double()
+    moment = moved.T @ moved * (known[f"{site}.trace"] / moved.square().sum())
+    basis, values = found[f"{site}.basis"].double(), found[f"{site}.eigenvalues"].double()
+    for column, value in zip(basis.T, values, strict=True):
+        rounding = 2**-7 * float(values[0])  # bases are kept in bfloat16
+        torch.testing.assert_close(moment @ column, value * column, atol=rounding, rtol=0)
+    scale = found[f"{site}.square_sum"].sum() / known[f"{site}.trace"]
+    torch.testing.assert_close(
+        found[f"{site}.square_sum"] / scale, moment.diag(), rtol=1e-5, atol=0
+    )
 
 
 def test_controls_keep_what_they_promise(stream: Stream) -> None:

@@ -59,6 +59,40 @@ def even_importance(source: Path, out: Path) -> None:
     _changed(source, out, replace)
 
 
+def data_free_moments(
+    source: Path, out: Path, specialist: dict[str, Tensor], base: dict[str, Tensor]
+) -> None:
+    """Copy statistics with every second moment taken from the task vectors that read there.
+
+    Gradients are sums of outer products with a layer's inputs, so that ``τᵀ τ`` tells something of
+    these inputs without any data. The mean of a site's moments stays as it was measured.
+    """
+    metadata = json.loads((source / "activation_stats.json").read_text(encoding="utf-8"))
+    readers: dict[str, list[str]] = {}
+    for name, record in metadata["weights"].items():
+        if record.get("site"):
+            readers.setdefault(record["site"], []).append(name)
+
+    def replace(tensors: dict[str, Tensor], _: torch.Generator) -> None:
+        for site in sorted(one.removesuffix(".basis") for one in tensors if ".basis" in one):
+            moved = torch.cat([specialist[name] - base[name] for name in readers[site]])
+            values, vectors = torch.linalg.eigh(moved.T.double() @ moved.double())
+            trace = tensors[f"{site}.trace"].double()
+            values = values.flip(0).clamp(min=0) * (trace / values.sum())
+            columns = tensors[f"{site}.basis"].shape[1]
+            squares = (vectors.flip(1).square() * values).sum(1)
+            known = tensors[f"{site}.square_sum"]
+            kept = {
+                "basis": vectors.flip(1)[:, :columns],
+                "eigenvalues": values[:columns],
+                "square_sum": squares * (known.sum() / squares.sum()),
+            }
+            for key, value in kept.items():
+                tensors[f"{site}.{key}"] = value.to(tensors[f"{site}.{key}"].dtype).contiguous()
+
+    _changed(source, out, replace)
+
+
 def _changed(
     source: Path, out: Path, replace: Callable[[dict[str, Tensor], torch.Generator], None]
 ) -> None:

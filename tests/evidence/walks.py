@@ -1,0 +1,82 @@
+"""Streams: early checkpoints merged one after another, each step at the best of several rates.
+
+A rate of 0 is always among them, so that no step makes the model worse on the validation split.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from safetensors.torch import save_file
+
+from tests.evidence.averages import AVERAGES
+from tests.evidence.general import calibration_text
+from tests.evidence.merging import State, merge
+from tests.evidence.recipes import Statistics
+from tests.evidence.runs import Run, states
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One stream: linear steps without statistics, ARM's with."""
+
+    label: str
+    measured: Literal["never", "on the base", "at every step"]
+    """When statistics on general text were measured."""
+
+    def settings(self, rate: float) -> dict[str, Any]:
+        """Return the parameters of a step, but for statistics."""
+        return {"weight": rate} if self.measured == "never" else {**TURNED, "learning_rate": rate}
+
+
+TURNED = {"rotation": -0.4}
+WALKS = (
+    Walk("stream, linear, η searched", "never"),
+    Walk("stream, arm ρ = -0.4, η searched, base's statistics", "on the base"),
+    Walk("stream, arm ρ = -0.4, η searched, fresh statistics", "at every step"),
+)
+
+
+def follow(
+    walk: Walk, run: Run, base: State, rates: Sequence[float], loss: Callable[[State], float]
+) -> tuple[State, list[float]]:
+    """Return the weights after the last step, and the rate of each."""
+    method = "task_arithmetic" if walk.measured == "never" else "arm"
+    current, least, chosen = base, loss(base), []
+    for fraction in AVERAGES["early"]:
+        checkpoint = states(run.checkpoint(fraction))
+        with TemporaryDirectory(dir=run.folder) as folder:
+            stats = _statistics(walk, run, current, Path(folder))
+            best, taken = current, 0.0
+            for rate in rates:
+                step = {**walk.settings(rate), **stats}
+                merged = merge(method, current, {"run": checkpoint}, step, lambda of, _: Path(of))
+                if (found := loss(merged)) < least:
+                    best, taken, least = merged, rate, found
+        current = best
+        chosen.append(taken)
+    return current, chosen
+
+
+def _statistics(walk: Walk, run: Run, current: State, folder: Path) -> dict[str, Any]:
+    """Return the parameters that name the statistics; fresh ones are measured into ``folder``."""
+    if walk.measured == "never":
+        return {}
+    if walk.measured == "on the base":
+        stats = run.statistics("general")
+        metadata = json.loads((stats / "activation_stats.json").read_text(encoding="utf-8"))
+        known = {"measured_on": metadata["model"]["content_hash"]}
+        return {"activation_stats": Statistics(str(stats)), **known}
+    model = folder / "model"
+    kept = shutil.ignore_patterns("*.safetensors", "*.index.json")
+    shutil.copytree(run.base.folder, model, ignore=kept)
+    save_file(current, model / "model.safetensors", metadata={"format": "pt"})
+    blocks = run.base.size.general["calibration"]
+    run.base.measure(list(calibration_text()), model, folder / "statistics", blocks=blocks)
+    return {"activation_stats": Statistics(str(folder / "statistics"))}
