@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from tests.benchmarks.report import sentence
+from tests.evidence.hypervolume import gains
 from tests.evidence.intervals import paired
 from tests.evidence.plots import draw
 from tests.evidence.sizes import SIZES, Size
@@ -37,7 +38,8 @@ every token is the likeliest after the right ones; *written* the share of answer
 greedy decoding, where that was done; *general* the loss on docstrings of the standard library,
 which says what was forgotten. Every setting was chosen by the loss on the validation split, with
 as many tries for each method; all numbers are of the test split. In brackets: the middle 95 % of a
-paired bootstrap over examples; a dot follows a difference that may be none.
+paired bootstrap over examples; a dot follows a difference that may be none. *HV gain* is the
+hypervolume that a merge adds to the base and its specialists (`hypervolume.py` says in what space).
 """
 
 
@@ -86,6 +88,9 @@ def summary(study: str, groups: Mapping[str, Group]) -> str:
     for one in references:
         head += [f"loss − {one}", "lower / surely lower / surely higher"]
     head += [f"exact − {references[0]}", f"general − {references[0]}"]
+    volumes = {name: gains(group, _tasks(name)) for name, group in groups.items()}
+    if any(volumes.values()):
+        head += [f"HV gain − {references[0]}", "higher"]
     rows = []
     for label in labels:
         if label in BEFORE:
@@ -100,6 +105,14 @@ def summary(study: str, groups: Mapping[str, Group]) -> str:
                 if label in group and references[0] in group
             ]
             cells.append(_spread(apart))
+        if any(volumes.values()):
+            pairs = [(one.get(label), one.get(references[0])) for one in volumes.values()]
+            more = [
+                ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None
+            ]
+            count = f"{sum(value > 0 for value in more)} of {len(more)}"
+            same = label == references[0] or not more
+            cells += ["", ""] if same else [_spread(more), count]
         rows.append(cells)
     return _markdown(head, rows, "Means over runs ± their standard deviation.")
 
@@ -125,6 +138,8 @@ def _table(study: str, name: str, group: Group) -> str:
     references = [one for one in REFERENCES[study] if one in group]
     head = ["model", "settings", "loss", "exact", "written", "general"]
     head += [f"loss − {one}" for one in references]
+    volumes = gains(group, _tasks(name))
+    head += ["HV gain"] * bool(volumes)
     rows = []
     for label, line in group.items():
         written = line["written"]
@@ -140,12 +155,20 @@ def _table(study: str, name: str, group: Group) -> str:
             same = label == reference or label in BEFORE
             apart = None if same else paired(line["losses"], group[reference]["losses"])
             cells.append(str(apart or ""))
+        if volumes:
+            cells.append(f"{volumes[label]:.3f}" if label in volumes else "")
         rows.append(cells)
     return f"### {name}\n\n" + _markdown(head, rows)
 
 
+def _tasks(name: str) -> list[str]:
+    """Return the tasks of ``a+b, seed 0``; none of one run's, where nothing is merged."""
+    tasks = name.partition(",")[0].split("+")
+    return tasks if len(tasks) > 1 else ["(of a run there are no specialists)"]
+
+
 def _shares(marks: str, name: str) -> str:
-    """Return the share of ``1``; of two tasks, each one's."""
+    """Return the share of ``1``; of several tasks, each one's."""
     count = name.count("+") + 1
     size = len(marks) // count
     parts = [marks[number * size : (number + 1) * size] for number in range(count)]
