@@ -14,7 +14,7 @@ from tests.evidence.runs import Base
 from tests.evidence.sizes import SIZES
 from tests.evidence.units import RESULTS, Store
 
-STUDIES = {"streams": streams.units, "specialists": specialists.units}
+STUDIES = {"streams": streams, "specialists": specialists}
 
 
 def default_work() -> Path:
@@ -40,7 +40,14 @@ def default_work() -> Path:
     help="Where the lines are kept.  [default: the repository's]",
 )
 @click.option("--only", metavar="UNIT", help="Units whose name matches, such as '*/reverse/0/*'.")
-@click.option("--core", is_flag=True, help="Only what the study's question needs.")
+@click.option("--core", is_flag=True, help="Only the stages that the study's question needs.")
+@click.option(
+    "--stage",
+    "stages",
+    multiple=True,
+    type=click.Choice(list(dict.fromkeys((*streams.STAGES, *specialists.STAGES)))),
+    help="Only this stage; may be given several times.",
+)
 @click.option("--dry-run", is_flag=True, help="List the units, and which are done.")
 def main(
     study: str,
@@ -49,12 +56,17 @@ def main(
     results: Path,
     only: str | None,
     core: bool,
+    stages: tuple[str, ...],
     dry_run: bool,
 ) -> None:
     """Do what is left of a study; every unit that is finished leaves a line."""
     console = Console(highlight=False, soft_wrap=True)
     store = Store(study, size_name, results)
-    units = STUDIES[study](Base(SIZES[size_name], work), store, core=core)
+    module = STUDIES[study]
+    if strange := set(stages) - set(module.STAGES):
+        raise click.UsageError(f"{study} has no stage {', '.join(sorted(strange))}")
+    wanted = stages or (module.CORE if core else module.STAGES)
+    units = module.units(Base(SIZES[size_name], work), store, wanted)
     if only:
         units = [unit for unit in units if fnmatch(str(unit.key), only)]
         if not units:

@@ -6,7 +6,7 @@ loss over all tasks' validation splits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from tests.evidence.judging import judge_answers, judge_general
 from tests.evidence.merging import BASE, State, merge, put
 from tests.evidence.recipes import Recipe, Settings, Statistics, plain
 from tests.evidence.runs import Base, Run, made, states
+from tests.evidence.searches import METHODS, searched
 from tests.evidence.sizes import Size
 from tests.evidence.tuning import best
 from tests.evidence.units import Key, Line, Store, Unit
@@ -181,24 +182,35 @@ class Group:
 
         return Unit(self.key("test", recipe.label), compute)
 
+    def search(self, method: str) -> Unit:
+        """Judge on the test splits what ``mergekit-arm tune`` finds with a grid's budget."""
+
+        def compute() -> Line:
+            state, settings = searched(method, self.runs, self.seed)
+            return {"settings": settings, **self.judge("test", state)}
+
+        return Unit(self.key("test", f"{method}, by tune"), compute)
+
     def stage(self, name: str) -> list[Unit]:
-        """Return the units of ``singles`` or of a stage of recipes."""
+        """Return the units of ``singles`` or ``searches``, or of a stage of recipes."""
         if name == "singles":
             return [self.single(one) for one in (BASE, *self.tasks)]
+        if name == "searches":
+            return [self.search(method) for method in METHODS]
         return [self.final(recipe) for recipe in recipes(self.base.size, self.tasks)[name]]
 
 
-STAGES = ("singles", "core", "moments", "calibration", "sparse")
+STAGES = ("singles", "core", "moments", "calibration", "sparse", "searches")
+CORE = STAGES[:2]
+"""What the study's question needs."""
 
 
-def units(base: Base, store: Store, *, core: bool = False) -> list[Unit]:
-    """Return the study's units: all groups with the first seed, then the next seed.
-
-    ``core`` leaves out the stages that come after those that the question needs.
-    """
+def units(base: Base, store: Store, stages: Collection[str] = STAGES) -> list[Unit]:
+    """Return the study's units: all groups with the first seed, then the next seed."""
     found = []
     for seed in base.size.seeds:
         groups = [Group(base, tasks, seed, store) for tasks in base.size.groups]
-        for stages in (STAGES[:2], () if core else STAGES[2:]):
-            found += [unit for group in groups for stage in stages for unit in group.stage(stage)]
+        for part in (CORE, STAGES[len(CORE) :]):
+            wanted = [stage for stage in part if stage in stages]
+            found += [unit for group in groups for stage in wanted for unit in group.stage(stage)]
     return found

@@ -6,7 +6,7 @@ has its learning rate tuned; the test split sees one setting of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from statistics import fmean
 
@@ -236,7 +236,7 @@ class Stream:
         return Unit(self.key("test", "best checkpoint"), compute)
 
     def stage(self, name: str) -> list[Unit]:
-        """Return the units of one of ``STAGES``."""
+        """Return the units of one of ``STAGES``, each of which may be done without the others."""
         if name == "training":
             return [self.training()]
         if name == "singles":
@@ -267,18 +267,18 @@ STAGES = (
     "early",
     "generated",
 )
+CORE = STAGES[:3]
+"""What the study's question needs."""
 
 
-def units(base: Base, store: Store, *, core: bool = False) -> list[Unit]:
-    """Return the study's units: all tasks with the first seed, then the next seed.
-
-    ``core`` leaves out the stages that come after those that the question needs.
-    """
+def units(base: Base, store: Store, stages: Collection[str] = STAGES) -> list[Unit]:
+    """Return the study's units: all tasks with the first seed, then the next seed."""
     found = []
     for seed in base.size.seeds:
         streams = [Stream(base, task, seed, store) for task in base.size.tasks]
-        for stages in (STAGES[:3], () if core else STAGES[3:]):
+        for part in (CORE, STAGES[len(CORE) :]):
+            wanted = [stage for stage in part if stage in stages]
             for stream in streams:
-                found += [unit for stage in stages for unit in stream.stage(stage)]
+                found += [unit for stage in wanted for unit in stream.stage(stage)]
     seen: dict[str, Unit] = {str(unit.key): unit for unit in found}
     return list(seen.values())

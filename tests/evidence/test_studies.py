@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("reasoning_gym", reason="pip install -e '.[evidence]'")
 
+from tests.evidence import specialists
 from tests.evidence.__main__ import main
 from tests.evidence.bases import load
 from tests.evidence.judging import generate, generate_missed, judge_answers
@@ -218,13 +219,25 @@ def test_answers_are_judged_as_transformers_would(stream: Stream) -> None:
 
 
 def test_specialists_are_merged(stream: Stream, folder: Path) -> None:
-    done = study(folder, "specialists")
+    stages = [f"--stage={name}" for name in specialists.STAGES if name != "searches"]
+    done = study(folder, "specialists", *stages)
     labels = {line.partition("/test/")[2].rpartition("  ")[0].strip() for line in done}
     assert {"regmean", "task_arithmetic", "aim_ties", "aim, weights 1, permuted"} <= labels
-    assert study(folder, "specialists") == []
+    assert study(folder, "specialists", *stages) == []
     text = page(folder / "lines")
     assert "### reverse+add, seed 0" in text
     assert "### reverse, seed 0" in text
+
+
+@pytest.mark.long
+def test_the_package_searches_as_the_grid_does(stream: Stream, folder: Path) -> None:
+    only = "*/aim_task_arithmetic, by tune"
+    (done,) = study(folder, "specialists", "--stage=searches", "--only", only)
+    lines = Store("specialists", "tiny", folder / "lines").lines()
+    (line,) = (line for unit, line in lines.items() if unit.endswith("by tune"))
+    assert "by tune" in done
+    assert min(TINY.weights) <= line["settings"]["weight"] <= max(TINY.weights)
+    assert 0 <= line["settings"]["omega"] <= 0.8
 
 
 def test_a_unit_that_does_not_exist_is_refused(folder: Path) -> None:
@@ -232,3 +245,6 @@ def test_a_unit_that_does_not_exist_is_refused(folder: Path) -> None:
     done = CliRunner().invoke(main, given)
     assert done.exit_code == 2
     assert "no unit is called nothing" in done.output
+    done = CliRunner().invoke(main, [*given, "--stage", "sparse"])
+    assert done.exit_code == 2
+    assert "streams has no stage sparse" in done.output
