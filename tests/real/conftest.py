@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mergekit_arm.demo.text import DomainText, standard_library
@@ -39,28 +40,48 @@ def corpora() -> dict[str, DomainText]:
 def run(
     base: Path, corpora: dict[str, DomainText], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Path]]:
-    """Return a function that fine-tunes on a domain, once: a directory of ``checkpoint-N``."""
-    folder = tmp_path_factory.mktemp("runs")
+    """Return a function that fine-tunes on a domain, once: a directory of ``checkpoint-N``.
 
-    @functools.cache
+    Processes that share the tests share the directories, and the last to need them deletes them:
+    pytest keeps the folders of three sessions, which would be ten gigabytes.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= "fine-tunes"
+    users = folder / "users"
+    with FileLock(folder.with_suffix(".lock")):
+        users.mkdir(parents=True, exist_ok=True)
+        mine = users / str(os.getpid())
+        mine.touch()
+
     def fine_tune(domain: str) -> Path:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-        train(
-            model,
-            tokenizer,
-            token_blocks(tokenizer, corpora[domain].train, LENGTH),
-            steps=STEPS[domain],
-            learning_rate=5e-5,
-            batch_size=1,
-            folder=folder / domain,
-            save_at=range(EVERY, STEPS[domain] + 1, EVERY),
-        )
+        done = folder / f"{domain}.done"
+        with FileLock(folder / f"{domain}.lock"):
+            if not done.exists():
+                _train(base, corpora[domain].train, STEPS[domain], folder / domain)
+                done.touch()
         return folder / domain
 
     yield fine_tune
-    # pytest keeps the folders of three sessions; these would be ten gigabytes.
-    shutil.rmtree(folder)
+    with FileLock(folder.with_suffix(".lock")):
+        mine.unlink()
+        if not any(users.iterdir()):
+            shutil.rmtree(folder)
+
+
+def _train(base: Path, text: list[str], steps: int, out: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    train(
+        LlamaForCausalLM.from_pretrained(base, dtype=torch.float32),
+        tokenizer,
+        token_blocks(tokenizer, text, LENGTH),
+        steps=steps,
+        learning_rate=5e-5,
+        batch_size=1,
+        folder=out,
+        save_at=range(EVERY, steps + 1, EVERY),
+    )
 
 
 @pytest.fixture(scope="session")
