@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mergekit_arm.calibration.calibrate import calibrate
 from mergekit_arm.calibration.options import CalibrationOptions
@@ -40,6 +40,18 @@ class Base:
         self.size = size
         self.work = work / size.name
         self.work.mkdir(parents=True, exist_ok=True)
+        self._keeps: tuple[object, dict[str, State]] = (None, {})
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """What weights are put into to be judged."""
+        return load(self.folder, self.size.device)
+
+    def kept(self, owner: object) -> dict[str, State]:
+        """Return what is held in memory for a run or a group; what another one kept is let go."""
+        if self._keeps[0] is not owner:
+            self._keeps = (owner, {})
+        return self._keeps[1]
 
     @cached_property
     def folder(self) -> Path:

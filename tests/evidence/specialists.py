@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
-from tests.evidence.bases import load
 from tests.evidence.judging import judge_answers, judge_general
 from tests.evidence.merging import BASE, State, merge, put
 from tests.evidence.recipes import Recipe, Settings, Statistics, plain
@@ -103,23 +100,20 @@ class Group:
         self.base, self.tasks, self.seed, self.store = base, tasks, seed, store
         self.runs = {task: Run(base, task, seed) for task in tasks}
 
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        """What weights are put into to be judged."""
-        return load(self.base.folder, self.base.size.device)
-
-    @cached_property
-    def states(self) -> dict[str, State]:
-        """The base's weights and the specialists'."""
-        found = {task: states(run.checkpoint(1.0)) for task, run in self.runs.items()}
-        return {BASE: self.base.state(), **found}
+    def state(self, name: str) -> State:
+        """Return the weights of the base or of a task's specialist."""
+        kept = self.base.kept(self)
+        if name not in kept:
+            folder = self.base.folder if name == BASE else self.runs[name].checkpoint(1.0)
+            kept[name] = states(folder)
+        return kept[name]
 
     def merged(self, recipe: Recipe, settings: Settings) -> State:
         """Merge with these settings; what is random in a method is the same each time."""
         torch.manual_seed(self.seed)
-        models = {task: self.states[task] for task in recipe.models}
+        models = {task: self.state(task) for task in recipe.models}
 
-        return merge(recipe.method, self.states[BASE], models, settings, self.locate)
+        return merge(recipe.method, self.state(BASE), models, settings, self.locate)
 
     def locate(self, of: str, model: str) -> Path:
         """Return the directory of a model's statistics of this name."""
@@ -137,9 +131,9 @@ class Group:
 
     def judge(self, split: str, state: State) -> Line:
         """Return everything that is kept of a model's judgement on all tasks."""
-        put(self.model, state)
+        put(self.base.model, state)
         judged = {
-            task: judge_answers(self.model, run.encoded[split]).line()
+            task: judge_answers(self.base.model, run.encoded[split]).line()
             for task, run in self.runs.items()
         }
         line: Line = {
@@ -148,12 +142,12 @@ class Group:
             "exact": "".join(one["exact"] for one in judged.values()),
         }
         if split == "test":
-            line["general"] = judge_general(self.model, self.base.general)
+            line["general"] = judge_general(self.base.model, self.base.general)
         return line
 
     def single(self, name: str) -> Unit:
         """Judge the base or a specialist on all tasks."""
-        return Unit(self.key("test", name), lambda: self.judge("test", self.states[name]))
+        return Unit(self.key("test", name), lambda: self.judge("test", self.state(name)))
 
     def attempts(self, recipe: Recipe) -> list[Unit]:
         """Judge a merge on the validation splits with every setting of its grid."""

@@ -7,13 +7,9 @@ has its learning rate tuned; the test split sees one setting of each.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from functools import cached_property
 from statistics import fmean
 
-from transformers import PreTrainedModel
-
 from tests.evidence.averages import AVERAGES
-from tests.evidence.bases import load
 from tests.evidence.judging import generate_missed, judge_answers, judge_general
 from tests.evidence.merging import BASE, State, merge, put
 from tests.evidence.recipes import ByDepth, ByName, Recipe, Settings, Statistics, plain
@@ -113,25 +109,20 @@ class Stream:
     def __init__(self, base: Base, task: str, seed: int, store: Store) -> None:
         self.run = Run(base, task, seed)
         self.base, self.store = base, store
-        self._states: dict[str, State] = {}
-
-    @cached_property
-    def model(self) -> PreTrainedModel:
-        """What weights are put into to be judged."""
-        return load(self.base.folder, self.base.size.device)
 
     def state(self, name: str) -> State:
         """Return the weights of the base, a checkpoint or an average."""
-        if name not in self._states:
+        kept = self.base.kept(self)
+        if name not in kept:
             if name == BASE:
-                self._states[name] = self.base.state()
+                kept[name] = self.base.state()
             elif name in AVERAGES:
                 parts = AVERAGES[name]
                 found = [states(self.run.checkpoint(fraction)) for fraction in parts]
-                self._states[name] = average(found, list(parts.values()))
+                kept[name] = average(found, list(parts.values()))
             else:
                 return states(self.run.checkpoint(CHECKPOINTS[name]))
-        return self._states[name]
+        return kept[name]
 
     def merged(self, recipe: Recipe, settings: Settings) -> State:
         """Merge with these settings."""
@@ -150,10 +141,10 @@ class Stream:
 
     def judge(self, split: str, state: State) -> Line:
         """Return everything that is kept of a model's judgement on one split."""
-        put(self.model, state)
-        line = judge_answers(self.model, self.run.encoded[split]).line()
+        put(self.base.model, state)
+        line = judge_answers(self.base.model, self.run.encoded[split]).line()
         if split == "test":
-            line["general"] = judge_general(self.model, self.base.general)
+            line["general"] = judge_general(self.base.model, self.base.general)
         return {"data": self.run.data_digest(), **line}
 
     def write(self, recipe: Recipe | None, name: str) -> Unit:
@@ -167,7 +158,7 @@ class Stream:
             else:
                 state = self.state(name)
             generated = generate_missed(
-                put(self.model, state),
+                put(self.base.model, state),
                 self.base.tokenizer,
                 self.run.encoded["test"],
                 self.run.examples["test"],

@@ -84,7 +84,7 @@ class SavedProgress:
         made = [one for one in (self.folder, *self.folder.parents) if not one.exists()]
         self.folder.mkdir(parents=True, exist_ok=True)
         # Not a name that `discard` removes: the lock of a file that is gone keeps nobody out.
-        lock = FileLock(self.folder / f".lock-{self._prefix}file", blocking=False)
+        lock = FileLock(self.folder / f".lock-{self._prefix}file", timeout=0)
         try:
             lock.acquire()
         except Timeout as error:
