@@ -51,7 +51,10 @@ def page(folder: Path = RESULTS) -> str:
             lines = Store(study, size.name, folder).lines()
             groups = grouped(lines.values())
             if groups:
-                parts.append(f"## {study}, size {size.name}\n\n{_regime(size, lines)}\n")
+                title = f"{study}, size {size.name}"
+                parts.append(f"## {title}\n\n{_regime(size, lines)}\n")
+                if (folder / f"{study}-{size.name}.png").is_file():
+                    parts.append(f"![{title}](results/{study}-{size.name}.png)\n")
                 parts.append(summary(study, groups))
                 parts += [_table(study, name, group) for name, group in groups.items()]
     return "\n".join(parts)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.evidence.hypervolume import gains
 from tests.evidence.intervals import paired
 from tests.evidence.plots import distances, draw
 from tests.evidence.tables import PAGE, grouped, page, summary
-from tests.evidence.units import RESULTS, Line
+from tests.evidence.units import Line, Store
 from tests.support.paths import ROOT
 
 
@@ -79,27 +79,66 @@ def test_without_lines_there_is_a_page(tmp_path: Path) -> None:
     assert page(tmp_path).startswith("# Results")
 
 
-def test_the_front_page_says_what_the_lines_say() -> None:
-    lines = [json.loads(one) for one in (RESULTS / "streams-small.jsonl").read_text().splitlines()]
+def first_seed(study: str) -> dict[str, dict[str, Line]]:
+    """Label → task or pair → its test line, of seed 0 at size small."""
     found: dict[str, dict[str, Line]] = {}
-    for one in lines:
-        _, _, task, seed, part, label = one["unit"].split("/", 5)
-        if (seed, part) == ("0", "test"):
-            found.setdefault(label, {})[task] = one
-    assert {len(tasks) for tasks in found.values()} == {4}
+    for one in Store(study, "small").lines().values():
+        _, _, about, seed, part, label = one["unit"].split("/", 5)
+        if (seed, part) == ("0", "test") and about.count("+") < 2:
+            found.setdefault(label, {})[about] = one
+    return found
 
-    def loss(label: str, task: str) -> float:
-        return float(np.mean(found[label][task]["losses"]))
 
-    def lower(label: str, than: str) -> int:
-        return sum(loss(label, task) < loss(than, task) for task in found[label])
-
+def said(begin: str) -> str:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    said = text.partition("**Early checkpoints of a fine-tune")[2].partition("\n")[0]
+    return text.partition(begin)[2].partition("\n")[0]
+
+
+def mean(found: dict[str, dict[str, Line]], label: str, quantity: str) -> float:
+    return float(np.mean([np.mean(one[quantity]) for one in found[label].values()]))
+
+
+def lower(found: dict[str, dict[str, Line]], label: str, than: str) -> int:
+    pairs = [(found[label][about], found[than][about]) for about in found[label]]
+    return sum(np.mean(one["losses"]) < np.mean(other["losses"]) for one, other in pairs)
+
+
+def test_the_front_page_says_what_the_lines_say_of_streams() -> None:
+    found = first_seed("streams")
     linear, turned = "linear to early", "arm to early, general text, ρ = -0.4"
     retaining = "arm to early, task_stats, κ = 0.3"
     labels = ["base", "100 %", linear, turned, retaining]
-    general = [float(np.mean([one["general"] for one in found[la].values()])) for la in labels]
-    assert re.findall(r"\d\.\d\d", said) == [f"{value:.2f}" for value in general]
-    counts = [lower("early", "100 %"), lower(linear, turned), lower(retaining, linear)]
-    assert re.findall(r"(\d) of 4", said) == [str(count) for count in counts]
+    assert {len(found[label]) for label in labels} == {4}
+    text = said("**Early checkpoints of a fine-tune")
+    general = [mean(found, label, "general") for label in labels]
+    assert re.findall(r"\d\.\d\d", text) == [f"{value:.2f}" for value in general]
+    counts = [
+        lower(found, "early", "100 %"),
+        lower(found, linear, turned),
+        lower(found, retaining, linear),
+    ]
+    assert re.findall(r"(\d) of 4", text) == [str(count) for count in counts]
+
+
+def test_the_front_page_says_what_the_lines_say_of_specialists() -> None:
+    found = first_seed("specialists")
+    tuned, informed = "task_arithmetic", "aim_task_arithmetic"
+    whole, protected = "task_arithmetic, weights 1", "aim, weights 1, ω = 0"
+    assert {len(found[label]) for label in (tuned, informed, whole, protected, "regmean")} == {4}
+    text = said("**Two specialists merged**")
+    general = [mean(found, label, "general") for label in ("regmean", tuned)]
+    assert re.findall(r"\d\.\d\d", text) == [f"{value:.2f}" for value in general]
+    volumes = [
+        gains(
+            {label: lines[pair] for label, lines in found.items() if pair in lines}, pair.split("+")
+        )
+        for pair in found[tuned]
+    ]
+    counts = [
+        lower(found, "regmean", tuned),
+        lower(found, informed, tuned),
+        sum(volume[informed] > volume[tuned] for volume in volumes),
+        lower(found, protected, whole),
+        lower(found, protected, "aim, weights 1, even"),
+    ]
+    assert re.findall(r"(\d) of 4", text) == [str(count) for count in counts]
