@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_arm.cli.output import json_option, print_json
+from mergekit_arm.cli.output import json_option, print_json, quiet_option, working
 
 _EPILOG = """\b
 Examples:
@@ -22,8 +22,9 @@ Examples:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE",
               help="Where to write the page.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@quiet_option
 @json_option
-def command(directory: Path, output: Path, force: bool, as_json: bool) -> None:
+def command(directory: Path, output: Path, force: bool, quiet: bool, as_json: bool) -> None:
     """Write one HTML page with figures on what DIRECTORY holds.
 
     DIRECTORY may be statistics, a model that mergekit merged, or what `stream` or `tune` wrote;
@@ -38,10 +39,7 @@ def command(directory: Path, output: Path, force: bool, as_json: bool) -> None:
     back, which takes about as long as the merge took; nothing is downloaded, and where something
     is gone the page says so. Needs plotly: pip install "mergekit-arm[report]".
     """
-    # Imported when there is work, so that --help is instant.
-    from rich.console import Console
-
-    with Console(stderr=True).status("Reading") as status:
+    with working("Reading", quiet=quiet) as status:
         # Imported under a spinner: these take seconds.
         from mergekit_arm.reporting.report import report
         from mergekit_arm.units import size_text
