@@ -37,13 +37,18 @@ def command(directory: Path, output: Path, force: bool, quiet: bool, as_json: bo
     Of a merged model, the page says how far each tensor moved from the base. Where all inputs and
     the statistics are still on this machine it merges once more, in memory, to say what AIM held
     back, which takes about as long as the merge took; nothing is downloaded, and where something
-    is gone the page says so. Needs plotly: pip install "mergekit-arm[report]".
+    is gone the page says so. Adapters are merged into a temporary directory for it.
+
+    Needs plotly: pip install "mergekit-arm[report]".
     """
     with working("Reading", quiet=quiet) as status:
         # Imported under a spinner: these take seconds.
+        import transformers
+
         from mergekit_arm.reporting.report import report
         from mergekit_arm.units import size_text
 
+        transformers.utils.logging.disable_progress_bar()  # of loading, where there are adapters
         kind = report(
             directory,
             output,
