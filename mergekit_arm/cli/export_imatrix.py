@@ -18,7 +18,7 @@ Examples:
 @click.command("export-imatrix", epilog=_EPILOG)
 @click.argument("statistics")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Replace OUT.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is an importance matrix.")
 @quiet_option
 @json_option
 def command(statistics: str, out: Path, force: bool, quiet: bool, as_json: bool) -> None:

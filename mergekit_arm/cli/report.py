@@ -21,7 +21,7 @@ Examples:
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE",
               help="Where to write the page.")  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@click.option("--force", is_flag=True, help="Replace FILE if it is a page.")
 @quiet_option
 @json_option
 def command(directory: Path, output: Path, force: bool, quiet: bool, as_json: bool) -> None:
