@@ -225,7 +225,10 @@ def _hub_headers(name: str, revision: str | None) -> dict[str, Header]:
                 f"model {name}: neither a directory here nor reachable on the Hub "
                 f"({first_line(error)})"
             ) from absent
-        return _local_headers(name, Path(folder))
+        raise InputError(
+            f"model {name}: mergekit asks the Hub for a list of its files even where all of them "
+            f"are cached ({first_line(error)}): name the directory {folder}"
+        ) from error
 
 
 def _check_adapter(path: str, revision: str | None) -> None:

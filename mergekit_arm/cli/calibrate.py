@@ -194,7 +194,8 @@ def command(context: click.Context, /, config: str | None, as_json: bool, **valu
 
     console = Console(stderr=True)
     shown = Console(stderr=True, quiet=True) if values["quiet"] else console
-    written = []
+    written: list[dict[str, Any]] = []
+    estimates: list[Preflight] = []
     with Display(shown) as display:
         if os.environ.get("RANK", "0") == "0":  # one of a job's processes speaks for all
             display.stage("Loading libraries", 0, 0)
@@ -218,6 +219,7 @@ def command(context: click.Context, /, config: str | None, as_json: bool, **valu
             console.print(note, style="yellow", highlight=False, markup=False)
 
         def preflight(estimate: Preflight) -> None:
+            estimates.append(estimate)
             for line in estimate.lines():
                 (console if values["dry_run"] else shown).print(line, highlight=False)
             for warning in estimate.warnings():
@@ -237,7 +239,7 @@ def command(context: click.Context, /, config: str | None, as_json: bool, **valu
             written.append(result.fields())
     # Under torchrun, only the first process has something to say.
     if as_json and os.environ.get("RANK", "0") == "0":
-        print_json({"written": written})
+        print_json({"estimates": estimates} if values["dry_run"] else {"written": written})
 
 
 def _written(context: click.Context, values: dict[str, Any]) -> dict[str, Any]:

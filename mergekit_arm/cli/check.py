@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from mergekit_arm.cli.output import json_option, print_json
+from mergekit_arm.cli.merge_options import OPTIONS, size
+from mergekit_arm.cli.output import json_option, print_json, quiet_option, working
 
 _EPILOG = """\b
 Examples:
@@ -21,6 +22,7 @@ Examples:
     type=click.Path(),
     help="Where the result is to lie: its disk is looked at. [default: here]",
 )
+@quiet_option
 @json_option
 @click.option("--allow-crimes", is_flag=True, help="As mergekit-yaml will be given it.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code of the models (danger).")
@@ -30,18 +32,21 @@ Examples:
     metavar="DIRECTORY",
     help="As mergekit-yaml will be given it.",
 )
-def command(config: str, out: str | None, as_json: bool, **merge: object) -> None:
+@click.option(
+    "--out-shard-size",
+    type=size,
+    default=OPTIONS["out_shard_size"][2],
+    metavar="SIZE",
+    help="As mergekit-yaml will be given it. [default: 5B]",
+)
+def command(config: str, out: str | None, quiet: bool, as_json: bool, **merge: object) -> None:
     """Say in seconds what is wrong with CONFIG, a merge or stream configuration.
 
     Every mergekit configuration will do, whichever its method. No weight is read: of models, the
     headers and configurations are enough. Exit status 0 says that the merge will be accepted and
     that everything in CONFIG is read; 2 that not.
     """
-    # Imported when there is work, so that --help is instant.
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with console.status("Checking"):
+    with working("Checking", quiet=quiet):
         # Imported under a spinner: these take seconds.
         import transformers
         from mergekit.options import MergeOptions

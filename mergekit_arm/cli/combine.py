@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_arm.cli.output import json_option, print_json, print_tables
+from mergekit_arm.cli.output import json_option, print_json, print_tables, quiet_option, working
 
 _EPILOG = """\b
 Examples:
@@ -22,18 +22,18 @@ On two hosts without a shared network:
 @click.argument("directories", nargs=-1, required=True, metavar="DIRECTORY DIRECTORY …")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Replace statistics that exist at OUT.")
+@quiet_option
 @json_option
-def command(directories: tuple[str, ...], out: Path, force: bool, as_json: bool) -> None:
+def command(
+    directories: tuple[str, ...], out: Path, force: bool, quiet: bool, as_json: bool
+) -> None:
     """Add statistics measured apart, and write what one run would have measured to OUT.
 
     All must be of one model and measured with the same settings, on data that share no row.
     DIRECTORY may also be org/name[@revision] on the Hub. Subspaces add up only if they were
     measured with --keep-sketch.
     """
-    # Imported when there is work, so that --help is instant.
-    from rich.console import Console
-
-    with Console(stderr=True).status("Adding"):
+    with working("Adding", quiet=quiet):
         # Imported under a spinner: these take seconds.
         from mergekit_arm.statistics.combine import combine
 

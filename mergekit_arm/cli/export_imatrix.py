@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_arm.cli.output import json_option, print_json, print_tables
+from mergekit_arm.cli.output import json_option, print_json, print_tables, quiet_option, working
 
 _EPILOG = """\b
 Examples:
@@ -18,17 +18,15 @@ Examples:
 @click.command("export-imatrix", epilog=_EPILOG)
 @click.argument("statistics")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Replace OUT.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is an importance matrix.")
+@quiet_option
 @json_option
-def command(statistics: str, out: Path, force: bool, as_json: bool) -> None:
+def command(statistics: str, out: Path, force: bool, quiet: bool, as_json: bool) -> None:
     """Write the directory STATISTICS as an importance matrix for llama.cpp's quantisation.
 
     STATISTICS may also be org/name[@revision] on the Hub. OUT is a GGUF file.
     """
-    # Imported when there is work, so that --help is instant.
-    from rich.console import Console
-
-    with Console(stderr=True).status("Writing"):
+    with working("Writing", quiet=quiet):
         # Imported under a spinner: these take seconds.
         from mergekit_arm.imatrix.exporting import export_imatrix
         from mergekit_arm.statistics.read import open_statistics

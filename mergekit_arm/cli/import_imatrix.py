@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_arm.cli.output import json_option, print_json, print_tables
+from mergekit_arm.cli.output import json_option, print_json, print_tables, quiet_option, working
 
 _EPILOG = """\b
 Examples:
@@ -27,19 +27,23 @@ Then, since no norm is in an importance matrix:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--trust-remote-code", is_flag=True, help="Run code of the model (danger).")
 @click.option("--force", is_flag=True, help="Replace statistics that exist at OUT.")
+@quiet_option
 @json_option
 def command(
-    file: Path, model: str, out: Path, trust_remote_code: bool, force: bool, as_json: bool
+    file: Path,
+    model: str,
+    out: Path,
+    trust_remote_code: bool,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     """Make statistics of llama.cpp's importance matrix FILE, for merges with MODEL as the base.
 
     FILE may be GGUF or the older .dat. MODEL is the model in full precision that the matrix is
     of: a directory or a Hub id. Its weights are looked at, for merges to recognise them.
     """
-    # Imported when there is work, so that --help is instant.
-    from rich.console import Console
-
-    with Console(stderr=True).status("Reading"):
+    with working("Reading", quiet=quiet):
         # Imported under a spinner: these take seconds.
         from mergekit_arm.imatrix.importing import import_imatrix
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mergekit_arm.cli.output import json_option, print_json
+from mergekit_arm.cli.output import json_option, print_json, quiet_option, working
 
 _EPILOG = """\b
 Examples:
@@ -18,8 +18,11 @@ Examples:
 @click.argument("statistics")
 @click.argument("other", required=False)
 @click.option("--tensor", metavar="NAME", help="Say what is known of this weight.")
+@quiet_option
 @json_option
-def command(statistics: str, other: str | None, tensor: str | None, as_json: bool) -> None:
+def command(
+    statistics: str, other: str | None, tensor: str | None, quiet: bool, as_json: bool
+) -> None:
     """Show what the directory STATISTICS holds: where it is from, how complete, what stands out.
 
     With OTHER, compare the two: are they of one model, and does it matter on what they were
@@ -30,7 +33,7 @@ def command(statistics: str, other: str | None, tensor: str | None, as_json: boo
     # Imported when there is work, so that --help is instant.
     from rich.console import Console
 
-    with Console(stderr=True).status("Reading"):
+    with working("Reading", quiet=quiet):
         # Imported under a spinner: these take seconds.
         from mergekit_arm.cli.tables.inspect import comparison_tables, summary_tables, tensor_table
         from mergekit_arm.inspecting.comparison import compare

@@ -12,8 +12,20 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.status import Status
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+quiet_option = click.option(
+    "--quiet", is_flag=True, help="Show no progress; notes, errors and the result remain."
+)
+
+
+def working(text: str, *, quiet: bool) -> Status:
+    """Return a moving sign for the duration of ``with``, drawn on a terminal unless ``quiet``."""
+    # Not for --help, which stays instant.
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet).status(text)
 
 
 def print_json(document: Mapping[str, Any]) -> None:

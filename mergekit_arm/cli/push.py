@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_arm.cli.output import json_option, print_json
+from mergekit_arm.cli.output import json_option, print_json, quiet_option, working
 
 _EPILOG = """\b
 Examples:
@@ -22,6 +22,7 @@ Examples:
 @click.option("--license", "licence", metavar="ID", help="Say it in the card, as apache-2.0.")
 @click.option("--dry-run", is_flag=True, help="Print what would be uploaded, and stop.")
 @click.option("--force", is_flag=True, help="Replace files of a repository that has some.")
+@quiet_option
 @json_option
 def command(
     statistics: Path,
@@ -30,6 +31,7 @@ def command(
     licence: str | None,
     dry_run: bool,
     force: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Publish the directory STATISTICS on the Hub, as a repository ORG/NAME.
@@ -38,12 +40,13 @@ def command(
     that has the YAML which uses it. Log in before with `hf auth login`.
     """
     # Imported when there is work, so that --help is instant.
-    from rich.console import Console
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from mergekit_arm.units import size_text
 
-    console = Console(stderr=True)
-    with console.status("Checking"):
+    if quiet:
+        disable_progress_bars()
+    with working("Checking", quiet=quiet):
         # Imported under a spinner: these take seconds.
         from mergekit_arm.publishing.push import CARD, prepare_upload, push
 
@@ -57,7 +60,7 @@ def command(
             click.echo(f"{name}  {size_text(size)}")
         click.echo(f"{CARD}:\n{upload.card}")
         return
-    with console.status(f"Uploading {size_text(upload.size)}"):
+    with working(f"Uploading {size_text(upload.size)}", quiet=quiet):
         address = push(upload, private=private, force=force)
     if as_json:
         print_json({"repository": repository, "files": sizes, "address": address})

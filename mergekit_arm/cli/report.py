@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mergekit_arm.cli.output import json_option, print_json
+from mergekit_arm.cli.output import json_option, print_json, quiet_option, working
 
 _EPILOG = """\b
 Examples:
@@ -21,9 +21,10 @@ Examples:
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), metavar="FILE",
               help="Where to write the page.")  # fmt: skip
-@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@click.option("--force", is_flag=True, help="Replace FILE if it is a page.")
+@quiet_option
 @json_option
-def command(directory: Path, output: Path, force: bool, as_json: bool) -> None:
+def command(directory: Path, output: Path, force: bool, quiet: bool, as_json: bool) -> None:
     """Write one HTML page with figures on what DIRECTORY holds.
 
     DIRECTORY may be statistics, a model that mergekit merged, or what `stream` or `tune` wrote;
@@ -36,16 +37,18 @@ def command(directory: Path, output: Path, force: bool, as_json: bool) -> None:
     Of a merged model, the page says how far each tensor moved from the base. Where all inputs and
     the statistics are still on this machine it merges once more, in memory, to say what AIM held
     back, which takes about as long as the merge took; nothing is downloaded, and where something
-    is gone the page says so. Needs plotly: pip install "mergekit-arm[report]".
-    """
-    # Imported when there is work, so that --help is instant.
-    from rich.console import Console
+    is gone the page says so. Adapters are merged into a temporary directory for it.
 
-    with Console(stderr=True).status("Reading") as status:
+    Needs plotly: pip install "mergekit-arm[report]".
+    """
+    with working("Reading", quiet=quiet) as status:
         # Imported under a spinner: these take seconds.
+        import transformers
+
         from mergekit_arm.reporting.report import report
         from mergekit_arm.units import size_text
 
+        transformers.utils.logging.disable_progress_bar()  # of loading, where there are adapters
         kind = report(
             directory,
             output,

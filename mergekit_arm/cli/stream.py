@@ -82,15 +82,18 @@ def command(
         _refuse_without_watch()
     elif not (watch_timeout < math.inf and poll < math.inf):
         raise InputError("--watch-timeout and --poll are finite numbers of seconds")
-    if dry_run and as_json:
-        raise InputError("a dry run has no JSON: use `mergekit-arm check CONFIG --json`")
     # Imported when there is work, so that --help is instant.
     import transformers
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from rich.console import Console
 
     from mergekit_arm.cli.progress import Display
-    from mergekit_arm.cli.tables.stream import plan_report, step_line, stream_summary
+    from mergekit_arm.cli.tables.stream import (
+        plan_fields,
+        plan_report,
+        step_line,
+        stream_summary,
+    )
     from mergekit_arm.streaming.forecast import forecast_stream
     from mergekit_arm.streaming.options import StreamOptions, WatchOptions
     from mergekit_arm.streaming.stream import stream
@@ -104,7 +107,10 @@ def command(
     options = StreamOptions(merge, keep, watching, finish, strict)
     if dry_run:
         report = forecast_stream(config, out, options)
-        print_tables(plan_report(report))
+        if as_json:
+            print_json(plan_fields(report))
+        else:
+            print_tables(plan_report(report))
         if report.problems:
             raise click.exceptions.Exit(2)
         return

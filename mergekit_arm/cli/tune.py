@@ -9,7 +9,6 @@ import click
 
 from mergekit_arm.cli.merge_options import MergeCommand, add_merge_options, merge_options
 from mergekit_arm.cli.output import json_option, print_json, print_tables
-from mergekit_arm.errors import InputError
 from mergekit_arm.units import parse_duration
 
 if TYPE_CHECKING:
@@ -65,15 +64,18 @@ def command(config: str, out: str, dry_run: bool, as_json: bool, **values: Any) 
     tuning that names held-out data or commands. OUT/best.yml and OUT/model are the result. The
     same command continues an interrupted search; run more than once, the processes share it.
     """
-    if dry_run and as_json:
-        raise InputError("a dry run has no JSON: use `mergekit-arm check CONFIG --json`")
     # Imported when there is work, so that --help is instant.
     import transformers
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from rich.console import Console
 
     from mergekit_arm.cli.progress import Display
-    from mergekit_arm.cli.tables.tune import space_report, trial_line, tune_summary
+    from mergekit_arm.cli.tables.tune import (
+        space_fields,
+        space_report,
+        trial_line,
+        tune_summary,
+    )
     from mergekit_arm.tuning.forecast import forecast_tuning
     from mergekit_arm.tuning.options import TuneOptions
     from mergekit_arm.tuning.tune import plan_tuning, tune
@@ -90,7 +92,10 @@ def command(config: str, out: str, dry_run: bool, as_json: bool, **values: Any) 
         place = Path(out).absolute()
         plan, planned = plan_tuning(config, place, options)
         forecast = forecast_tuning(plan, place, planned, with_model=options.model)
-        print_tables(space_report(plan, forecast))
+        if as_json:
+            print_json(space_fields(plan, forecast))
+        else:
+            print_tables(space_report(plan, forecast))
         return
 
     def line(text: str, style: str | None = None) -> None:

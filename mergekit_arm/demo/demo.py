@@ -10,7 +10,6 @@ import copy
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +22,12 @@ from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from transformers import PreTrainedModel
 
 from mergekit_arm.calibration.calibrate import calibrate
 from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.demo.stream import DOMAIN as STREAMED
-from mergekit_arm.demo.stream import EARLY, OUT, RUN, STREAM_CONFIG, early_steps, run_stream
+from mergekit_arm.demo.stream import EARLY, OUT, RUN, early_steps, run_stream
 from mergekit_arm.demo.text import DOMAINS, DomainText, standard_library
 from mergekit_arm.demo.train import new_model, save, token_blocks, train, train_tokenizer
 from mergekit_arm.errors import Failure, InputError
@@ -73,15 +71,14 @@ def merge_configs() -> dict[str, dict[str, Any]]:
 
 
 def run_demo(options: DemoOptions, console: Console | None = None) -> LossTable:
-    """Run the whole demo into ``options.out`` and print its table.
+    """Run the whole demo into ``options.out`` and return its losses; shows progress on ``console``.
 
     Raises:
         InputError: the directory holds something that may not be replaced.
         Failure: this Python has no library sources, or mergekit does not know our methods.
     """
-    console = console or Console()
+    console = console or Console(stderr=True)
     _check(options)
-    started = time.perf_counter()
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
         reading = bar.add_task("reading the standard library", total=None)
@@ -94,10 +91,6 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> LossTable:
             _stream(bar)
             losses = _measure(bar)
             Path("losses.json").write_text(json.dumps(losses, indent=2) + "\n")
-    console.print(_table(losses))
-    console.print(
-        _closing(options.out, time.perf_counter() - started), highlight=False, soft_wrap=True
-    )
     return losses
 
 
@@ -214,38 +207,6 @@ def _config(
         "dtype": "float32",
     }
     return config | ({"parameters": dict(shared)} if shared else {})
-
-
-def _table(losses: LossTable) -> Table:
-    table = Table(title="Held-out loss, nats per token (lower is better)")
-    table.add_column("model")
-    for domain in (*DOMAINS, "average"):
-        table.add_column(domain, justify="right")
-    for number, (name, row) in enumerate(losses.items()):
-        values = [row[domain] for domain in DOMAINS]
-        cells = [f"{value:.3f}" for value in (*values, sum(values) / len(values))]
-        role = f"{name} specialist" if name in SPECIALTIES else name
-        table.add_row(role, *cells, end_section=number == len(SPECIALTIES))
-    return table
-
-
-def _closing(out: Path, seconds: float) -> str:
-    return f"""\
-AIM also makes the update smaller, and a smaller weight does that as well: see
-task_arithmetic_0.7. This shows that everything works, not which method is best.
-
-Done in {seconds:.0f} s. To repeat a part of it, or to try other settings:
-
-  cd {out}
-  mergekit-arm calibrate {CALIBRATION.model} {CALIBRATION.out} --dataset {CALIBRATION.dataset} \\
-    --samples {CALIBRATION.samples} --sequence-length {CALIBRATION.sequence_length} --force
-  mergekit-yaml configs/aim_ties.yml merged/aim_ties
-  mergekit-arm stream {STREAM_CONFIG} streamed-again
-
-streamed/stream.png shows the stream: the {STREAMED} specialist's early checkpoints, merged one
-after another.
-There: the models {BASE}, {" and ".join(SPECIALTIES)}, statistics in stats, calibration.jsonl,
-configs, merged, runs, streamed, the heldout text, losses.json."""
 
 
 def _write_texts(file: Path, texts: list[str]) -> None:

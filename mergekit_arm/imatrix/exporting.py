@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.files import try_writing
-from mergekit_arm.imatrix.files import Entry, ImportanceMatrix, write_imatrix
+from mergekit_arm.imatrix.files import Entry, ImportanceMatrix, read_imatrix, write_imatrix
 from mergekit_arm.imatrix.names import LlamaNames
 from mergekit_arm.inspecting.inputs import layer_of
 from mergekit_arm.statistics.kinds.importance import IMPORTANCE
@@ -35,8 +35,7 @@ def export_imatrix(
     out = Path(out)
     if out.is_dir():
         raise InputError(f"{out} is a directory; name a file, such as imatrix.gguf")
-    if out.exists() and not force:
-        raise InputError(f"{out} exists; add --force to replace it, or choose another name")
+    _check_replaced(out, force)
     if not IMPORTANCE.measured(statistics):
         raise InputError(
             f"{statistics.reference} hold no importance: calibrate with --statistics importance"
@@ -49,6 +48,21 @@ def export_imatrix(
     except OSError as error:
         raise InputError(f"{out} cannot be written: {error.strerror}") from error
     return matrix
+
+
+def _check_replaced(out: Path, force: bool) -> None:
+    """Refuse to replace what is there without ``force``, and with it a model or any other file."""
+    if not out.exists():
+        return
+    if not force:
+        raise InputError(f"{out} exists; add --force to replace it, or choose another name")
+    try:
+        read_imatrix(out)
+    except InputError as error:
+        raise InputError(
+            f"{out} exists and is no importance matrix; it will not be replaced: choose another "
+            "name"
+        ) from error
 
 
 def to_matrix(statistics: Statistics) -> ImportanceMatrix:

@@ -8,6 +8,7 @@ chunks, and that number; a row of ones stands for an expert that saw nothing.
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -64,8 +65,11 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     """
     try:
         with path.open("rb") as file:
-            start = file.read(len(_MAGIC))
-        found = _read_gguf(path) if start == _MAGIC else _read_dat(path.read_bytes())
+            if file.read(len(_MAGIC)) == _MAGIC:
+                found = _read_gguf(path)
+            else:  # mapped, since what is no importance matrix may be a model
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    found = _read_dat(content)
         _check(found)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name an importance matrix") from error
@@ -142,7 +146,7 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
     )
 
 
-def _read_dat(content: bytes) -> ImportanceMatrix:
+def _read_dat(content: bytes | mmap.mmap) -> ImportanceMatrix:
     place = 0
 
     def number(most: int = _MOST) -> int:

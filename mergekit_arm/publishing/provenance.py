@@ -32,6 +32,8 @@ LOG = logging.getLogger(__name__)
 PARAMETERS = (STATS, "task_stats")
 """Names of parameters whose values are statistics."""
 HEADING = "## Activation statistics"
+_NO_BASE = "---\nbase_model: []\n"
+"""How mergekit's card begins where all models are local; the Hub takes no such list."""
 
 
 def attach() -> None:
@@ -126,6 +128,8 @@ def _leave(out: Path, document: dict[str, Any]) -> None:
         card = out / "README.md"
         if card.is_file():
             text = card.read_text(encoding="utf-8").rstrip()
+            if text.startswith(_NO_BASE):
+                text = f"---\n{text.removeprefix(_NO_BASE)}"
             write_text(card, f"{text}\n\n{section(document)}")
     except OSError as error:
         LOG.warning("%s: what statistics it was merged with could not be written: %s", out, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +72,8 @@ def prepare_upload(directory: str | Path, repository: str, licence: str | None =
     for name in statistics.names:
         statistics.stored(name)  # which compares it with its digest
     files = {file.name: file for file in sorted(directory.iterdir()) if _belongs(file)}
-    made = statistics_card(statistics.metadata, directory.name)
     written = directory / CARD
-    edited = written.is_file() and written.read_text(encoding="utf-8") != made
+    edited = written.is_file() and _edited(written.read_text(encoding="utf-8"), statistics)
     if edited and licence is not None:
         raise InputError(f"{written} was edited: write the licence into it yourself")
     card = statistics_card(statistics.metadata, repository, licence)
@@ -149,6 +149,12 @@ def _files_of(api: HfApi, name: str) -> list[str]:
         return [one for one in api.list_repo_files(name) if one not in _OWN]
     except RepositoryNotFoundError:
         return []
+
+
+def _edited(card: str, statistics: Statistics) -> bool:
+    """Say whether a card is not as it was made, under whichever name the directory had then."""
+    name = re.search(r"^# (.+)$", card, re.MULTILINE)
+    return name is None or card != statistics_card(statistics.metadata, name[1])
 
 
 def _belongs(file: Path) -> bool:

@@ -19,15 +19,10 @@ from mergekit_arm.models.tensors import open_tensors
 from mergekit_arm.reporting.drawings import BLUE, ORANGE, Curve, Drawing, curves, heat_map
 from mergekit_arm.reporting.page import Grid, Page
 from mergekit_arm.reporting.places import LayerPlace, means, places
-from mergekit_arm.reporting.replay import (
-    Replay,
-    TensorFate,
-    fates_by_name,
-    referenced,
-    stored_folder,
-)
+from mergekit_arm.reporting.replay import Replay, TensorFate, fates_by_name, referenced
 from mergekit_arm.reporting.spread import Spread
 from mergekit_arm.reporting.statistics import factor_drawings
+from mergekit_arm.reporting.stored import stored_models
 from mergekit_arm.statistics.format import METADATA_FILE
 
 CONFIG = "mergekit_config.yml"
@@ -95,25 +90,23 @@ def _read(
     progress: Progress,
 ) -> _Found:
     merged = open_tensors(str(out), out)
-    references = sorted(config.referenced_models(), key=str)
-    folders = {one: folder for one in references if (folder := stored_folder(one)) is not None}
-    gone = [str(one) for one in references if one not in folders]
-    why = f"this machine does not have all of {', '.join(gone)}"
-    if not gone:
-        try:
-            replay = Replay(document, folders)
-        except InputError as error:
-            why = f"the merge cannot be planned again ({error.message})"
-        else:
-            return _collect(replay.fates(merged), merged.names, len(replay), progress)
-    base = _base(config, folders, notes, why)
-    if base is None:
-        return _Found()
-    notes.append(
-        f"Only the change from the base is drawn, since {why}. Nothing is said of what AIM relaxed "
-        "or of angles: that takes all inputs and the statistics."
-    )
-    return _collect(fates_by_name(base, merged), merged.names, len(merged.names), progress)
+    with stored_models(config.referenced_models()) as stored:
+        why = f"this machine does not have all of {', '.join(stored.gone)}"
+        if not stored.gone:
+            try:
+                replay = Replay(document, stored.folders)
+            except InputError as error:
+                why = f"the merge cannot be planned again ({error.message})"
+            else:
+                return _collect(replay.fates(merged), len(replay), progress)
+        base = _base(config, stored.folders, notes, why)
+        if base is None:
+            return _Found()
+        notes.append(
+            f"Only the change from the base is drawn, since {why}. Nothing is said of what AIM "
+            "relaxed or of angles: that takes all inputs and the statistics."
+        )
+        return _collect(fates_by_name(base, merged), len(merged.names), progress)
 
 
 def _base(
@@ -136,9 +129,7 @@ def _base(
     return None
 
 
-def _collect(
-    fates: Iterable[TensorFate | None], names: list[str], total: int, progress: Progress
-) -> _Found:
+def _collect(fates: Iterable[TensorFate | None], total: int, progress: Progress) -> _Found:
     found = _Found()
     for done, fate in enumerate(fates, 1):
         progress(done, total)

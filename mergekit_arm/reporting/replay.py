@@ -7,13 +7,11 @@ AIM relaxed, which no file holds.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 from mergekit import merge_methods
 from mergekit.common import ImmutableMap, ModelReference
@@ -31,10 +29,8 @@ from mergekit_arm.checking.keys import parse
 from mergekit_arm.checking.models import Model, loaders
 from mergekit_arm.checking.planning import plan, quiet
 from mergekit_arm.errors import InputError, first_line
-from mergekit_arm.files import is_path
 from mergekit_arm.methods import register_all
 from mergekit_arm.methods.aim import ActivationInformedMerge, gain
-from mergekit_arm.models.contents import missing_part
 from mergekit_arm.models.tensors import CheckpointTensors, open_tensors
 from mergekit_arm.streaming.step.movement import compare
 
@@ -56,25 +52,6 @@ class TensorFate:
     """AIM's, of every input channel; None where it left the tensor as merged."""
     random: bool = False
     """Whether the wrapped method drew random numbers: then W_m is another draw."""
-
-
-def stored_folder(reference: ModelReference) -> Path | None:
-    """Return where a model lies on this machine; None where it does not, or not all of it.
-
-    Nothing is downloaded. None for a model with an adapter, which would have to be merged.
-    """
-    path = reference.model.path
-    if reference.lora is not None or (is_path(path) and not os.path.isdir(path)):
-        return None
-    folder = path
-    if not os.path.isdir(path):
-        try:
-            folder = huggingface_hub.snapshot_download(
-                path, revision=reference.model.revision, local_files_only=True
-            )
-        except (OSError, ValueError):
-            return None
-    return None if missing_part(Path(folder)) else Path(folder)
 
 
 class Replay:

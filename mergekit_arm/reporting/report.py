@@ -29,6 +29,10 @@ _SIGNS: dict[str, DirectoryKind] = {
 """A file that only one kind of directory holds → the kind; the first one that is there decides."""
 
 
+_START = b"<!doctype html>"
+"""How a page begins, in small letters."""
+
+
 def recognise(directory: Path) -> DirectoryKind:
     """Say which kind of directory this is.
 
@@ -62,7 +66,7 @@ def report(
     Args:
         directory: statistics, a merged model, a stream or a search.
         out: the file; its directory must exist.
-        force: replace the file.
+        force: replace the file, if it is a page.
         progress: called with tensors done and tensors in all, while a merge's inputs are read.
 
     Raises:
@@ -98,5 +102,11 @@ def _check_out(out: Path, force: bool) -> None:
         raise InputError(f"{out} is a directory; name a file, such as {out / 'report.html'}")
     if not out.absolute().parent.is_dir():
         raise InputError(f"{out}: there is no directory {out.absolute().parent}; make it first")
-    if out.exists() and not force:
+    if not out.exists():
+        return
+    if not force:
         raise InputError(f"{out} exists; give another -o, or --force to replace it")
+    with out.open("rb") as file:
+        start = file.read(len(_START))
+    if start and start.lower() != _START:  # a mistyped path costs nobody a model
+        raise InputError(f"{out} exists and is no page; it will not be replaced: give another -o")

@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from mergekit_arm.cli.main import COMMANDS, cli
+from mergekit_arm.cli.main import COMMANDS, cli, main
 
 COMMAND = [sys.executable, "-m", "mergekit_arm"]
 
@@ -121,6 +122,9 @@ def test_json_is_one_document_and_alone(family: Path, token_file: Path, tmp_path
         return found
 
     measure = ("--dataset", token_file, "--keep-sketch")
+    found = run("calibrate", family / "base", tmp_path / "none", *measure, "--dry-run")
+    (estimate,) = found["estimates"]  # type: ignore[misc]
+    assert (estimate["tokens"], (tmp_path / "none").exists()) == (12 * 32, False)
     for part, rows in (("1/2", 7), ("2/2", 5)):
         out = tmp_path / part[0]
         found = run("calibrate", family / "base", out, *measure, "--part", part, "--quiet")
@@ -146,6 +150,17 @@ def test_json_is_one_document_and_alone(family: Path, token_file: Path, tmp_path
             }
         )
     )
+    planned = dry("stream", tmp_path / "stream.yml")
+    assert planned["steps"] == [
+        {
+            "step": 1,
+            "checkpoint": str(family / "a"),
+            "learning_rate": 0.5,
+            "calibrates": False,
+        }
+    ]
+    assert planned["needs"]["disk"] > 0
+    assert planned["problems"] == []
     found = run("stream", tmp_path / "stream.yml", tmp_path / "streamed", "--quiet")
     (step,) = found["steps"]  # type: ignore[misc]
     assert (found["chosen"], step["learning_rate"]) == (1, 0.5)
@@ -161,22 +176,50 @@ def test_json_is_one_document_and_alone(family: Path, token_file: Path, tmp_path
             }
         )
     )
+    planned = dry("tune", tmp_path / "tune.yml")
+    assert planned["unknowns"] == [
+        {"method": "task_arithmetic", "unknown": "weight of a", "domain": "[0, 1]", "first": 0.5}
+    ]
+    assert (planned["trials"], planned["forecast"]["models"]) == (40, 42)
     found = run("tune", tmp_path / "tune.yml", tmp_path / "out", "--trials", 1, "--no-model")
     assert found["best"]["number"] == 0  # type: ignore[index]
     assert found["model"] is None
 
 
-@pytest.mark.parametrize("name", ["stream", "tune"])
-def test_a_dry_run_has_no_json(name: str) -> None:
-    done = CliRunner().invoke(cli, [name, "c.yml", "out", "--dry-run", "--json"])
-    assert done.exit_code == 2
-    assert "check CONFIG --json" in done.output
+def dry(name: str, file: Path) -> dict[str, Any]:
+    """Return what a dry run prints as JSON; it leaves nothing."""
+    out = file.parent / "dry"
+    done = CliRunner().invoke(cli, [name, str(file), str(out), "--dry-run", "--json"])
+    assert (done.exit_code, out.exists()) == (0, False), done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
-def test_every_command_with_a_result_has_json() -> None:
-    for name in COMMANDS:
-        text = CliRunner().invoke(cli, [name, "--help"]).output
-        assert ("--json" in text) is (name != "demo"), name
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_json_quiet_and_verbose(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mergekit-arm", name, "--verbose", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "--json" in text
+    assert "--quiet" in text
+
+
+QUIET = """
+import sys, time
+from mergekit_arm.cli.output import working
+sys.stderr = sys.stdout
+with working("Reading", quiet=%r):
+    time.sleep(0.3)
+"""
+
+
+def test_quiet_commands_draw_no_moving_sign() -> None:
+    assert "Reading" in on_a_terminal(QUIET % False)
+    assert on_a_terminal(QUIET % True) == ""
 
 
 def test_verbose_may_stand_behind_a_command() -> None:

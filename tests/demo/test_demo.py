@@ -22,6 +22,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mergekit_arm.cli.main import cli
+from mergekit_arm.cli.tables.demo import closing, loss_table
 from mergekit_arm.demo import demo as demo_module
 from mergekit_arm.demo.demo import DemoOptions, run_demo
 from mergekit_arm.demo.stream import early_steps
@@ -50,7 +51,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, demo_module.Lo
     out = tmp_path_factory.mktemp("demo") / "out"
     console = Console(file=io.StringIO(), width=120)
     options = DemoOptions(out, base_steps=4, specialist_steps=2, characters=CHARACTERS)
-    losses = run_demo(options, console)
+    losses = run_demo(options, Console(quiet=True))
+    for one in (loss_table(losses), closing(out, 1.0)):
+        console.print(one, highlight=False, soft_wrap=True)
     return out, losses, console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -311,6 +311,11 @@ def test_exporting(family: Path, tmp_path: Path) -> None:
     assert export(family / "stats", out).exit_code == 2
     assert export(family / "stats", out, "--force").exit_code == 0
     assert "is a directory" in export(family / "stats", tmp_path).output
+    model = write_gguf(tmp_path / "model.gguf", sums(), kind="model")
+    before = model.read_bytes()
+    done = export(family / "stats", model, "--force")
+    assert (done.exit_code, "will not be replaced" in done.output) == (2, True)
+    assert model.read_bytes() == before
     assert export(family / "base", tmp_path / "x.gguf").exit_code == 2
     assert not (tmp_path / "x.gguf").exists()
     assert load_file(family / "stats" / "model.safetensors")  # untouched

@@ -17,6 +17,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from mergekit_arm.errors import InputError
 from mergekit_arm.publishing.provenance import HEADING, attach, named
 from mergekit_arm.statistics.write import check_destination
+from tests.support.fake_hub import card_problem
 from tests.support.merges import config, run
 from tests.support.stored import Folder
 
@@ -34,6 +35,10 @@ def test_it_stands_beside_the_configuration_and_in_the_card(family: Path, tmp_pa
     assert "weights" not in one
     card = (out / "README.md").read_text()
     assert card.count(HEADING) == 1
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert "base_model" not in front  # all models are local: mergekit's list is empty
+    assert {"mergekit", "merge"} <= set(front["tags"])
+    assert card_problem(card) is None
     assert card.endswith(f"`{stored['digest'][:16]}` |\n")
     for fact in (stored["model"]["content_hash"][:16], stored["data"]["content_hash"][:16]):
         assert fact in card

@@ -86,6 +86,11 @@ def test_a_dry_run_asks_nobody(hub: FakeHub, stats: Path) -> None:
     assert not hub.requests
 
 
+def test_a_renamed_directory_gets_a_card_of_the_repositorys_name(hub: FakeHub, stats: Path) -> None:
+    assert push(stats.rename(stats.with_name("elsewhere")), NAME, "--license", "mit").exit_code == 0
+    assert f"activation_stats: {NAME}" in hub.repositories[NAME]["README.md"].decode()
+
+
 def test_an_edited_card_stays_as_it_is(hub: FakeHub, stats: Path) -> None:
     text = (stats / "README.md").read_text() + "\nThanks to everybody.\n"
     (stats / "README.md").write_text(text)

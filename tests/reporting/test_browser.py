@@ -41,6 +41,31 @@ addEventListener("load", async () => {
 </script>"""
 """Says how wide the page and its figures are and what was loaded, and makes PNGs of the figures."""
 
+CLICKS = """<script>
+addEventListener("load", async () => {
+  const saved = [], contents = {}, Plain = Blob, naming = URL.createObjectURL;
+  window.Blob = function (parts, options) {
+    return Object.assign(new Plain(parts, options), {content: parts[0]});
+  };
+  URL.createObjectURL = (blob) => {
+    const name = naming.call(URL, blob);
+    contents[name] = blob.content;
+    return name;
+  };
+  HTMLAnchorElement.prototype.click = function () {
+    const header = new DataView(contents[this.href]);  // of a PNG: its name, width and height
+    saved.push([this.download, ...[1, 16, 20].map((place) => header.getUint32(place))]);
+  };
+  const buttons = [...document.querySelectorAll("button[data-figure]")];
+  buttons.forEach((one) => one.click());
+  while (saved.length < buttons.length) await new Promise((done) => setTimeout(done, 50));
+  const said = document.createElement("pre");
+  said.textContent = JSON.stringify({saved});
+  document.body.append(said);
+});
+</script>"""
+"""Clicks every button, and says what would have been saved."""
+
 FRAMES = """<!DOCTYPE html><body>
 <script>addEventListener("message", (one) => {
   const said = document.createElement("pre");
@@ -83,17 +108,17 @@ def page(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "page.html"
 
 
-def probed(page: Path, more: str = "", *, policy: bool = False) -> str:
-    """Return the page with the probe in it, which its policy lets run, or without a policy."""
+def probed(page: Path, more: str = "", *, policy: bool = False, probe: str = PROBE) -> str:
+    """Return the page with a probe in it, which its policy lets run, or without a policy."""
     text = page.read_text(encoding="utf-8")
     if policy:
-        script = PROBE.removeprefix("<script>").removesuffix("</script>")
+        script = probe.removeprefix("<script>").removesuffix("</script>")
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         text, count = re.subn("script-src ", f"script-src 'sha256-{digest}' ", text, count=1)
     else:
         text, count = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
     assert count == 1
-    return text.replace("</body>", f"{more}{PROBE}</body>")
+    return text.replace("</body>", f"{more}{probe}</body>")
 
 
 def test_it_draws_everything_and_the_console_is_silent(page: Path, tmp_path: Path) -> None:
@@ -144,3 +169,16 @@ def test_it_fits_loads_nothing_and_makes_pictures(page: Path, tmp_path: Path) ->
             assert figure["png"].startswith("data:image/png;base64,iVBOR"), figure
             assert 0 <= figure["left"] < figure["right"] <= width, figure
             assert figure["height"] >= 100, figure
+
+
+def test_every_button_saves_its_figure(page: Path, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(probed(page, policy=True, probe=CLICKS))
+    shown, console = browse(tmp_path / "page.html", tmp_path / "profile")
+    assert not console
+    (said,) = [json.loads(text)["saved"] for text in shown.shown if text.startswith('{"saved"')]
+    assert sorted(name for name, *_ in said) == sorted(f"{one}.png" for one in shown.titles())
+    heights = {str(a["data-figure"]): int(a["data-height"] or 0) for tag, a in shown.tags
+               if "data-figure" in a}  # fmt: skip
+    for name, mark, width, height in said:
+        assert mark.to_bytes(4, "big") == b"PNG\r"
+        assert (width, height) == (2000, 2 * max(400, heights[name.removesuffix(".png")]))

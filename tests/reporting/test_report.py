@@ -209,7 +209,9 @@ def test_a_search(tmp_path: Path) -> None:
 
 def test_wrong_input(family: Path, tmp_path: Path) -> None:
     stats, out = family / "stats", tmp_path / "r.html"
-    (tmp_path / "there.html").write_text("mine")
+    page = "<!doctype html>mine"
+    (tmp_path / "there.html").write_text(page)
+    (tmp_path / "card.md").write_text("mine")
     for arguments, said in (
         ((family / "base", "-o", out), "it holds none of stream_state.json"),
         ((tmp_path / "absent", "-o", out), "no such directory"),
@@ -217,13 +219,15 @@ def test_wrong_input(family: Path, tmp_path: Path) -> None:
         ((stats, "-o", tmp_path / "no" / "r.html"), "there is no directory"),
         ((stats, "-o", tmp_path), "is a directory; name a file"),
         ((stats, "-o", tmp_path / "there.html"), "--force to replace it"),
+        ((stats, "-o", tmp_path / "card.md", "--force"), "is no page; it will not be replaced"),
         ((stats,), "--output"),
     ):
         done = run(*arguments)
         assert done.exit_code == 2, done.output
         assert said in done.output
         assert not out.exists()
-    assert (tmp_path / "there.html").read_text() == "mine"
+    assert (tmp_path / "there.html").read_text() == page
+    assert (tmp_path / "card.md").read_text() == "mine"
     assert run(stats, "-o", tmp_path / "there.html", "--force").exit_code == 0
     assert (tmp_path / "there.html").read_text().startswith("<!DOCTYPE html>")
 

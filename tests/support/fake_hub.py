@@ -1,10 +1,11 @@
-"""The part of the Hub's HTTP interface that publishing needs, on this machine."""
+"""The part of the Hub's HTTP interface that publishing and downloading need, on this machine."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -85,8 +87,27 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         return False
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def send_file(self) -> None:
+        """Answer with a file of ``/org/name/resolve/revision/file``, or the part asked for."""
+        organization, name, _, _, file = self.path.split("?")[0].split("/", 5)[1:]
+        content = self.hub.repositories.get(f"{organization}/{name}", {}).get(file)
+        if content is None:
+            self.answer(404, b"absent", X_Error_Code="EntryNotFound")
+            return
+        tag = f'"{hashlib.sha256(content).hexdigest()}"'
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked:
+            content = content[int(asked[1]) : int(asked[2]) + 1]
+        self.answer(206 if asked else 200, content, ETag=tag, X_Repo_Commit="0" * 40)
+
     def do_GET(self) -> None:
         if self.refused():
+            return
+        if "/resolve/" in self.path:
+            self.send_file()
             return
         name = "/".join(self.path.split("?")[0].split("/")[3:5])
         files = self.hub.repositories.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -53,6 +54,32 @@ def plan_report(forecast: Forecast) -> Iterator[RenderableType]:
         yield Text(f"wrong: {problem}", style="red")
     if not forecast.problems:
         yield Text("nothing is wrong", style="green")
+
+
+def plan_fields(forecast: Forecast) -> dict[str, Any]:
+    """Return what a dry run shows, as JSON has it."""
+    plan, state = forecast.plan, forecast.state
+    steps = None
+    if plan is not None and plan.checkpoints is not None:
+        begun = (len(state.skipped), len(state.handled)) if state else (0, 0)
+        steps = [
+            {
+                "step": one.step,
+                "checkpoint": one.name,
+                "learning_rate": one.planned,
+                "calibrates": one.measures,
+            }
+            for one in plan.steps(*begun)
+        ]
+    return {
+        "method": plan.method.name if plan is not None else None,
+        "done": len(state.steps) if state else 0,
+        "steps": steps,
+        "seconds": forecast.seconds,
+        "needs": forecast.needs,
+        "notes": plan.notes if plan is not None else [],
+        "problems": forecast.problems,
+    }
 
 
 def step_line(record: StepRecord) -> str:

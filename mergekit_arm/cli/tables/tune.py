@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -12,6 +13,7 @@ from mergekit_arm.tuning.forecast import TuneForecast
 from mergekit_arm.tuning.plan import TunePlan
 from mergekit_arm.tuning.report.card import Row
 from mergekit_arm.tuning.results import TuneResult
+from mergekit_arm.tuning.space import Value
 from mergekit_arm.tuning.trials import TrialRecord
 from mergekit_arm.units import duration_text, size_text
 
@@ -22,11 +24,8 @@ def space_report(plan: TunePlan, forecast: TuneForecast) -> Iterator[RenderableT
     table = Table(title=f"{plan.quest.budget} trials, {settings.sampler}, seed {settings.seed}")
     for column in ("method", "unknown", "domain", "tried first"):
         table.add_column(column)
-    first = dict(reversed(plan.quest.first))
-    for method, unknowns in plan.quest.candidates.methods.items():
-        for name, domain in unknowns.items() or [("", "")]:
-            value = first.get(method, {}).get(name, "")
-            table.add_row(method, Text(str(name)), Text(str(domain)), str(value))
+    for row in _unknowns(plan):
+        table.add_row(*(Text("" if one is None else str(one)) for one in row))
     yield table
     for quest in plan.quests[:-1]:
         points = [point["weight"] for _, point in quest.first]
@@ -45,6 +44,31 @@ def space_report(plan: TunePlan, forecast: TuneForecast) -> Iterator[RenderableT
     for note in plan.notes:
         yield Text(f"note: {note}", style="yellow")
     yield Text("nothing is wrong", style="green")
+
+
+def space_fields(plan: TunePlan, forecast: TuneForecast) -> dict[str, Any]:
+    """Return what a dry run shows, as JSON has it."""
+    settings = plan.settings
+    names = ("method", "unknown", "domain", "first")
+    return {
+        "trials": plan.quest.budget,
+        "sampler": settings.sampler,
+        "seed": settings.seed,
+        "unknowns": [dict(zip(names, row, strict=True)) for row in _unknowns(plan)],
+        "baseline": [p["weight"] for quest in plan.quests[:-1] for _, p in quest.first],
+        "forecast": forecast,
+        "notes": plan.notes,
+    }
+
+
+def _unknowns(plan: TunePlan) -> Iterator[tuple[str, str | None, str | None, Value | None]]:
+    """Yield method, name, domain and first value of every unknown; a method may have none."""
+    first = dict(reversed(plan.quest.first))
+    for method, unknowns in plan.quest.candidates.methods.items():
+        if not unknowns:
+            yield method, None, None, None
+        for name, domain in unknowns.items():
+            yield method, name, str(domain), first.get(method, {}).get(name)
 
 
 def trial_line(trial: TrialRecord, best: TrialRecord | None, done: int, budget: int) -> str:
