@@ -24,7 +24,7 @@ FLOORS = (
     {"files", "machine", "sections", "tensors"},
     {"data", "models", "statistics"},
     {"methods", "calibration"},
-    {"judging"},
+    {"judging", "merging"},
     {"streaming"},
     {"tuning"},
     {"checking", "inspecting", "publishing"},

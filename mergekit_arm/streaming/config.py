@@ -14,13 +14,11 @@ from pydantic import Field, ValidationError, field_validator
 
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.judging.sets import HeldOutSet
+from mergekit_arm.merging.documents import check_dtype
 from mergekit_arm.sections import Section, read_mapping
 from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.rates import LineSearch, PerRun, Rates, Schedule, read_rates
 from mergekit_arm.streaming.verdict import METRIC_KEYS, SETS, Evaluation
-
-FINAL_DTYPES = ("bfloat16", "float16", "float32", "float64")
-"""What the final model can be in."""
 
 _ELSEWHERE = {
     "models": "a stream merges checkpoints step by step; list them under checkpoints",
@@ -83,15 +81,6 @@ class StreamConfig(Section):
         # Decided by its form, so that a mistake is reported for the one that was meant.
         return None if value is None else read_rates(value)
 
-    @field_validator("dtype")
-    @classmethod
-    def _check_dtype(cls, value: str | None) -> str | None:
-        if value is not None and value not in FINAL_DTYPES:
-            raise ValueError(
-                f"{value!r} is none of {', '.join(FINAL_DTYPES)}{did_you_mean(value, FINAL_DTYPES)}"
-            )
-        return value
-
     @field_validator("checkpoints")
     @classmethod
     def _check_checkpoints(cls, value: str | list[str | list[str]]) -> str | list[str | list[str]]:
@@ -116,9 +105,13 @@ def load_config(source: StreamConfig | Mapping[str, Any] | str | Path) -> Stream
         if key in document:
             raise InputError(f"{where}: {key}: {remedy}")
     try:
-        return StreamConfig.model_validate(document)
+        config = StreamConfig.model_validate(document)
+        check_dtype("dtype", config.dtype)
     except ValidationError as error:
         raise InputError(f"{where}: {_explain(error)}") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error.message}") from error
+    return config
 
 
 def _explain(error: ValidationError) -> str:

@@ -6,22 +6,24 @@ import json
 
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove, write_text
+from mergekit_arm.merging.adapters import merge_adapter
+from mergekit_arm.merging.documents import to_yaml
+from mergekit_arm.merging.merge import forgetting, merge
+from mergekit_arm.merging.options import LORA_CACHE
 from mergekit_arm.models.contents import describe
 from mergekit_arm.streaming.layout import (
     AVERAGE,
     CARD,
     INCOMING,
-    LORA_CACHE,
     METRIC_LOG,
     MODEL,
     PLOT,
     PROVENANCE,
 )
-from mergekit_arm.streaming.plan.document import average_document, cast_document, to_yaml
+from mergekit_arm.streaming.plan.document import average_document, cast_document
 from mergekit_arm.streaming.report.card import stream_card
 from mergekit_arm.streaming.report.plot import draw_stream
 from mergekit_arm.streaming.state import AverageScores
-from mergekit_arm.streaming.step.merge import forgetting, merge, merge_adapter
 from mergekit_arm.streaming.step.workplace import Workplace
 
 

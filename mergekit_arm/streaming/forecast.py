@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions
 from mergekit_arm.errors import InputError
 from mergekit_arm.files import try_writing
 from mergekit_arm.machine import free_disk, free_memory
+from mergekit_arm.merging.options import complete_options
 from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.data_checks import (
     data_problems,
@@ -23,7 +24,7 @@ from mergekit_arm.streaming.data_checks import (
 )
 from mergekit_arm.streaming.judge import make_judge
 from mergekit_arm.streaming.layout import STATE_FILE
-from mergekit_arm.streaming.options import StreamOptions, complete_options
+from mergekit_arm.streaming.options import StreamOptions
 from mergekit_arm.streaming.plan.checks import Checks
 from mergekit_arm.streaming.plan.document import STEP_BYTES
 from mergekit_arm.streaming.plan.plan import StreamPlan, make_plan

@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from mergekit_arm.merging.options import LORA_CACHE
+
 MODEL = "model"
 """Of a step: its float32 weights. Of ``OUT``: the final model."""
 
@@ -26,7 +28,6 @@ METRIC_LOG = "metric.log"
 """What the last metric command printed."""
 AVERAGE = ".average"
 LOCK_FILE = ".lock"
-LORA_CACHE = ".adapters"
 SCRATCH = ".scratch"
 BEFORE_STATE = (LOCK_FILE, INCOMING)
 """What may lie in OUT before the state: the lock, and checkpoints a callback has taken."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from mergekit.options import MergeOptions
-
-from mergekit_arm.streaming.layout import LORA_CACHE
 
 Keep = Literal["all", "best", "last"]
 """Which steps' float32 weights stay in ``steps/`` after the stream."""
@@ -43,14 +40,3 @@ class StreamOptions:
     """Make no further step; make the model of what there is."""
     strict: bool = False
     """End at a checkpoint that cannot be merged, instead of skipping it."""
-
-
-def complete_options(options: MergeOptions, out: Path) -> MergeOptions:
-    """Return ``options`` with what a stream into ``out`` needs of every merge."""
-    return options.model_copy(
-        update={
-            "lora_merge_cache": options.lora_merge_cache or str(out / LORA_CACHE),
-            "write_model_card": False,  # a step has its configuration beside it
-            "quiet": options.quiet or options.verbosity == 0,
-        }
-    )

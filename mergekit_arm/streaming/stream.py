@@ -20,13 +20,14 @@ from safetensors import SafetensorError
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove
 from mergekit_arm.judging.judge import Scores
+from mergekit_arm.merging.options import LORA_CACHE, complete_options
 from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.data_checks import data_problems, disk_problems, keep_problems
 from mergekit_arm.streaming.ending import finish
 from mergekit_arm.streaming.forecast import seconds_left
 from mergekit_arm.streaming.judge import Progress, judged_by, make_judge
-from mergekit_arm.streaming.layout import LOCK_FILE, LORA_CACHE, MODEL, PLOT, unfinished
-from mergekit_arm.streaming.options import StreamOptions, complete_options
+from mergekit_arm.streaming.layout import LOCK_FILE, MODEL, PLOT, unfinished
+from mergekit_arm.streaming.options import StreamOptions
 from mergekit_arm.streaming.plan.plan import PlannedStep, make_plan
 from mergekit_arm.streaming.references import plain_path
 from mergekit_arm.streaming.report.plot import draw_stream

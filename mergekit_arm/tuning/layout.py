@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming.layout import LORA_CACHE
+from mergekit_arm.merging.options import LORA_CACHE
 from mergekit_arm.tuning.search import LOCK_FILE, STUDY_FILE
 
 STATE_FILE = "tune_state.json"

@@ -14,8 +14,8 @@ from mergekit_arm.errors import Failure
 from mergekit_arm.files import remove, write_text
 from mergekit_arm.judging.judge import Judge, Scores
 from mergekit_arm.judging.sets import HeldOutSet
-from mergekit_arm.streaming.plan.document import to_yaml
-from mergekit_arm.streaming.step.merge import merge
+from mergekit_arm.merging.documents import to_yaml
+from mergekit_arm.merging.merge import merge
 from mergekit_arm.tuning.candidates import document_of
 from mergekit_arm.tuning.layout import CARD, MODEL
 from mergekit_arm.tuning.measuring import Told, score_reference

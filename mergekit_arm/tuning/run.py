@@ -14,8 +14,8 @@ from filelock import FileLock
 from mergekit.options import MergeOptions
 
 from mergekit_arm.files import remove, write_text
-from mergekit_arm.streaming.layout import LORA_CACHE
-from mergekit_arm.streaming.step.merge import merge_adapter
+from mergekit_arm.merging.adapters import merge_adapter
+from mergekit_arm.merging.options import LORA_CACHE
 from mergekit_arm.tuning.layout import BEST, PLOT, PREPARING, STATE_FILE, TRIALS, WORK
 from mergekit_arm.tuning.measuring import Told, measure_references
 from mergekit_arm.tuning.merging import Workshop

@@ -10,9 +10,8 @@ from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.files import remove
-from mergekit_arm.streaming.layout import LORA_CACHE
-from mergekit_arm.streaming.options import complete_options
-from mergekit_arm.streaming.step.merge import forgetting
+from mergekit_arm.merging.merge import forgetting
+from mergekit_arm.merging.options import LORA_CACHE, complete_options
 from mergekit_arm.tuning.config import load_tuning
 from mergekit_arm.tuning.layout import (
     BEST,

@@ -1,16 +1,12 @@
-"""A step as an ordinary mergekit configuration, and the command that repeats it by hand."""
+"""A step as an ordinary mergekit configuration."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-from mergekit.config import ConfigYamlDumper, MergeConfiguration
-from mergekit.options import MergeOptions
+from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
 from mergekit_arm.errors import InputError, did_you_mean, first_line
@@ -101,12 +97,6 @@ def cast_document(model: str, dtype: str) -> dict[str, Any]:
     return {"merge_method": "passthrough", "models": [{"model": model}], "out_dtype": dtype}
 
 
-def to_yaml(document: Mapping[str, Any], comment: Iterable[str] = ()) -> str:
-    """Return the configuration's text, ``comment`` lines first."""
-    lines = "".join(f"# {line}\n" for line in comment)
-    return lines + str(yaml.dump(dict(document), Dumper=ConfigYamlDumper, sort_keys=False))
-
-
 def check_document(document: Mapping[str, Any]) -> None:
     """Let mergekit parse a configuration, and refuse the keys that it would ignore.
 
@@ -140,25 +130,3 @@ def _refuse_ignored(written: Any, understood: Any, where: str) -> None:
                 f"{did_you_mean(str(key), understood)}; there are: {', '.join(understood)}"
             )
         _refuse_ignored(value, understood[key], f"{where}.{key}" if where else str(key))
-
-
-def by_hand(config_file: Path, options: MergeOptions, document: Mapping[str, Any]) -> str:
-    """Return the ``mergekit-yaml`` command that repeats a merge, with the flags that change it."""
-    words = ["mergekit-yaml", str(config_file), "OUT"]
-    if "+" in models_of(document):
-        words += ["--lora-merge-cache", "CACHE"]
-    for name in ("random_seed", "lora_merge_dtype"):
-        value = getattr(options, name)
-        if value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    for name in ("allow_crimes", "unsafe_truncate_embeddings", "trust_remote_code"):
-        if getattr(options, name):
-            words.append(f"--{name.replace('_', '-')}")
-    return shlex.join(words)
-
-
-def models_of(document: Mapping[str, Any]) -> str:
-    """Return the models of a configuration, for a message: ``a, b into base``."""
-    models = [str(entry["model"]) for entry in document["models"]]
-    base = document.get("base_model")
-    return f"{', '.join(models)}{f' into {base}' if base else ''}"

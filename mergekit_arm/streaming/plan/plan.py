@@ -12,13 +12,15 @@ from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.files import sampled_hash
+from mergekit_arm.merging.documents import FINAL_DTYPES
+from mergekit_arm.merging.options import decisive_options
 from mergekit_arm.methods.arm import TASK
 from mergekit_arm.methods.base import STATS
 from mergekit_arm.models.contents import Contents, describe
 from mergekit_arm.models.loading import choose_device
 from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.streaming.calibration import Calibration
-from mergekit_arm.streaming.config import FINAL_DTYPES, StreamConfig
+from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.plan.checks import (
     Checks,
     adapter_note,
@@ -37,11 +39,6 @@ from mergekit_arm.streaming.rates import LineSearch, Rate, Rates, rates_at
 from mergekit_arm.streaming.references import absolute_reference
 from mergekit_arm.streaming.state import State
 from mergekit_arm.streaming.training.checkpoints import Group
-
-_DECISIVE_OPTIONS = (
-    "random_seed", "lora_merge_dtype", "allow_crimes", "unsafe_truncate_embeddings",
-)  # fmt: skip
-"""Options of mergekit that change what a step is, and not only how fast."""
 
 
 @dataclass(frozen=True)
@@ -244,11 +241,7 @@ def _fingerprint(config: StreamConfig, merge: MergeOptions, base: Contents) -> d
             content = content_of(one.get("dataset"))
             if content:
                 found[f"content of the {name} data"] = content
-    for option in _DECISIVE_OPTIONS:
-        value = getattr(merge, option)
-        if value != MergeOptions.model_fields[option].default:
-            found[f"--{option.replace('_', '-')}"] = str(value)
-    return found
+    return found | decisive_options(merge)
 
 
 def content_of(dataset: Any) -> str | None:

@@ -20,14 +20,16 @@ from mergekit.options import MergeOptions
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove, size_of, write_text
 from mergekit_arm.judging.judge import Scores
+from mergekit_arm.merging.adapters import merge_adapter
+from mergekit_arm.merging.documents import by_hand, to_yaml
+from mergekit_arm.merging.merge import forgetting, merge
 from mergekit_arm.models.contents import describe
 from mergekit_arm.streaming.layout import METRICS, MODEL, PROVENANCE, STEP_CONFIG
-from mergekit_arm.streaming.plan.document import StepStatistics, by_hand, step_document, to_yaml
+from mergekit_arm.streaming.plan.document import StepStatistics, step_document
 from mergekit_arm.streaming.plan.plan import PlannedStep, one_or_all
 from mergekit_arm.streaming.rates import Rate, rate_text, scaled
 from mergekit_arm.streaming.state import Attempt, MergedCheckpoint, StepRecord
 from mergekit_arm.streaming.step.measuring import provenance, step_statistics
-from mergekit_arm.streaming.step.merge import forgetting, merge, merge_adapter
 from mergekit_arm.streaming.step.movement import Move, measure_move
 from mergekit_arm.streaming.step.workplace import Workplace
 from mergekit_arm.streaming.training.checkpoints import RunCheckpoint, problem_of

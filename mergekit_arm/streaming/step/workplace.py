@@ -13,6 +13,7 @@ from mergekit.options import MergeOptions
 from mergekit_arm.errors import InputError
 from mergekit_arm.files import fresh_directory, remove, write_text
 from mergekit_arm.judging.judge import Scores
+from mergekit_arm.merging.adapters import merge_adapter
 from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.streaming.judge import StreamJudge
 from mergekit_arm.streaming.layout import (
@@ -27,7 +28,6 @@ from mergekit_arm.streaming.layout import (
 from mergekit_arm.streaming.options import Keep
 from mergekit_arm.streaming.plan.plan import StreamPlan
 from mergekit_arm.streaming.state import State, StepRecord
-from mergekit_arm.streaming.step.merge import merge_adapter
 
 
 @dataclass
