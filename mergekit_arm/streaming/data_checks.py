@@ -14,12 +14,12 @@ from mergekit_arm.calibration.reading import choose_tokenizer
 from mergekit_arm.data.corpus import read_corpus
 from mergekit_arm.errors import did_you_mean
 from mergekit_arm.files import size_of
+from mergekit_arm.judging.judge import Judge
 from mergekit_arm.machine import free_disk
 from mergekit_arm.models.loading import choose_device, find_model
 from mergekit_arm.models.tensors import open_tensors
 from mergekit_arm.sections import section
 from mergekit_arm.statistics.read import open_statistics
-from mergekit_arm.streaming.judge import StreamJudge
 from mergekit_arm.streaming.options import Keep
 from mergekit_arm.streaming.plan.checks import Checks
 from mergekit_arm.streaming.plan.document import STEP_BYTES
@@ -27,7 +27,7 @@ from mergekit_arm.streaming.plan.plan import StreamPlan
 from mergekit_arm.units import size_text
 
 
-def data_problems(plan: StreamPlan, judge: StreamJudge | None, merge: MergeOptions) -> list[str]:
+def data_problems(plan: StreamPlan, judge: Judge | None, merge: MergeOptions) -> list[str]:
     """Tokenise the calibration and held-out data as the steps will; return what is wrong."""
     check = Checks()
     check.run(lambda: _check_calibration(plan, merge))
@@ -105,11 +105,11 @@ def _check_published(plan: StreamPlan) -> None:
                 matcher.find(name, tensors.get(name))
 
 
-def _check_evaluation(plan: StreamPlan, judge: StreamJudge | None) -> None:
+def _check_evaluation(plan: StreamPlan, judge: Judge | None) -> None:
     if judge is None:
         return
     with section("evaluation"):
-        choose_device(judge.settings.device)
+        choose_device(judge.device)
     # Under --watch the chat template may come with the first checkpoint.
     if plan.checkpoints is not None:
-        judge.read_data()
+        judge.data()

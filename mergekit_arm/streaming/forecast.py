@@ -84,7 +84,7 @@ def forecast_stream(
     if plan is None:
         return Forecast(None, None, state, None, problems)
     Checks(problems).run(lambda: _check_writable(out))
-    problems += data_problems(plan, make_judge(plan, merge), merge)
+    problems += data_problems(plan, make_judge(plan, merge, out), merge)
     needs = None
     if not problems:
         needs = Needs(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.models.contents import describe
-from mergekit_arm.streaming.state import difference
+from mergekit_arm.outputs import difference
 from mergekit_arm.streaming.step.workplace import Workplace
 
 
@@ -19,7 +19,7 @@ def score_again(place: Workplace, judge: dict[str, str]) -> None:
     if changed:
         place.say(f"the judge has changed ({changed}): scoring again what is there")
         state.base, state.tried, state.average = place.score(place.plan.config.base_model), [], None
-        state.data = place.judge.read_data() if place.judge is not None else {}
+        state.data = place.judge.data() if place.judge is not None else {}
         lost = []
         for record in state.steps:
             record.base = state.base

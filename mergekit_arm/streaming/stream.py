@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove
-from mergekit_arm.judging.judge import Scores
+from mergekit_arm.judging.judge import Progress, Scores
 from mergekit_arm.merging.options import LORA_CACHE, complete_options
+from mergekit_arm.outputs import alone
 from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.data_checks import data_problems, disk_problems, keep_problems
 from mergekit_arm.streaming.ending import finish
 from mergekit_arm.streaming.forecast import seconds_left
-from mergekit_arm.streaming.judge import Progress, judged_by, make_judge
-from mergekit_arm.streaming.layout import LOCK_FILE, MODEL, PLOT, unfinished
+from mergekit_arm.streaming.judge import judged_by, make_judge
+from mergekit_arm.streaming.layout import LOCK_FILE, MODEL, PLOT, left_behind
 from mergekit_arm.streaming.options import StreamOptions
 from mergekit_arm.streaming.plan.plan import PlannedStep, make_plan
 from mergekit_arm.streaming.references import plain_path
@@ -101,12 +100,8 @@ def stream(
     assert plan is not None  # without a plan there are problems
     for note in plan.notes:
         say(note)
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{place} cannot be made: {error.strerror}; give another OUT") from error
-    with _locked(place):
-        for left in unfinished(place):  # before anything needs room, as `remove` does
+    with alone(place / LOCK_FILE, f"{place}: another process runs this stream; wait for it"):
+        for left in left_behind(place):  # before anything needs room, as `remove` does
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         if read_state(place) != state:
             raise InputError(f"{place}: another process has just worked on it; run again")
@@ -115,7 +110,7 @@ def stream(
         made = [place / "steps" / f"{one.step:03d}" / MODEL for one in state.steps if one.accepted]
         further = [str(one) for one in made if one.is_dir()][:1]
         shown = say if merge.verbosity > 0 else None  # else it is in metric.log
-        judge = make_judge(plan, merge, further, say=shown, progress=evaluating)
+        judge = make_judge(plan, merge, place, further, say=shown, progress=evaluating)
         if watched or plan.steps(len(state.skipped), state.position):
             _refuse(disk_problems(plan, place, options.keep))
         if not begun:
@@ -133,23 +128,6 @@ def _refuse(problems: list[str]) -> None:
     if problems:
         more = f" (and {len(problems) - 1} more: --dry-run lists them)" if problems[1:] else ""
         raise InputError(problems[0] + more)
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    lock = FileLock(out / LOCK_FILE)  # dropped when its holder dies, by whatever signal
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(f"{out}: another process runs this stream; wait for it") from error
-    try:
-        yield
-    except InputError:
-        if [one.name for one in out.iterdir()] == [LOCK_FILE]:  # nothing has begun
-            remove(out)
-        raise
-    finally:
-        lock.release()
 
 
 @dataclass
@@ -234,7 +212,7 @@ class _Loop:
             if state.chat_template is None and place.plan.has_tokenizer:
                 state.chat_template = place.borrow_template(references)
             state.base = place.score(place.plan.config.base_model)
-            state.data = place.judge.read_data() if place.judge is not None else {}
+            state.data = place.judge.data() if place.judge is not None else {}
             state.save(place.out)
 
     def _problem(self, planned: PlannedStep) -> str | None:

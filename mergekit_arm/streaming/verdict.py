@@ -60,7 +60,7 @@ class Evaluation(Section):
         A set with a bound only has to keep it, unless it says its weight. Where a file names no
         sets, the command decides if there is one.
         """
-        if METRIC in self.sets and set(self.sets) <= {LOSS, METRIC}:
+        if METRIC in self.sets and not self.named:
             return [METRIC]
         found = [
             name
@@ -68,6 +68,11 @@ class Evaluation(Section):
             if bound_of(one) is None or "weight" in one.model_fields_set
         ]
         return found or list(self.sets)
+
+    @property
+    def named(self) -> bool:
+        """Whether the file names its sets."""
+        return not set(self.sets) <= {LOSS, METRIC}
 
     @property
     def has_data(self) -> bool:
@@ -122,7 +127,7 @@ class Evaluation(Section):
         written = {
             name: one.model_dump(mode="json", exclude_unset=True) for name, one in self.sets.items()
         }
-        if not set(written) <= {LOSS, METRIC}:
+        if self.named:
             return {**written, **own}
         metric = written.get(METRIC, {})
         command = {key: metric[field] for key, field in METRIC_KEYS.items() if field in metric}

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.models.contents import Contents, describe
+from mergekit_arm.outputs import difference
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.rates import Schedule
 from mergekit_arm.streaming.references import plain_path
-from mergekit_arm.streaming.state import MergedCheckpoint, Skipped, State, StepRecord, difference
+from mergekit_arm.streaming.state import MergedCheckpoint, Skipped, State, StepRecord
 from mergekit_arm.streaming.training.checkpoints import (
     Group,
     RunCheckpoint,

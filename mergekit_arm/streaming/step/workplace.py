@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit.options import MergeOptions
 
-from mergekit_arm.errors import InputError
+from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import fresh_directory, remove, write_text
-from mergekit_arm.judging.judge import Scores
+from mergekit_arm.judging.judge import Judge, Scores
 from mergekit_arm.merging.adapters import merge_adapter
 from mergekit_arm.models.tokenizer import load_own_tokenizer
-from mergekit_arm.streaming.judge import StreamJudge
 from mergekit_arm.streaming.layout import (
     CHECKPOINT_STATISTICS,
     JOURNAL,
@@ -39,7 +39,7 @@ class Workplace:
     merge: MergeOptions
     keep: Keep
     state: State
-    judge: StreamJudge | None
+    judge: Judge | None
     say: Callable[[str], None]
     progress: Callable[[int, int], None] | None = None
 
@@ -101,15 +101,26 @@ class Workplace:
         return self.state.best if best else self.state.current
 
     def score(self, reference: str, *, run_commands: bool = True) -> Scores:
-        """Return how good a model is; empty without ``evaluation``."""
+        """Return how good a model is; empty without ``evaluation``.
+
+        Raises:
+            Failure: a loss that is not finite, or a command that fails or prints no number.
+        """
         if self.judge is None:
             return {}
         model = merge_adapter(reference, self.merge)
         scratch = fresh_directory(self.out / SCRATCH)
         try:
-            return self.judge.score(model, scratch, run_commands=run_commands)
+            found = self.judge.score(model, scratch, run_commands=run_commands)
         finally:
             remove(scratch)
+        for name, score in found.items():
+            if not math.isfinite(score):
+                raise Failure(
+                    f"{self.judge.place(name)}: the loss of {reference} is {score}: the model is "
+                    "broken; try a lower learning_rate"
+                )
+        return found
 
     def score_aside(self, reference: str) -> Scores:
         """Return the scores of a model that is only looked at: no commands unless asked for."""
