@@ -100,7 +100,7 @@ class AverageScores(_Record):
 class State(_Record):
     """All of ``stream_state.json``."""
 
-    format_version: int = 2
+    format_version: int = 3
     fingerprint: dict[str, str]
     """What every step depends on."""
     judge: dict[str, str] = {}

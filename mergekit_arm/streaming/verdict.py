@@ -41,8 +41,6 @@ class Evaluation(Section):
     def _collect(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             raise ValueError("must be a mapping such as {dataset: ./heldout.jsonl}")
-        if SETS in given:
-            return given  # what this function made, once more
         own = {key: given[key] for key in cls.model_fields if key in given}
         named = {key: value for key, value in given.items() if isinstance(value, Mapping)}
         rest = {key: value for key, value in given.items() if key not in (*own, *named)}
@@ -121,17 +119,9 @@ class Evaluation(Section):
             change += one.weight * (difference if one.goal == "maximize" else -difference)
         return change > 0
 
-    def document(self) -> dict[str, Any]:
-        """Return the YAML section again, without defaults."""
-        own = self.model_dump(mode="json", exclude_defaults=True, exclude={SETS})
-        written = {
-            name: one.model_dump(mode="json", exclude_unset=True) for name, one in self.sets.items()
-        }
-        if self.named:
-            return {**written, **own}
-        metric = written.get(METRIC, {})
-        command = {key: metric[field] for key, field in METRIC_KEYS.items() if field in metric}
-        return {**written.get(LOSS, {}), **command, **own}
+
+EVALUATION_KEYS = [*_OF_DATA, *METRIC_KEYS, *(k for k in Evaluation.model_fields if k != SETS)]
+"""What the section may hold, where it names no sets."""
 
 
 def bound_of(one: EvaluationSet) -> float | None:

@@ -183,7 +183,7 @@ def test_nothing_but_a_streams_own_is_deleted(run: Path, tmp_path: Path, keep: A
     [
         ({"learning_rate": 0.7}, "learning_rate of step 1 was 0.3 and is now 0.7"),
         ({"parameters": {"omega": 0.4}}, 'parameters was {"omega": 0.3} and is now {"omega": 0.4}'),
-        ({"chat_template": "chatml"}, "chat_template is new"),
+        ({"chat_template": "chatml"}, "chat_template was not set and is now"),
         ("a checkpoint's weights", "content of checkpoint-20 was"),
         ("a checkpoint more", "(a schedule without steps: N stretches over all checkpoints)"),
         ("the base's weights", "base_model's content was"),

@@ -45,8 +45,6 @@ dtype: bfloat16
     assert config.evaluation is not None
     assert config.evaluation.patience == 3
     assert set(config.evaluation.sets) == {"loss"}
-    # What is written into cards and compared on resuming is the same configuration again.
-    assert StreamConfig.model_validate(config.model_dump()) == config
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def choose_calibration(config: StreamConfig, method: StepMethod) -> Calibration:
     measured = calibration.settings["energy"]
     if measured >= needed:
         return calibration
-    if "energy" in calibration.document():
+    if "energy" in calibration.chosen()[0]:
         raise InputError(
             f"calibration.energy {measured:g} is less than the merge's energy {needed:g}: "
             "raise it, or lower parameters.energy"

@@ -235,7 +235,8 @@ def _fingerprint(config: StreamConfig, merge: MergeOptions, base: Contents) -> d
         if value:
             found[key] = json.dumps(value, sort_keys=True)
     if config.calibration is not None:
-        found["calibration"] = json.dumps(config.calibration.document(), sort_keys=True)
+        found["calibration"] = json.dumps(config.calibration.chosen(), sort_keys=True)
+        found["calibration.refresh"] = str(config.calibration.refresh)
         names = ("calibration", "calibration.task")
         for name, one in zip(names, config.calibration.passes(), strict=False):
             content = content_of(one.get("dataset"))
