@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from mergekit.options import MergeOptions
 
 from mergekit_arm.judging.judge import Judge, Progress
-from mergekit_arm.streaming.layout import METRIC_LOG
+from mergekit_arm.streaming.layout import METRIC_LOG, MODEL, STEPS
 from mergekit_arm.streaming.plan.plan import StreamPlan, content_of
+from mergekit_arm.streaming.state import State
 
 
 def judged_by(plan: StreamPlan) -> dict[str, str]:
@@ -32,23 +33,24 @@ def make_judge(
     plan: StreamPlan,
     merge: MergeOptions,
     out: Path,
-    further: Sequence[str] = (),
-    *,
-    say: Callable[[str], None] | None = None,
-    progress: Progress | None = None,
+    state: State | None,
+    say: Callable[[str], None] | None,
+    progress: Progress | None,
 ) -> Judge | None:
     """Return what scores the stream's models, None without ``evaluation``.
 
-    ``further``: models whose chat template may stand in for the base's, before the checkpoints.
     What a command prints, ``say`` receives; it is in ``metric.log`` in ``out``, too.
     """
     evaluation = plan.config.evaluation
     if evaluation is None:
         return None
+    # Their chat template may stand in for the base's.
+    steps = (out / STEPS / f"{one.step:03d}" / MODEL for one in (state.steps if state else []))
+    made = [str(one) for one in steps if one.is_dir()][:1]
     first = [one.reference for one in (plan.checkpoints or [()])[0]]
     return Judge(
         evaluation.sets,
-        [plan.config.base_model, *further, *first],
+        [plan.config.base_model, *made, *first],
         merge,
         evaluation.device,
         evaluation.dtype,

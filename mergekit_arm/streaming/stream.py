@@ -1,6 +1,6 @@
 """The stream: one merge after another, each judged, each committed before the next begins.
 
-What can be refused is refused first (``plan``, ``data_checks``); then the loop takes a step, saves
+What can be refused is refused first (``forecast``); then the loop takes a step, saves
 the state, tidies up and draws, until a reason to stop is found; ``ending`` makes ``OUT/model``.
 """
 
@@ -18,16 +18,15 @@ from safetensors import SafetensorError
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove
 from mergekit_arm.judging.judge import Progress, Scores
-from mergekit_arm.merging.options import LORA_CACHE, complete_options
+from mergekit_arm.merging.options import LORA_CACHE
 from mergekit_arm.outputs import alone
 from mergekit_arm.streaming.config import StreamConfig, load_config
-from mergekit_arm.streaming.data_checks import data_problems, disk_problems, keep_problems
 from mergekit_arm.streaming.ending import finish
-from mergekit_arm.streaming.forecast import seconds_left
-from mergekit_arm.streaming.judge import judged_by, make_judge
+from mergekit_arm.streaming.forecast import look_ahead, seconds_left
+from mergekit_arm.streaming.judge import judged_by
 from mergekit_arm.streaming.layout import LOCK_FILE, MODEL, PLOT, left_behind
 from mergekit_arm.streaming.options import StreamOptions
-from mergekit_arm.streaming.plan.plan import PlannedStep, make_plan
+from mergekit_arm.streaming.plan.plan import PlannedStep
 from mergekit_arm.streaming.references import plain_path
 from mergekit_arm.streaming.report.plot import draw_stream
 from mergekit_arm.streaming.rescoring import score_again
@@ -89,15 +88,14 @@ def stream(
     """
     options = options or StreamOptions()
     say = say or (lambda note: None)
-    place = Path(plain_path(out))
-    merge = complete_options(options.merge, place)
-    state = read_state(place)  # refuses a directory of something else
-    settings = load_config(config)
-    watched = options.watch is not None
-    plan, problems = make_plan(settings, merge, watched=watched, state=state)
-    problems += keep_problems(plan, options.keep)
-    _refuse(problems)
-    assert plan is not None  # without a plan there are problems
+    place, settings = Path(plain_path(out)), load_config(config)
+    shown = say if options.merge.verbosity > 0 else None  # else it is in metric.log
+    known = look_ahead(settings, place, options, say=shown, progress=evaluating)
+    plan, state = known.plan, known.state
+    if plan is None or known.problems:
+        first, *others = known.problems
+        more = f" (and {len(others)} more: --dry-run lists them)" if others else ""
+        raise InputError(first + more)
     for note in plan.notes:
         say(note)
     with alone(place / LOCK_FILE, f"{place}: another process runs this stream; wait for it"):
@@ -105,29 +103,14 @@ def stream(
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         if read_state(place) != state:
             raise InputError(f"{place}: another process has just worked on it; run again")
-        begun = state is not None
         state = state or State(fingerprint=plan.fingerprint)
-        made = [place / "steps" / f"{one.step:03d}" / MODEL for one in state.steps if one.accepted]
-        further = [str(one) for one in made if one.is_dir()][:1]
-        shown = say if merge.verbosity > 0 else None  # else it is in metric.log
-        judge = make_judge(plan, merge, place, further, say=shown, progress=evaluating)
-        if watched or plan.steps(len(state.skipped), state.position):
-            _refuse(disk_problems(plan, place, options.keep))
-        if not begun:
-            _refuse(data_problems(plan, judge, merge))
-        work = Workplace(place, plan, merge, options.keep, state, judge, say, progress)
+        work = Workplace(place, plan, known.merge, options.keep, state, known.judge, say, progress)
         folder = None if isinstance(settings.checkpoints, list) else settings.checkpoints
         run = None if folder is None else Path(plain_path(folder))
         with watch_run(run, place, plan.config.base_model, options.watch, say) as watch:
             if watch is not None:
                 watch.last = state.last
             return _Loop(work, watch, options, on_step or (lambda record: None)).complete()
-
-
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        more = f" (and {len(problems) - 1} more: --dry-run lists them)" if problems[1:] else ""
-        raise InputError(problems[0] + more)
 
 
 @dataclass
@@ -243,7 +226,7 @@ class _Loop:
         plan, state = self.place.plan, self.place.state
         step, position = len(state.steps) + 1, state.position
         if self.watch is None:
-            steps = plan.steps(len(state.skipped), position)
+            steps = plan.left(state)
             return steps[0] if steps else "all checkpoints are merged"
         handled = [number_of(one.checkpoint) for one in state.handled]
         after = max(handled, default=-1)

@@ -33,9 +33,8 @@ T = TypeVar("T")
 class Checks:
     """Runs checks and collects what they refuse, so that a dry run names everything at once."""
 
-    def __init__(self, problems: list[str] | None = None) -> None:
-        """``problems``: what is known already, to be added to."""
-        self.problems = [] if problems is None else problems
+    def __init__(self) -> None:
+        self.problems: list[str] = []
 
     def run(self, check: Callable[[], T]) -> T | None:
         """Return what ``check`` returns, None where it refuses."""

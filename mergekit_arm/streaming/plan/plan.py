@@ -133,6 +133,10 @@ class StreamPlan:
         ]
         return [step for step in planned if step is not None]
 
+    def left(self, state: State | None) -> list[PlannedStep]:
+        """Return the steps that ``state`` does not hold yet."""
+        return self.steps(len(state.skipped), state.position) if state else self.steps()
+
 
 def make_plan(
     config: StreamConfig,
@@ -145,7 +149,7 @@ def make_plan(
 
     Reads headers and a few bytes of models and data, loads no model. Of a stream that has begun,
     ``state``, it checks that what is merged is the beginning of what is to be. The plan is None
-    where too little of it holds together; problems are one line each.
+    where too little of it holds together.
     """
     check = Checks()
     notes: list[str] = []
