@@ -78,14 +78,15 @@ def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str | None:
 
 
 @contextlib.contextmanager
-def alone(file: Path, busy: str) -> Iterator[None]:
+def alone(file: Path, busy: str, *, wait: float = 0) -> Iterator[None]:
     """Keep other processes out by the lock ``file``, for the duration of the block.
 
     The system drops the lock when its holder dies, by whatever signal. Directories that are made
     for it are removed again if nothing else is left in them.
 
     Raises:
-        InputError: the directory cannot be made, or another process is at it, which ``busy`` says.
+        InputError: the directory cannot be made, or another process is at it for longer than
+            ``wait`` seconds, which ``busy`` says.
     """
     folders = [file.parent, *(one for one in file.parent.parents if not one.exists())]
     try:
@@ -94,7 +95,7 @@ def alone(file: Path, busy: str) -> Iterator[None]:
         raise InputError(
             f"{file.parent} cannot be made: {error.strerror}; give another OUT"
         ) from error
-    lock = FileLock(file, blocking=False)
+    lock = FileLock(file, timeout=wait)
     try:
         lock.acquire()
     except Timeout as error:

@@ -10,10 +10,8 @@ from typing import Any
 import yaml
 
 from mergekit_arm.errors import InputError, first_line
+from mergekit_arm.merging.keys import Place as Place
 from mergekit_arm.sections import check_aliases, read_configuration
-
-Place = tuple[str | int, ...]
-"""Keys and indices from the top: ``("models", 0, "parameters", "weight")``."""
 
 
 @dataclass

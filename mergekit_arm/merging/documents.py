@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
+from mergekit._data import chat_templates
 from mergekit.config import ConfigYamlDumper
 from mergekit.options import MergeOptions
 
@@ -27,6 +29,23 @@ def check_dtype(key: str, name: object) -> None:
         raise InputError(
             f"{key}: {name!r} is none of {', '.join(FINAL_DTYPES)}"
             f"{did_you_mean(str(name), FINAL_DTYPES)}"
+        )
+
+
+def check_chat_template(template: str | None) -> None:
+    """Refuse what mergekit would only log, leaving the tokenizer out of every model.
+
+    Raises:
+        InputError: neither ``auto``, nor a template that mergekit has, nor one itself.
+    """
+    if template is None or template == "auto" or "{" in template:
+        return
+    names = [Path(file.name) for file in resources.files(chat_templates).iterdir()]
+    known = sorted(name.stem for name in names if name.suffix == ".jinja")
+    if template not in known:
+        raise InputError(
+            f"chat_template: mergekit has no {template!r}{did_you_mean(template, known)}; there "
+            f"are: auto, {', '.join(known)}, or give the template itself"
         )
 
 

@@ -60,11 +60,7 @@ def _make_model(place: Workplace, chosen: int) -> None:
     made = f"{to_yaml(document)}{options.out_shard_size} {options.safe_serialization}"
     if model.is_dir() and state.final == made:
         return
-    if not place.has(chosen):
-        raise InputError(
-            f"{place.out}: the float32 weights of step {chosen} are gone, of which the final model "
-            "would be made; keep them with --keep last or --keep all"
-        )
+    place.needed(chosen, "of which the final model would be made")
     if state.final is not None and model.is_dir():
         place.say(f"{model} is replaced: it becomes step {chosen} in {place.plan.final_dtype}")
     merge_adapter(source, options)

@@ -24,6 +24,7 @@ from mergekit_arm.judging.judge import Judge, Progress
 from mergekit_arm.machine import free_disk, free_memory
 from mergekit_arm.merging.options import complete_options
 from mergekit_arm.models.loading import choose_device, find_model
+from mergekit_arm.models.references import plain_path
 from mergekit_arm.models.tensors import open_tensors
 from mergekit_arm.sections import section
 from mergekit_arm.statistics.read import open_statistics
@@ -34,7 +35,6 @@ from mergekit_arm.streaming.options import Keep, StreamOptions
 from mergekit_arm.streaming.plan.checks import Checks
 from mergekit_arm.streaming.plan.document import STEP_BYTES
 from mergekit_arm.streaming.plan.plan import StreamPlan, make_plan
-from mergekit_arm.streaming.references import plain_path
 from mergekit_arm.streaming.state import State, read_state
 from mergekit_arm.units import size_text
 

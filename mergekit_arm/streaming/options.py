@@ -20,9 +20,8 @@ class WatchOptions:
     timeout: float = 3600.0
     """Seconds without a new checkpoint after which the run counts as ended."""
     poll: float = 2.0
-    """Seconds between looks at the directory."""
-    settle: float = 30.0
-    """Seconds for which a checkpoint without trainer_state.json must not have changed."""
+    """Seconds between looks at the directory. Two must find the same of a checkpoint without
+    trainer_state.json."""
     fed: bool = False
     """A training process puts the checkpoints into OUT, and says on standard input when it ends."""
 

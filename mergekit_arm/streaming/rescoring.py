@@ -27,11 +27,7 @@ def score_again(place: Workplace, judge: dict[str, str]) -> None:
                 there = place.plan.config.compare.checkpoints and _is_there(one.reference)
                 one.scores = place.score_aside(one.reference) if there else {}
             if not record.accepted:
-                record.current = state.scores_of(
-                    next(
-                        (o.step for o in reversed(state.steps[: record.step - 1]) if o.accepted), 0
-                    )
-                )
+                record.current = state.scores_of(state.before(record.step))
             elif place.has(record.step):
                 record.current = place.score(place.model_of(record.step))
             else:

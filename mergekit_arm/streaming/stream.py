@@ -19,6 +19,7 @@ from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove
 from mergekit_arm.judging.judge import Progress, Scores
 from mergekit_arm.merging.options import LORA_CACHE
+from mergekit_arm.models.references import plain_path
 from mergekit_arm.outputs import alone
 from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.ending import finish
@@ -27,13 +28,12 @@ from mergekit_arm.streaming.judge import judged_by
 from mergekit_arm.streaming.layout import LOCK_FILE, MODEL, PLOT, left_behind
 from mergekit_arm.streaming.options import StreamOptions
 from mergekit_arm.streaming.plan.plan import PlannedStep
-from mergekit_arm.streaming.references import plain_path
 from mergekit_arm.streaming.report.plot import draw_stream
 from mergekit_arm.streaming.rescoring import score_again
 from mergekit_arm.streaming.state import Skipped, State, StepRecord, read_state
 from mergekit_arm.streaming.step.step import take_step
 from mergekit_arm.streaming.step.workplace import Workplace
-from mergekit_arm.streaming.training.checkpoints import number_of, problem_of
+from mergekit_arm.streaming.training.checkpoints import problem_of, reached
 from mergekit_arm.streaming.training.watch import Watch, watch_run
 from mergekit_arm.units import duration_text
 
@@ -228,11 +228,9 @@ class _Loop:
         if self.watch is None:
             steps = plan.left(state)
             return steps[0] if steps else "all checkpoints are merged"
-        handled = [number_of(one.checkpoint) for one in state.handled]
-        after = max(handled, default=-1)
         if plan.planned(step, position, ()) is None:
             return "the list of learning rates is used up"
-        found = self.watch.next(after)
+        found = self.watch.next(reached(state))
         state.last = self.watch.last
         if isinstance(found, str):
             return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -85,12 +85,7 @@ class Evaluation(Section):
         """
         if any(name not in scores or name not in base for name in self.sets):
             return None
-        gain = 0.0
-        for name in self.deciding:
-            one = self.sets[name]
-            change = scores[name] - base[name]
-            gain += one.weight * (change if one.goal == "maximize" else -change)
-        return not self.exceeded(scores, base), gain
+        return not self.exceeded(scores, base), self._gain(self.deciding, scores, base)
 
     def exceeded(self, scores: Scores, base: Scores) -> list[str]:
         """Return the sets whose loss has risen over the base's by more than their ``at_most``."""
@@ -112,12 +107,12 @@ class Evaluation(Section):
         Commands are not run for them, so that a loss decides where a command decides the steps.
         """
         names = [name for name in self.deciding if name in scores and name in other]
-        change = 0.0
-        for name in names or [n for n in scores if n in other]:
-            one = self.sets[name]
-            difference = scores[name] - other[name]
-            change += one.weight * (difference if one.goal == "maximize" else -difference)
-        return change > 0
+        return self._gain(names or [n for n in scores if n in other], scores, other) > 0
+
+    def _gain(self, names: Iterable[str], scores: Scores, other: Scores) -> float:
+        better = {"minimize": -1, "maximize": 1}
+        changes = ((self.sets[name], scores[name] - other[name]) for name in names)
+        return sum(one.weight * better[one.goal] * change for one, change in changes)
 
 
 EVALUATION_KEYS = [*_OF_DATA, *METRIC_KEYS, *(k for k in Evaluation.model_fields if k != SETS)]

@@ -233,7 +233,6 @@ def test_keep_says_whose_weights_stay(run: Path, tmp_path: Path, keep: Any, kept
     assert found == sorted({*kept, *best})
     for step in ("001", "002", "003"):
         assert (tmp_path / "out" / "steps" / step / "config.yml").is_file()
-        assert (tmp_path / "out" / "steps" / step / "metrics.json").is_file()
 
 
 def test_the_final_model_is_complete(tmp_path: Path) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mergekit import merge_methods
-from mergekit._data import chat_templates
 from pydantic import ValidationError
 
 from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.models.references import absolute_reference, plain_path
 from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.plan.document import StepStatistics, check_document, step_document
@@ -24,7 +23,6 @@ from mergekit_arm.streaming.rates import (
     check_rates,
     rates_at,
 )
-from mergekit_arm.streaming.references import absolute_reference, plain_path
 from mergekit_arm.streaming.training.checkpoints import RunCheckpoint, trained_on
 
 T = TypeVar("T")
@@ -67,19 +65,6 @@ def check_watched(config: StreamConfig) -> None:
     if config.passes > 1:
         raise InputError(
             "passes: --watch goes through the checkpoints once, since the trainer may delete them"
-        )
-
-
-def check_chat_template(template: str | None) -> None:
-    """Refuse what mergekit would only log, leaving the tokenizer out of every model."""
-    if template is None or template == "auto" or "{" in template:
-        return
-    names = [Path(file.name) for file in resources.files(chat_templates).iterdir()]
-    known = sorted(name.stem for name in names if name.suffix == ".jinja")
-    if template not in known:
-        raise InputError(
-            f"chat_template: mergekit has no {template!r}{did_you_mean(template, known)}; there "
-            f"are: auto, {', '.join(known)}, or give the template itself"
         )
 
 

@@ -10,6 +10,7 @@ from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
 from mergekit_arm.errors import InputError, did_you_mean, first_line
+from mergekit_arm.merging.keys import unread_keys
 from mergekit_arm.methods.arm import TASK
 from mergekit_arm.methods.base import STATS
 from mergekit_arm.methods.parameters import MEASURED_ON
@@ -53,8 +54,12 @@ def step_document(
     checkpoints: Sequence[str],
     rates: Sequence[Rate] | None,
     statistics: StepStatistics,
+    chat_template: str | None = None,
 ) -> dict[str, Any]:
-    """Return the mergekit configuration of one step: ``checkpoints`` merged into ``current``."""
+    """Return the mergekit configuration of one step: ``checkpoints`` merged into ``current``.
+
+    ``chat_template``: a checkpoint's, where neither the base nor the configuration has one.
+    """
     shared = {**config.parameters, **method.fixed}
     for name, value in (
         (STATS, statistics.current),
@@ -83,6 +88,8 @@ def step_document(
         value = getattr(config, key)
         if value is not None:
             document[key] = value
+    if chat_template is not None:
+        document["chat_template"] = chat_template
     return document
 
 
@@ -104,7 +111,7 @@ def check_document(document: Mapping[str, Any]) -> None:
         InputError: it does not parse, or holds a key that mergekit does not know.
     """
     try:
-        parsed = MergeConfiguration.model_validate(dict(document))
+        MergeConfiguration.model_validate(dict(document))
     except (ValidationError, RuntimeError) as error:
         detail = (
             f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
@@ -112,21 +119,9 @@ def check_document(document: Mapping[str, Any]) -> None:
             else first_line(error)
         )
         raise InputError(f"mergekit does not accept the step's configuration: {detail}") from error
-    _refuse_ignored(document, parsed.model_dump(), "")
-
-
-def _refuse_ignored(written: Any, understood: Any, where: str) -> None:
-    if isinstance(written, Mapping) and isinstance(understood, list):
-        written = [written]
-    if isinstance(written, list) and isinstance(understood, list):
-        for one, other in zip(written, understood, strict=False):
-            _refuse_ignored(one, other, where)
-    if not (isinstance(written, Mapping) and isinstance(understood, Mapping)):
-        return
-    for key, value in written.items():
-        if key not in understood:
-            raise InputError(
-                f"{where or 'configuration'}: mergekit knows no key {key!r} here"
-                f"{did_you_mean(str(key), understood)}; there are: {', '.join(understood)}"
-            )
-        _refuse_ignored(value, understood[key], f"{where}.{key}" if where else str(key))
+    for place, key, known in unread_keys(MergeConfiguration, dict(document), ()):
+        where = ".".join(map(str, place)) or "configuration"
+        raise InputError(
+            f"{where}: mergekit knows no key {key!r} here{did_you_mean(str(key), known)}; "
+            f"there are: {', '.join(known)}"
+        )

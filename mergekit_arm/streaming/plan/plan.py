@@ -12,19 +12,19 @@ from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.files import sampled_hash
-from mergekit_arm.merging.documents import FINAL_DTYPES
+from mergekit_arm.merging.documents import FINAL_DTYPES, check_chat_template
 from mergekit_arm.merging.options import decisive_options
 from mergekit_arm.methods.arm import TASK
 from mergekit_arm.methods.base import STATS
 from mergekit_arm.models.contents import Contents, describe
 from mergekit_arm.models.loading import choose_device
+from mergekit_arm.models.references import absolute_reference
 from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.plan.checks import (
     Checks,
     adapter_note,
-    check_chat_template,
     check_parameters,
     check_tokenizer,
     check_watched,
@@ -36,7 +36,6 @@ from mergekit_arm.streaming.plan.document import TOKENS
 from mergekit_arm.streaming.plan.method import StepMethod, fit_method
 from mergekit_arm.streaming.plan.prefix import check_prefix, list_checkpoints, same_shapes
 from mergekit_arm.streaming.rates import LineSearch, Rate, Rates, rates_at
-from mergekit_arm.streaming.references import absolute_reference
 from mergekit_arm.streaming.state import State
 from mergekit_arm.streaming.training.checkpoints import Group
 

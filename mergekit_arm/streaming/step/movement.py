@@ -34,26 +34,13 @@ class TensorMove:
 
 @dataclass(frozen=True)
 class Move:
-    """A whole step."""
+    """A whole step: norms over all weights, and angles over the matrices that moved."""
 
-    tensors: dict[str, TensorMove]
-
-    @property
-    def update_norm(self) -> float:
-        """‖W' − W‖ over all weights."""
-        return math.hypot(*(move.update for move in self.tensors.values()))
-
-    @property
-    def task_norm(self) -> float:
-        """‖W_c − W‖ over all weights: how far the checkpoint was."""
-        return math.hypot(*(move.task for move in self.tensors.values()))
-
-    def rotation(self) -> dict[str, float] | None:
-        """Return mean and largest angle over matrices in degrees, None where nothing moved."""
-        angles = [m.angle for m in self.tensors.values() if m.matrix and m.angle is not None]
-        if not angles:
-            return None
-        return {"mean": sum(angles) / len(angles), "max": max(angles)}
+    update_norm: float
+    task_norm: float
+    """How far the checkpoint was."""
+    rotation_degrees: dict[str, float] | None
+    """Mean and largest angle; None where nothing moved."""
 
 
 def measure_move(document: Mapping[str, Any], merged: str, options: MergeOptions) -> Move:
@@ -69,7 +56,7 @@ def measure_move(document: Mapping[str, Any], merged: str, options: MergeOptions
     architecture = get_architecture_info(configuration, options)
     after = configuration.base_model.model_validate(merged)
     weights = architecture.all_weights(after.config(trust_remote_code=options.trust_remote_code))
-    moves: dict[str, TensorMove] = {}
+    moves: list[TensorMove] = []
     for weight in weights:
         tensors = [
             LoadTensor(
@@ -86,8 +73,13 @@ def measure_move(document: Mapping[str, Any], merged: str, options: MergeOptions
             continue
         if len({tensor.shape for tensor in tensors}) == 1:
             goal = tensors[2] if len(tensors) == 3 else torch.stack(tensors[2:]).mean(dim=0)
-            moves[weight.name] = compare(tensors[0], tensors[1], goal)
-    return Move(moves)
+            moves.append(compare(tensors[0], tensors[1], goal))
+    angles = [move.angle for move in moves if move.matrix and move.angle is not None]
+    return Move(
+        math.hypot(*(move.update for move in moves)),
+        math.hypot(*(move.task for move in moves)),
+        {"mean": sum(angles) / len(angles), "max": max(angles)} if angles else None,
+    )
 
 
 def compare(after: Tensor, before: Tensor, checkpoint: Tensor) -> TensorMove:

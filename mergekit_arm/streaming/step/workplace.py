@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -43,9 +42,6 @@ class Workplace:
     say: Callable[[str], None]
     progress: Callable[[int, int], None] | None = None
 
-    def __post_init__(self) -> None:
-        self._use_template()
-
     def borrow_template(self, references: Sequence[str]) -> str | None:
         """Return a checkpoint's chat template where the base has none, for all models to come."""
         trust = self.merge.trust_remote_code
@@ -56,16 +52,8 @@ class Workplace:
             tokenizer = load_own_tokenizer(reference, trust)
             if tokenizer is not None and isinstance(tokenizer.chat_template, str):
                 self.say(f"the base has no chat template: {reference}'s is used and published")
-                self.state.chat_template = tokenizer.chat_template
-                self._use_template()
-                return self.state.chat_template
+                return tokenizer.chat_template
         return None
-
-    def _use_template(self) -> None:
-        if self.state.chat_template is not None:
-            update = {"chat_template": self.state.chat_template}
-            config = self.plan.config.model_copy(update=update)
-            self.plan = dataclasses.replace(self.plan, config=config)
 
     def folder(self, step: int) -> Path:
         """Return the directory of a step (from 1)."""
@@ -81,13 +69,20 @@ class Workplace:
         Raises:
             InputError: its weights are not there any more.
         """
-        number = self.state.before(step)
-        if number and not self.has(number):
+        return self.needed(self.state.before(step), "from which the stream would go on")
+
+    def needed(self, step: int, purpose: str) -> str:
+        """Return :meth:`model_of` a step whose weights must be there, ``purpose`` says for what.
+
+        Raises:
+            InputError: they are not.
+        """
+        if not self.has(step):
             raise InputError(
-                f"{self.out}: the float32 weights of step {number} are gone, from which the stream "
-                "would go on; keep them with --keep last or --keep all"
+                f"{self.out}: the float32 weights of step {step} are gone, {purpose}; keep them "
+                "with --keep last or --keep all"
             )
-        return self.model_of(number)
+        return self.model_of(step)
 
     def has(self, step: int) -> bool:
         """Say whether a step's weights are there; the base's are."""
