@@ -21,8 +21,9 @@ from mergekit_arm.data.corpus import read_corpus
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.files import size_of, try_writing
 from mergekit_arm.judging.judge import Judge, Progress
-from mergekit_arm.machine import free_disk, free_memory
+from mergekit_arm.machine import free_disk
 from mergekit_arm.merging.options import complete_options
+from mergekit_arm.merging.room import Room, room_in
 from mergekit_arm.models.loading import choose_device, find_model
 from mergekit_arm.models.references import plain_path
 from mergekit_arm.models.tensors import open_tensors
@@ -38,19 +39,6 @@ from mergekit_arm.streaming.plan.plan import StreamPlan, make_plan
 from mergekit_arm.streaming.state import State, read_state
 from mergekit_arm.units import size_text
 
-_LIBRARIES = 700 << 20  # bytes resident once torch, transformers and mergekit are imported
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a stream takes at its peak and what this machine has, in bytes, without statistics."""
-
-    disk: int
-    disk_free: int
-    memory: int
-    """Of the main memory, for a merge; an evaluation or a calibration takes the model itself."""
-    memory_free: int
-
 
 @dataclass(frozen=True)
 class Forecast:
@@ -64,8 +52,9 @@ class Forecast:
     """What ``OUT`` holds already."""
     judge: Judge | None
     """Of the models; None without an evaluation."""
-    needs: Needs | None
-    """None where something is wrong."""
+    needs: Room | None
+    """At the stream's peak, without statistics, and without what an evaluation or a calibration
+    takes; None where something is wrong."""
     problems: list[str]
 
     @property
@@ -123,8 +112,7 @@ def look_ahead(
         check.run(lambda: _check_evaluation(plan, judge))
     needs = None
     if not check.problems:
-        disk, memory = disk_needed(plan, options.keep), _memory(plan, merge)
-        needs = Needs(disk, free_disk(out), memory, free_memory(torch.device("cpu")))
+        needs = room_in(out, disk_needed(plan, options.keep), _memory(plan, merge))
         if watched or plan.left(state):
             check.run(lambda: check_disk(plan, out, options.keep))
     return Forecast(plan, merge, state, judge, needs, check.problems)
@@ -169,7 +157,7 @@ def _memory(plan: StreamPlan, merge: MergeOptions) -> int:
     """Return what a merge holds: a shard until it is full, and one tensor's inputs and result."""
     largest = max((math.prod(shape) for shape in plan.base.shapes.values()), default=0)
     shard = min(plan.base.parameters * STEP_BYTES, int(merge.out_shard_size))
-    return _LIBRARIES + shard + 5 * largest * STEP_BYTES
+    return shard + 5 * largest * STEP_BYTES
 
 
 def _check_keep(plan: StreamPlan | None, keep: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.ending import finish
 from mergekit_arm.streaming.forecast import look_ahead, seconds_left
 from mergekit_arm.streaming.judge import judged_by
-from mergekit_arm.streaming.layout import LOCK_FILE, MODEL, PLOT, left_behind
+from mergekit_arm.streaming.layout import INCOMING, LOCK_FILE, MODEL, PLOT, left_behind
 from mergekit_arm.streaming.options import StreamOptions
 from mergekit_arm.streaming.plan.plan import PlannedStep
 from mergekit_arm.streaming.report.plot import draw_stream
@@ -34,7 +35,7 @@ from mergekit_arm.streaming.state import Skipped, State, StepRecord, read_state
 from mergekit_arm.streaming.step.step import take_step
 from mergekit_arm.streaming.step.workplace import Workplace
 from mergekit_arm.streaming.training.checkpoints import problem_of, reached
-from mergekit_arm.streaming.training.watch import Watch, watch_run
+from mergekit_arm.streaming.training.watch import Watch
 from mergekit_arm.units import duration_text
 
 _DRAW_EVERY = 30.0  # seconds: drawing must not cost more than a small model's steps
@@ -105,11 +106,12 @@ def stream(
             raise InputError(f"{place}: another process has just worked on it; run again")
         state = state or State(fingerprint=plan.fingerprint)
         work = Workplace(place, plan, known.merge, options.keep, state, known.judge, say, progress)
-        folder = None if isinstance(settings.checkpoints, list) else settings.checkpoints
-        run = None if folder is None else Path(plain_path(folder))
-        with watch_run(run, place, plan.config.base_model, options.watch, say) as watch:
-            if watch is not None:
-                watch.last = state.last
+        watch = None
+        if options.watch is not None:
+            run = Path(plain_path(str(settings.checkpoints)))
+            base = plan.config.base_model
+            watch = Watch(run, place / INCOMING, base, options.watch, say, last=state.last)
+        with watch or nullcontext():
             return _Loop(work, watch, options, on_step or (lambda record: None)).complete()
 
 

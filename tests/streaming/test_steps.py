@@ -15,9 +15,9 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mergekit_arm.merging.movement import compare
 from mergekit_arm.statistics.locate import read_metadata
 from mergekit_arm.streaming import StreamOptions, stream
-from mergekit_arm.streaming.step.movement import compare
 from tests.support.models import perturbed, tiny_llama
 from tests.support.streams import add_tokenizer, config, weights, write_run, write_tokens
 

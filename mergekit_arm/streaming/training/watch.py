@@ -9,8 +9,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import psutil
 from mergekit_arm.errors import Failure
 from mergekit_arm.files import remove
 from mergekit_arm.models.contents import missing_part, weight_files
-from mergekit_arm.streaming.layout import END_MARKER, INCOMING
+from mergekit_arm.streaming.layout import END_MARKER
 from mergekit_arm.streaming.options import WatchOptions
 from mergekit_arm.streaming.training.checkpoints import (
     TRAINER_STATE,
@@ -192,22 +192,6 @@ class Watch:
                 unchanged = files == before and now - since >= self.options.poll
                 return ended or unchanged or (path / TRAINER_STATE).is_file()
         return False
-
-
-@contextmanager
-def watch_run(
-    folder: Path | None,
-    out: Path,
-    base_model: str,
-    options: WatchOptions | None,
-    say: Callable[[str], None],
-) -> Iterator[Watch | None]:
-    """Take the checkpoints of ``folder`` into ``out`` meanwhile; None without ``options``."""
-    if options is None or folder is None:
-        yield None
-        return
-    with Watch(folder, out / INCOMING, base_model, options, say) as watch:
-        yield watch
 
 
 def take(checkpoint: Path, incoming: Path) -> bool:
