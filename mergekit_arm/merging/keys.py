@@ -14,6 +14,14 @@ Place = tuple[str | int, ...]
 """Keys and indices from the top: ``("models", 0, "parameters", "weight")``."""
 
 
+def dotted(place: Place) -> str:
+    """Return ``models[0].parameters.weight``."""
+    text = ""
+    for part in place:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text
+
+
 def unread_keys(kind: Any, value: Any, place: Place) -> Iterator[tuple[Place, str, list[str]]]:
     """Yield every key of ``value`` that the type ``kind`` has no field for."""
     if isinstance(kind, type) and issubclass(kind, BaseModel):

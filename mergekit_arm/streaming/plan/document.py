@@ -10,7 +10,7 @@ from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
 from mergekit_arm.errors import InputError, did_you_mean, first_line
-from mergekit_arm.merging.keys import unread_keys
+from mergekit_arm.merging.keys import dotted, unread_keys
 from mergekit_arm.methods.arm import TASK
 from mergekit_arm.methods.base import STATS
 from mergekit_arm.methods.parameters import MEASURED_ON
@@ -120,7 +120,7 @@ def check_document(document: Mapping[str, Any]) -> None:
         )
         raise InputError(f"mergekit does not accept the step's configuration: {detail}") from error
     for place, key, known in unread_keys(MergeConfiguration, dict(document), ()):
-        where = ".".join(map(str, place)) or "configuration"
+        where = dotted(place) or "configuration"
         raise InputError(
             f"{where}: mergekit knows no key {key!r} here{did_you_mean(str(key), known)}; "
             f"there are: {', '.join(known)}"
