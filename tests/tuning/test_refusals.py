@@ -125,7 +125,7 @@ def test_a_directory_of_something_else_is_left_alone(family: Path, tmp_path: Pat
         with pytest.raises(InputError, match=r"holds no search \(but thesis\.tex\)"):
             tune(config(family, {}), tmp_path, TuneOptions(force=force))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(InputError, match="is no directory"):
+    with pytest.raises(InputError, match="is a file; name a directory for the search"):
         tune(config(family, {}), tmp_path / "thesis.tex")
 
 
