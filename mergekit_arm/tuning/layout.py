@@ -30,6 +30,6 @@ def check_out(out: Path) -> bool:
     Raises:
         InputError: it is a file, or holds anything else.
     """
-    if out.is_symlink():
+    if out.is_dir() and out.is_symlink():
         raise InputError(f"{out} is a link; name the directory that it leads to")
     return holds(out, "search", STATE_FILE, _BEGUN)
