@@ -89,17 +89,20 @@ def alone(file: Path, busy: str, *, wait: float = 0) -> Iterator[None]:
             ``wait`` seconds, which ``busy`` says.
     """
     folders = [file.parent, *(one for one in file.parent.parents if not one.exists())]
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"{file.parent} cannot be made: {error.strerror}; give another OUT"
-        ) from error
     lock = FileLock(file, timeout=wait)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(busy) from error
+    while not lock.is_locked:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{file.parent} cannot be made: {error.strerror}; give another OUT"
+            ) from error
+        # Who held it may just have removed the directory.
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise InputError(busy) from error
     try:
         yield
     finally:

@@ -129,6 +129,14 @@ def test_a_directory_of_something_else_is_left_alone(family: Path, tmp_path: Pat
         tune(config(family, {}), tmp_path / "thesis.tex")
 
 
+def test_a_directory_that_mergekit_would_read_as_an_adapter_is_refused(
+    family: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="adapter and revision"):
+        tune(config(family, {}), tmp_path / "a+b")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_command_that_fails_ends_the_search_at_the_base(family: Path, tmp_path: Path) -> None:
     sets = {"m": {"metric_command": "echo oops {model}", "goal": "minimize"}}
     with pytest.raises(Failure, match="last line is 'oops"):
