@@ -70,8 +70,8 @@ class Watch:
         """Begin to take checkpoints."""
         self.incoming.mkdir(parents=True, exist_ok=True)
         for left in self.incoming.glob(".*"):
-            process = left.name.split(".")[-2]
-            if process == str(os.getpid()) or not psutil.pid_exists(int(process)):
+            process = left.name.split(".")[-2]  # or what was being removed
+            if not process.isdigit() or int(process) not in set(psutil.pids()) - {os.getpid()}:
                 remove(left)
         work = self._listen if self.options.fed else self._take_on
         # A daemon, since it may wait for a line that never comes.

@@ -100,6 +100,7 @@ def test_what_a_dead_process_took_half_way_is_removed(models: Path, tmp_path: Pa
     dead, alive = 2**22 + 1, os.getppid()
     for process in (dead, alive, os.getpid()):
         (tmp_path / "in" / f".checkpoint-1.{process}.abcdefgh").mkdir(parents=True)
+    (tmp_path / "in" / ".removed.abcdefgh" / "checkpoint-1").mkdir(parents=True)
     with watch(models, tmp_path):
         pass
     assert [one.name for one in (tmp_path / "in").iterdir()] == [f".checkpoint-1.{alive}.abcdefgh"]
