@@ -1,15 +1,17 @@
 """Small verbs on files: atomic writes, publishing a directory, sizes.
 
-Whatever is not finished has a name that begins with a dot; a stream removes it when it goes on.
+Whatever is not finished has the name that it will get, with a dot before and an ending behind it:
+:func:`unfinished` finds it when the work goes on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -106,6 +108,17 @@ def remove(path: Path) -> None:
         doomed = Path(tempfile.mkdtemp(prefix=".removed.", dir=path.parent))
         path.rename(doomed / path.name)
         shutil.rmtree(doomed)
+
+
+def unfinished(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Return what a killed process has left half-way in the place of ``names`` in ``folder``.
+
+    Nothing else that begins with a dot: a repository, settings, a cache of the user's.
+    """
+    # The endings are ours: a process, and eight characters of tempfile's alphabet.
+    known = "|".join(map(re.escape, (*names, "removed")))
+    ours = re.compile(rf"\.({known})\.(partial|(\d+\.)?[a-z0-9_]{{8}})")
+    return [path for path in sorted(folder.glob(".*")) if ours.fullmatch(path.name)]
 
 
 def size_of(path: Path) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,10 +114,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return dict(document)
 
 
-def explain(error: ValidationError, known: Mapping[str, type[BaseModel]]) -> str:
+def explain(error: ValidationError, known: Mapping[str, Iterable[str]]) -> str:
     """Return the first mistake as ``place: what is wrong``.
 
-    ``known``: a place's dotted name (``""`` is the whole) → the model that says its keys.
+    ``known``: a place's dotted name (``""`` is the whole) → the keys that it may have.
     """
     errors = error.errors()
     # A misspelt key also leaves the right one missing: name the cause.
@@ -125,9 +125,11 @@ def explain(error: ValidationError, known: Mapping[str, type[BaseModel]]) -> str
     place = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         outer = ".".join(place[:-1])
-        keys = known[outer].model_fields if outer in known else {}
+        keys = list(known.get(outer, ()))
         inside = f" in {outer}" if outer else ""
         there = f"; there are: {', '.join(keys)}" if keys else ""
         return f"unknown key {place[-1]!r}{inside}{did_you_mean(place[-1], keys)}{there}"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(place)}: {message[:1].lower()}{message[1:]}" if place else message
+    # The names of a union's branches say nothing to the user.
+    path = ".".join(part for part in place if "[" not in part and part not in ("str", "int"))
+    return f"{path}: {message[:1].lower()}{message[1:]}" if path else message

@@ -21,10 +21,10 @@ from tests.support.paths import PACKAGE, ROOT
 
 FLOORS = (
     {"__init__", "errors", "units", "autoload"},
-    {"files", "machine", "sections", "tensors"},
+    {"files", "machine", "outputs", "sections", "tensors"},
     {"data", "models", "statistics"},
     {"methods", "calibration"},
-    {"judging"},
+    {"judging", "merging"},
     {"streaming"},
     {"tuning"},
     {"checking", "inspecting", "publishing"},

@@ -14,8 +14,8 @@ from mergekit_arm.checking.document import Document, Place, dotted, read_documen
 from mergekit_arm.checking.findings import Finding, Findings
 from mergekit_arm.checking.keys import NAME, check_duplicates
 from mergekit_arm.checking.merge import check_merge
-from mergekit_arm.checking.room import Room
 from mergekit_arm.errors import InputError
+from mergekit_arm.merging.room import Room
 from mergekit_arm.streaming.forecast import forecast_stream
 from mergekit_arm.streaming.options import StreamOptions
 from mergekit_arm.tuning.options import TuneOptions
@@ -103,10 +103,7 @@ def _check_stream(findings: Findings, options: MergeOptions, out: Path) -> Room 
         findings.error(place, problem.removeprefix(f"{dotted(place)}: "))
     for note in report.plan.notes if report.plan else ():
         findings.note(_named(document, note), note)
-    needs = report.needs
-    if needs is None:
-        return None
-    return Room(needs.disk, needs.disk_free, needs.memory, needs.memory_free)
+    return report.needs
 
 
 def _check_tuning(findings: Findings, options: MergeOptions, out: Path) -> Room | None:

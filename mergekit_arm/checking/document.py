@@ -10,10 +10,9 @@ from typing import Any
 import yaml
 
 from mergekit_arm.errors import InputError, first_line
+from mergekit_arm.merging.keys import Place as Place
+from mergekit_arm.merging.keys import dotted as dotted
 from mergekit_arm.sections import check_aliases, read_configuration
-
-Place = tuple[str | int, ...]
-"""Keys and indices from the top: ``("models", 0, "parameters", "weight")``."""
 
 
 @dataclass
@@ -37,14 +36,6 @@ class Document:
     def leaves(self) -> Iterator[tuple[Place, Any]]:
         """Yield every scalar with its place."""
         yield from _leaves((), self.value)
-
-
-def dotted(place: Place) -> str:
-    """Return ``models[0].parameters.weight``."""
-    text = ""
-    for part in place:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text
 
 
 def read_documents(path: str | Path) -> list[Document]:

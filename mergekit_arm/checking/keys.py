@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-import types
-from collections.abc import Iterator, Mapping
-from typing import Any, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any
 
-from mergekit.common import ModelReference
-from mergekit.config import ConditionalParameter, MergeConfiguration
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from mergekit_arm.calibration.from_config import SECTION
 from mergekit_arm.checking.document import Document, Place, dotted
 from mergekit_arm.checking.findings import Findings
 from mergekit_arm.errors import did_you_mean, first_line
+from mergekit_arm.merging.keys import unread_keys
 
 NAME = "name"
 """The key that ``mergekit-multi`` reads of each document."""
@@ -37,7 +36,7 @@ def check_keys(value: Mapping[str, Any], findings: Findings) -> None:
 
     Keys under ``parameters`` are the method's, and looked at in ``parameters.py``.
     """
-    for place, key, known in _unread(MergeConfiguration, dict(value), ()):
+    for place, key, known in unread_keys(MergeConfiguration, dict(value), ()):
         if not place and key in (SECTION, NAME):
             continue
         findings.error((*place, key), f"nothing reads this key{remedy(key, known, place)}")
@@ -98,49 +97,3 @@ def _guilty(document: Document, message: str) -> Place:
         if found and str(value) == found[1]:
             return place
     return ()
-
-
-def _unread(kind: Any, value: Any, place: Place) -> Iterator[tuple[Place, str, list[str]]]:
-    """Yield every key of ``value`` that the type ``kind`` has no field for."""
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        if not isinstance(value, dict):
-            return
-        fields = kind.model_fields
-        for key, inner in value.items():
-            if key in fields:
-                yield from _unread(fields[key].annotation, inner, (*place, key))
-            else:
-                yield place, key, list(fields)
-        return
-    arguments = get_args(kind)
-    if get_origin(kind) in (Union, types.UnionType):
-        yield from _unread(_meant(arguments, value), value, place)
-    elif isinstance(value, list) and arguments:
-        for number, inner in enumerate(value):
-            yield from _unread(arguments[0], inner, (*place, number))
-    elif isinstance(value, dict) and len(arguments) == 2:
-        for key, inner in value.items():
-            yield from _unread(arguments[1], inner, (*place, key))
-
-
-def _meant(kinds: tuple[Any, ...], value: Any) -> Any:
-    """Return which member of a union a value is of: the model with most of its keys, or the list.
-
-    A list of ``{filter, value}`` and a single one are two members of mergekit's settings.
-    """
-    if isinstance(value, list):
-        lists = [kind for kind in kinds if get_origin(kind) is list]
-        filters = [kind for kind in lists if ConditionalParameter in get_args(kind)]
-        return (filters or lists or [None])[0]
-    if not isinstance(value, dict):
-        return None
-    models = [one for kind in kinds for one in _models(kind)]
-    if not models:
-        return next((kind for kind in kinds if get_origin(kind) is dict), None)
-    if ModelReference in models and "model" in value and "kind" not in value:
-        return ModelReference
-    return max(models, key=lambda one: len(one.model_fields.keys() & value.keys()))
-
-
-def _models(kind: Any) -> list[Any]:
-    return [kind] if isinstance(kind, type) and issubclass(kind, BaseModel) else []

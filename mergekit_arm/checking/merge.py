@@ -20,10 +20,11 @@ from mergekit_arm.checking.keys import check_keys, parse
 from mergekit_arm.checking.models import Model, loaders, place_of, read_models
 from mergekit_arm.checking.parameters import check_parameters
 from mergekit_arm.checking.planning import plan
-from mergekit_arm.checking.room import Room, check_room, estimate
+from mergekit_arm.checking.room import check_room, estimate
 from mergekit_arm.checking.tensors import TensorCheck
 from mergekit_arm.checking.vocabulary import builds_tokenizer, check_vocabulary
 from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.merging.room import Room
 from mergekit_arm.methods import register_all
 
 

@@ -1,13 +1,11 @@
-"""Disk and memory that a merge takes, and what this machine has."""
+"""Disk and memory that a checked merge takes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -17,35 +15,10 @@ from mergekit_arm.checking.models import Header, Model
 from mergekit_arm.checking.planning import Planned
 from mergekit_arm.errors import InputError
 from mergekit_arm.files import try_writing
-from mergekit_arm.machine import free_disk, free_memory
-from mergekit_arm.units import size_text
+from mergekit_arm.merging.room import Room, room_in
 
-_LIBRARIES = 700 << 20  # bytes resident once torch, transformers and mergekit are imported
 _COPIES = 3
 """Of a tensor beside its inputs, in float32: differences, their sum, the result."""
-
-
-@dataclass(frozen=True)
-class Room:
-    """What a merge takes and what there is, in bytes."""
-
-    disk: int
-    """Of the merged model's weights."""
-    disk_free: int
-    memory: int
-    """At the peak, about: a shard until it is written, and one tensor's inputs and copies."""
-    memory_free: int
-
-    def __str__(self) -> str:
-        return (
-            f"the merged model takes {size_text(self.disk)} of disk ({size_text(self.disk_free)} "
-            f"free) and about {size_text(self.memory)} of memory "
-            f"({size_text(self.memory_free)} free)"
-        )
-
-    def fields(self) -> dict[str, int]:
-        """Return it as JSON has it."""
-        return asdict(self)
 
 
 def estimate(
@@ -69,12 +42,7 @@ def estimate(
         inputs = sum(_bytes(config.dtype, header) for header in headers)
         total += numbers * _bytes(config.out_dtype or config.dtype, headers[0])
         largest = max(largest, numbers * (inputs + _COPIES * 4))
-    return Room(
-        disk=total,
-        disk_free=free_disk(out),
-        memory=_LIBRARIES + largest + min(total, options.out_shard_size),
-        memory_free=free_memory(torch.device("cpu")),
-    )
+    return room_in(out, total, largest + min(total, options.out_shard_size))
 
 
 def check_room(room: Room, out: Path, findings: Findings) -> None:

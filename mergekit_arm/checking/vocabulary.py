@@ -17,7 +17,7 @@ from mergekit_arm.checking.findings import Findings
 from mergekit_arm.checking.models import Model
 from mergekit_arm.checking.planning import Planned, quiet
 from mergekit_arm.errors import InputError, first_line
-from mergekit_arm.streaming.plan.checks import check_chat_template
+from mergekit_arm.merging.documents import check_chat_template
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 

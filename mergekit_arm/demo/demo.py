@@ -31,8 +31,9 @@ from mergekit_arm.demo.stream import EARLY, OUT, RUN, early_steps, run_stream
 from mergekit_arm.demo.text import DOMAINS, DomainText, standard_library
 from mergekit_arm.demo.train import new_model, save, token_blocks, train, train_tokenizer
 from mergekit_arm.errors import Failure, InputError
-from mergekit_arm.streaming.judge import StreamJudge
-from mergekit_arm.streaming.verdict import LOSS, Evaluation
+from mergekit_arm.judging.judge import Judge
+from mergekit_arm.judging.sets import HeldOutSet
+from mergekit_arm.streaming.verdict import LOSS
 
 BASE_DOMAIN, *SPECIALTIES = DOMAINS
 BASE = "base"
@@ -182,19 +183,12 @@ def _measure(bar: Progress) -> LossTable:
     return losses
 
 
-def _judge(domain: str) -> StreamJudge:
+def _judge(domain: str) -> Judge:
     """Return what a stream would judge by: all of the domain's held-out text."""
-    settings = Evaluation.model_validate(
-        {
-            "dataset": f"heldout/{domain}.jsonl",
-            "samples": 1_000_000,
-            "sequence_length": 128,
-            "batch_size": 16,  # few enough logits to reuse their memory: faults cost as much
-            "device": "cpu",
-            "dtype": "float32",
-        }
-    )
-    return StreamJudge(settings, [CALIBRATION.model], MergeOptions())
+    # Few enough logits in a batch to reuse their memory: faults cost as much.
+    data = {"dataset": f"heldout/{domain}.jsonl", "samples": 1_000_000, "batch_size": 16}
+    heldout = HeldOutSet.model_validate({**data, "sequence_length": 128})
+    return Judge({LOSS: heldout}, [CALIBRATION.model], MergeOptions(), "cpu", "float32")
 
 
 def _config(

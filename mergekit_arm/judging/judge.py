@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from mergekit.common import ModelReference
@@ -25,6 +28,9 @@ from mergekit_arm.sections import section
 Scores = dict[str, float]
 """By the set's name: a mean loss in nats, or what the command printed."""
 
+Progress = Callable[[str, int, int], None]
+"""Told what goes on, how much of it is done, and how much there is: 0 where that is unknown."""
+
 
 @dataclass
 class Judge:
@@ -32,7 +38,8 @@ class Judge:
 
     ``references``: the base, then models whose chat template may stand in for its own.
     ``changes_tokens``: merges change the tokenizer, so that ids must be compared.
-    ``where``: the key under which the file has the sets, for messages.
+    ``where``: the key under which the file has the sets, for messages; ``named``: whether it gives
+    them names.
     """
 
     sets: Mapping[str, EvaluationSet]
@@ -42,12 +49,14 @@ class Judge:
     dtype: str = "auto"
     changes_tokens: bool = False
     where: str = "evaluation"
+    named: bool = True
     say: Callable[[str], None] | None = None
     """Receives what commands print."""
     log: Path | None = None
     """Holds what the last command printed."""
-    on_share: Callable[[str], OnShare] | None = None
-    """From a set's name, what is called with every share of a loss that :meth:`score` takes."""
+    progress: Progress | None = None
+    """Told how far :meth:`score` is: tokens of a loss, seconds of a command's last time."""
+    _seconds: dict[str, int] = field(default_factory=dict)
     _held: dict[str, HeldOut] = field(default_factory=dict)
 
     @property
@@ -80,7 +89,16 @@ class Judge:
 
     def place(self, name: str) -> str:
         """Return where the file has the set, for messages."""
-        return f"{self.where}.{name}" if name else self.where
+        return f"{self.where}.{name}" if self.named else self.where
+
+    def data(self) -> dict[str, dict[str, Any]]:
+        """Return of every set with data a hash of what is scored, and how many tokens that is.
+
+        Raises:
+            InputError: it cannot be used.
+        """
+        held = {n: self.heldout(n) for n, one in self.sets.items() if isinstance(one, HeldOutSet)}
+        return {n: {"sha256": one.digest, "tokens": one.scored_tokens} for n, one in held.items()}
 
     def score(
         self, reference: str, scratch: Path, *, losses: bool = True, run_commands: bool = True
@@ -103,37 +121,23 @@ class Judge:
             found |= self.metrics(folder, scratch)
         return {name: found[name] for name in self.sets if name in found}
 
-    def losses(
-        self,
-        model: PreTrainedModel,
-        on_share: Callable[[str], OnShare] | None = None,
-    ) -> Scores:
-        """Return a loaded model's mean loss on every set of data, in the order of the file.
-
-        ``on_share``: from a set's name, what :func:`mean_loss` shall call.
-        """
-        return {
-            name: mean_loss(
-                model, self.heldout(name), one.batch_size, on_share(name) if on_share else None
-            )
-            for name, one in self.sets.items()
-            if isinstance(one, HeldOutSet)
-        }
-
     def metrics(self, folder: str, scratch: Path) -> Scores:
         """Return what every command says of the model in ``folder``."""
-        return {
-            name: run_metric(
-                one.metric_command,
-                folder,
-                scratch,
-                timeout=one.timeout,
-                say=self.say,
-                log=self.log,
-            )
-            for name, one in self.sets.items()
-            if isinstance(one, MetricSet)
-        }
+        found: Scores = {}
+        for name, one in self.sets.items():
+            if isinstance(one, MetricSet):
+                begun = time.monotonic()
+                found[name] = run_metric(
+                    one.metric_command,
+                    folder,
+                    scratch,
+                    timeout=one.timeout,
+                    say=self.say,
+                    log=self.log,
+                    on_second=partial(self._tell_seconds, name),
+                )
+                self._seconds[name] = round(time.monotonic() - begun)
+        return found
 
     def load(self, reference: str) -> PreTrainedModel:
         """Load a model for the forward passes.
@@ -152,13 +156,32 @@ class Judge:
 
     def _losses_of(self, reference: str) -> Scores:
         model = self.load(reference)
-        found = self.losses(model, self.on_share)
+        found = {
+            name: mean_loss(model, self.heldout(name), one.batch_size, self._on_share(name))
+            for name, one in self.sets.items()
+            if isinstance(one, HeldOutSet)
+        }
         device, alive = model.device, weakref.ref(model)
         del model
         if alive() is not None:  # a cycle holds it; collecting always would cost half a second
             gc.collect()
         empty_cache(device)
         return found
+
+    def _on_share(self, name: str) -> OnShare:
+        what = f"Evaluating {name}" if self.named else "Evaluating"
+
+        def told(done: int, total: int, _: float) -> None:
+            if self.progress is not None:
+                self.progress(what, done, total)
+
+        return told
+
+    def _tell_seconds(self, name: str, spent: float) -> None:
+        expected = self._seconds.get(name, 0)
+        if self.progress is not None and (expected or not spent):
+            what = f"Running {name if self.named else 'metric_command'}, seconds"
+            self.progress(what, min(round(spent), expected), expected)
 
     def _check_tokens(self, reference: str) -> None:
         """Refuse a model to which the base's token ids mean other tokens."""

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,9 @@ from mergekit_arm.errors import Failure
 from mergekit_arm.judging.placeholder import with_parameters
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+TICK = 1.0
+"""Seconds between two reports on a command that runs."""
 
 _READING = 5.0
 """Seconds for which the rest of the output is waited for, should some daemon hold the pipe."""
@@ -33,6 +37,7 @@ def run_metric(
     timeout: float | None = None,
     say: Callable[[str], None] | None = None,
     log: Path | None = None,
+    on_second: Callable[[float], None] = lambda spent: None,
 ) -> float:
     """Run the user's command for ``model``, and return the number on its last line.
 
@@ -47,12 +52,13 @@ def run_metric(
         timeout: seconds; none by default.
         say: receives every line that it prints, as it comes.
         log: a file for the same lines, replaced.
+        on_second: called at its start and every second with the seconds that it has run.
 
     Raises:
         Failure: it fails, takes too long, or its last line that is not empty is no finite number.
     """
     filled = with_parameters(command, ("model", "scratch"))
-    output = _Output(say)
+    output = _Output(say, on_second)
     with log.open("w", encoding="utf-8") if log else open(os.devnull, "w") as file:
         output.file = file
         status = _run(["sh", "-c", filled, "sh", model, str(scratch)], timeout, output)
@@ -80,7 +86,10 @@ def run_metric(
 class _Output:
     """Takes the lines of a command's two streams, from a thread each."""
 
-    def __init__(self, say: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, say: Callable[[str], None] | None, on_second: Callable[[float], None]
+    ) -> None:
+        self.on_second = on_second
         self.lines: list[str] = []
         """Of the standard output, stripped; empty ones left out. So is what is below."""
         self.errors: list[str] = []
@@ -121,9 +130,13 @@ def _run(words: list[str], timeout: float | None, output: _Output) -> int | None
         ]
         for reader in readers:
             reader.start()
+        begun, spent, end = time.monotonic(), 0.0, math.inf if timeout is None else timeout
         try:
-            return process.wait(timeout)
-        except subprocess.TimeoutExpired:
+            while spent < end:
+                output.on_second(spent)
+                with suppress(subprocess.TimeoutExpired):
+                    return process.wait(min(TICK, end - spent))
+                spent = time.monotonic() - begun
             return None
         finally:
             # What it left behind would hold the pipes open, and the readers with them.

@@ -78,7 +78,7 @@ def _read_set(given: Any, where: str) -> EvaluationSet:
     try:
         return kind.model_validate(dict(given))
     except ValidationError as error:
-        raise InputError(f"{where}: {explain(error, {'': kind})}") from error
+        raise InputError(f"{where}: {explain(error, {'': kind.model_fields})}") from error
 
 
 def better(goal: Goal, one: float, other: float) -> bool:

@@ -29,10 +29,10 @@ from mergekit_arm.checking.keys import parse
 from mergekit_arm.checking.models import Model, loaders
 from mergekit_arm.checking.planning import plan, quiet
 from mergekit_arm.errors import InputError, first_line
+from mergekit_arm.merging.movement import compare
 from mergekit_arm.methods import register_all
 from mergekit_arm.methods.aim import ActivationInformedMerge, gain
 from mergekit_arm.models.tensors import CheckpointTensors, open_tensors
-from mergekit_arm.streaming.step.movement import compare
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.outputs import read_saved
 from mergekit_arm.reporting.drawings import (
     BLUE,
     GREY,
@@ -17,9 +18,9 @@ from mergekit_arm.reporting.drawings import (
     panels,
 )
 from mergekit_arm.reporting.page import Grid, Page
-from mergekit_arm.tuning.layout import BEST, TRIALS
+from mergekit_arm.tuning.layout import BEST, STATE_FILE, TRIALS
 from mergekit_arm.tuning.space import Value
-from mergekit_arm.tuning.state import TuneState, read_tune_state
+from mergekit_arm.tuning.state import TuneState
 from mergekit_arm.tuning.trials import TrialRecord, best_of, completed, front_of, short
 
 _MOST = 12
@@ -33,8 +34,9 @@ def tune_page(out: Path) -> Page:
     Raises:
         InputError: its files are damaged, or of another version.
     """
-    state = read_tune_state(
-        out,
+    state = read_saved(
+        out / STATE_FILE,
+        TuneState,
         other_version="report with the version that wrote it",
         damaged="run the search again",
     )

@@ -29,8 +29,6 @@ class Calibration(Section):
     def _collect(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             raise ValueError("must be a mapping such as {dataset: ./calibration.jsonl}")
-        if set(given) == {"refresh", "settings", "task"}:
-            return given  # what this function made, once more
         checked = functools.partial(
             checked_settings, decided=("statistics",), beside=("refresh", *_TEXTS)
         )
@@ -56,15 +54,10 @@ class Calibration(Section):
             raise ValueError(f"must be once, every, or N for every Nth step, not {value!r}")
         return value
 
-    def document(self) -> dict[str, Any]:
-        """Return the YAML section again, without defaults."""
-        defaults = CalibrationOptions(model="", out="")
-        general, *task = (
-            {k: v for k, v in one.items() if v != getattr(defaults, k) or k == "dataset"}
-            for one in self.passes()
-        )
-        texts = {"general": general, "task": task[0]} if task else general
-        return {**texts, "refresh": self.refresh}
+    def chosen(self) -> list[dict[str, Any]]:
+        """Return what :meth:`passes` does, without the defaults of ``calibrate``."""
+        defaults = vars(CalibrationOptions(model="", out=""))
+        return [{k: v for k, v in one.items() if v != defaults[k]} for one in self.passes()]
 
     def passes(self) -> list[dict[str, Any]]:
         """Return the settings of each pass over the model: general text's, then the task's."""

@@ -6,21 +6,25 @@ values name (models, data, methods) is looked at in ``plan`` and ``data_checks``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from mergekit_arm.errors import InputError, did_you_mean
-from mergekit_arm.judging.sets import HeldOutSet
-from mergekit_arm.sections import Section, read_mapping
+from mergekit_arm.errors import InputError
+from mergekit_arm.merging.documents import check_dtype
+from mergekit_arm.sections import Section, explain, read_mapping
 from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.rates import LineSearch, PerRun, Rates, Schedule, read_rates
-from mergekit_arm.streaming.verdict import METRIC_KEYS, SETS, Evaluation
-
-FINAL_DTYPES = ("bfloat16", "float16", "float32", "float64")
-"""What the final model can be in."""
+from mergekit_arm.streaming.verdict import EVALUATION_KEYS, Evaluation
 
 _ELSEWHERE = {
     "models": "a stream merges checkpoints step by step; list them under checkpoints",
@@ -62,6 +66,7 @@ class StreamConfig(Section):
     tokenizer_source: str | None = None
     tokenizer: dict[str, Any] | None = None
     chat_template: str | None = None
+    _written: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @property
     def changes_tokens(self) -> bool:
@@ -69,13 +74,15 @@ class StreamConfig(Section):
         return self.tokenizer is not None or self.tokenizer_source is not None
 
     def document(self) -> dict[str, Any]:
-        """Return the YAML again, without defaults."""
-        document = self.model_dump(mode="json", exclude_defaults=True)
-        for key in ("calibration", "evaluation"):
-            section = getattr(self, key)
-            if section is not None:
-                document[key] = section.document()
-        return document
+        """Return the YAML again, as it was written; of the base model, what holds now."""
+        return {**self._written, "base_model": self.base_model}
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _remember(cls, given: Any, check: ModelWrapValidatorHandler[StreamConfig]) -> StreamConfig:
+        checked = check(given)
+        checked._written = dict(given)
+        return checked
 
     @field_validator("learning_rate", mode="before")
     @classmethod
@@ -83,21 +90,21 @@ class StreamConfig(Section):
         # Decided by its form, so that a mistake is reported for the one that was meant.
         return None if value is None else read_rates(value)
 
-    @field_validator("dtype")
-    @classmethod
-    def _check_dtype(cls, value: str | None) -> str | None:
-        if value is not None and value not in FINAL_DTYPES:
-            raise ValueError(
-                f"{value!r} is none of {', '.join(FINAL_DTYPES)}{did_you_mean(value, FINAL_DTYPES)}"
-            )
-        return value
-
     @field_validator("checkpoints")
     @classmethod
     def _check_checkpoints(cls, value: str | list[str | list[str]]) -> str | list[str | list[str]]:
         if not value or (isinstance(value, list) and not all(value)):
             raise ValueError("name a Trainer's output directory, or list model references")
         return value
+
+
+_KEYS = {
+    "": StreamConfig.model_fields,
+    "compare": Compare.model_fields,
+    "evaluation": EVALUATION_KEYS,
+    "learning_rate": [key for one in (Schedule, LineSearch, PerRun) for key in one.model_fields],
+}
+"""What a section may hold, for messages."""
 
 
 def load_config(source: StreamConfig | Mapping[str, Any] | str | Path) -> StreamConfig:
@@ -116,33 +123,10 @@ def load_config(source: StreamConfig | Mapping[str, Any] | str | Path) -> Stream
         if key in document:
             raise InputError(f"{where}: {key}: {remedy}")
     try:
-        return StreamConfig.model_validate(document)
+        config = StreamConfig.model_validate(document)
+        check_dtype("dtype", config.dtype)
     except ValidationError as error:
-        raise InputError(f"{where}: {_explain(error)}") from error
-
-
-def _explain(error: ValidationError) -> str:
-    errors = error.errors()
-    # A misspelt key also leaves the right one missing: name the cause.
-    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-    place = [str(part) for part in first["loc"]]
-    if first["type"] == "extra_forbidden":
-        outer, key = place[0] if len(place) > 1 else "", place[-1]
-        known = _keys_of(outer)
-        inside = f" in {outer}" if outer else ""
-        return (
-            f"unknown key {key!r}{inside}{did_you_mean(key, known)}; there are: {', '.join(known)}"
-        )
-    message = first["msg"].removeprefix("Value error, ")
-    # The names of a union's branches say nothing to the user.
-    path = ".".join(part for part in place if "[" not in part and part not in ("str", "int"))
-    return f"{path}: {message[:1].lower()}{message[1:]}" if path else message
-
-
-def _keys_of(section: str) -> Iterable[str]:
-    if section == "evaluation":
-        own = [key for key in Evaluation.model_fields if key != SETS]
-        return [*HeldOutSet.model_fields, *METRIC_KEYS, *own]
-    if section == "learning_rate":
-        return [key for one in (Schedule, LineSearch, PerRun) for key in one.model_fields]
-    return {"compare": Compare}.get(section, StreamConfig).model_fields
+        raise InputError(f"{where}: {explain(error, _KEYS)}") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error.message}") from error
+    return config

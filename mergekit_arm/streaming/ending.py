@@ -6,22 +6,24 @@ import json
 
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove, write_text
+from mergekit_arm.merging.adapters import merge_adapter
+from mergekit_arm.merging.documents import to_yaml
+from mergekit_arm.merging.merge import forgetting, merge
+from mergekit_arm.merging.options import LORA_CACHE
 from mergekit_arm.models.contents import describe
 from mergekit_arm.streaming.layout import (
     AVERAGE,
     CARD,
     INCOMING,
-    LORA_CACHE,
     METRIC_LOG,
     MODEL,
     PLOT,
     PROVENANCE,
 )
-from mergekit_arm.streaming.plan.document import average_document, cast_document, to_yaml
+from mergekit_arm.streaming.plan.document import average_document, cast_document
 from mergekit_arm.streaming.report.card import stream_card
 from mergekit_arm.streaming.report.plot import draw_stream
 from mergekit_arm.streaming.state import AverageScores
-from mergekit_arm.streaming.step.merge import forgetting, merge, merge_adapter
 from mergekit_arm.streaming.step.workplace import Workplace
 
 
@@ -58,11 +60,7 @@ def _make_model(place: Workplace, chosen: int) -> None:
     made = f"{to_yaml(document)}{options.out_shard_size} {options.safe_serialization}"
     if model.is_dir() and state.final == made:
         return
-    if not place.has(chosen):
-        raise InputError(
-            f"{place.out}: the float32 weights of step {chosen} are gone, of which the final model "
-            "would be made; keep them with --keep last or --keep all"
-        )
+    place.needed(chosen, "of which the final model would be made")
     if state.final is not None and model.is_dir():
         place.say(f"{model} is replaced: it becomes step {chosen} in {place.plan.final_dtype}")
     merge_adapter(source, options)

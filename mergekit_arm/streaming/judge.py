@@ -1,147 +1,17 @@
-"""Scores the models of a stream, and says what it scored them on."""
+"""What judges a stream's models, and what their scores depend on."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_arm.errors import Failure
-from mergekit_arm.judging.judge import Judge, Scores
-from mergekit_arm.judging.loss import OnShare
-from mergekit_arm.judging.sets import HeldOutSet
-from mergekit_arm.streaming.layout import METRIC_LOG
+from mergekit_arm.judging.judge import Judge, Progress
+from mergekit_arm.streaming.layout import METRIC_LOG, MODEL, STEPS
 from mergekit_arm.streaming.plan.plan import StreamPlan, content_of
-from mergekit_arm.streaming.verdict import LOSS, METRIC, Evaluation
-
-_RUNNING = "Running metric_command, seconds"
-TICK = 1.0
-"""Seconds between two reports on a command that runs."""
-
-Progress = Callable[[str, int, int], None]
-"""Told what goes on, how much of it is done, and how much there is."""
-
-
-class StreamJudge:
-    """Scores models on the same held-out tokens; the data is read when it is first needed."""
-
-    def __init__(
-        self,
-        settings: Evaluation,
-        references: list[str],
-        merge: MergeOptions,
-        *,
-        changes_tokens: bool = False,
-        say: Callable[[str], None] | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        """``references``: the base, then models whose chat template may stand in for its own.
-
-        ``changes_tokens``: the merges change the tokenizer, so that ids must be compared.
-        ``say``: receives what a metric command prints.
-        """
-        self.settings = settings
-        self._progress = progress
-        self._expected = 0  # seconds that the commands took the last time
-        named = not set(settings.sets) <= {LOSS, METRIC}
-        self._judge = Judge(
-            settings.sets,
-            list(references),
-            merge,
-            settings.device,
-            settings.dtype,
-            changes_tokens,
-            say=say,
-            on_share=self._shares if progress is not None else None,
-        )
-        if not named:
-            self._judge.place = lambda name: "evaluation"  # type: ignore[method-assign]
-
-    def add_reference(self, reference: str) -> None:
-        """Add a model whose chat template may be used, if the data was not read yet."""
-        self._judge.add_reference(reference)
-
-    def read_data(self) -> dict[str, dict[str, Any]]:
-        """Return of every set with data a hash of what is scored, and how many tokens that is.
-
-        Raises:
-            InputError: it cannot be used.
-        """
-        found = {}
-        for name, one in self.settings.sets.items():
-            if isinstance(one, HeldOutSet):
-                held = self._judge.heldout(name)
-                digest = hashlib.sha256()
-                for sequence in held.sequences:
-                    digest.update(sequence.ids.numpy().tobytes())
-                    digest.update(sequence.scored.numpy().tobytes())
-                found[name] = {"sha256": digest.hexdigest(), "tokens": held.scored_tokens}
-        return found
-
-    def score(self, reference: str, scratch: Path, *, run_commands: bool = True) -> Scores:
-        """Score a model without adapter.
-
-        What a command prints is in ``metric.log`` beside ``scratch``. ``run_commands`` false
-        leaves out the user's, for models that only lend their loss.
-
-        Raises:
-            Failure: a loss that is not finite, or a command that fails or prints no number.
-        """
-        if self._judge.has_commands:
-            self._judge.log = scratch.with_name(METRIC_LOG)
-        found = self._judge.score(reference, scratch, run_commands=False)
-        if run_commands and self._judge.has_commands:
-            # A directory: what evaluators know of Hub names ends before @revision.
-            folder = ModelReference.parse(reference).local_path(
-                self._judge.merge.transformers_cache
-            )
-            with self._ticking():
-                found |= self._judge.metrics(folder, scratch)
-            found = {name: found[name] for name in self.settings.sets}
-        for name, score in found.items():
-            if not math.isfinite(score):
-                data = getattr(self.settings.sets[name], "dataset", name)
-                raise Failure(
-                    f"the loss of {reference} on {data} is {score}: the model is broken; "
-                    "try a lower learning_rate"
-                )
-        return found
-
-    @contextmanager
-    def _ticking(self) -> Iterator[None]:
-        """Tell how long the commands run already, and how long they ran before."""
-        begun, over = time.monotonic(), threading.Event()
-
-        def tick() -> None:
-            while self._progress is not None and not over.wait(TICK):
-                spent = round(time.monotonic() - begun)
-                self._progress(_RUNNING, min(spent, self._expected), self._expected)
-
-        if self._progress is not None and not self._expected:
-            self._progress(_RUNNING, 0, 0)
-        if self._expected:
-            threading.Thread(target=tick, daemon=True).start()
-        try:
-            yield
-        finally:
-            over.set()
-        self._expected = round(time.monotonic() - begun)
-
-    def _shares(self, name: str) -> OnShare:
-        def share(done: int, total: int, _: float) -> None:
-            if self._progress is not None:
-                self._progress("Evaluating" if name == LOSS else f"Evaluating {name}", done, total)
-
-        return share
+from mergekit_arm.streaming.state import State
 
 
 def judged_by(plan: StreamPlan) -> dict[str, str]:
@@ -162,23 +32,31 @@ def judged_by(plan: StreamPlan) -> dict[str, str]:
 def make_judge(
     plan: StreamPlan,
     merge: MergeOptions,
-    further: Sequence[str] = (),
-    *,
-    say: Callable[[str], None] | None = None,
-    progress: Progress | None = None,
-) -> StreamJudge | None:
+    out: Path,
+    state: State | None,
+    say: Callable[[str], None] | None,
+    progress: Progress | None,
+) -> Judge | None:
     """Return what scores the stream's models, None without ``evaluation``.
 
-    ``further``: models whose chat template may stand in for the base's, before the checkpoints.
+    What a command prints, ``say`` receives; it is in ``metric.log`` in ``out``, too.
     """
-    if plan.config.evaluation is None:
+    evaluation = plan.config.evaluation
+    if evaluation is None:
         return None
+    # Their chat template may stand in for the base's.
+    steps = (out / STEPS / f"{one.step:03d}" / MODEL for one in (state.steps if state else []))
+    made = [str(one) for one in steps if one.is_dir()][:1]
     first = [one.reference for one in (plan.checkpoints or [()])[0]]
-    return StreamJudge(
-        plan.config.evaluation,
-        [plan.config.base_model, *further, *first],
+    return Judge(
+        evaluation.sets,
+        [plan.config.base_model, *made, *first],
         merge,
-        changes_tokens=plan.config.changes_tokens,
+        evaluation.device,
+        evaluation.dtype,
+        plan.config.changes_tokens,
+        named=evaluation.named,
         say=say,
+        log=out / METRIC_LOG,
         progress=progress,
     )

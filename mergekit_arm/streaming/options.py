@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from mergekit.options import MergeOptions
-
-from mergekit_arm.streaming.layout import LORA_CACHE
 
 Keep = Literal["all", "best", "last"]
 """Which steps' float32 weights stay in ``steps/`` after the stream."""
@@ -23,9 +20,8 @@ class WatchOptions:
     timeout: float = 3600.0
     """Seconds without a new checkpoint after which the run counts as ended."""
     poll: float = 2.0
-    """Seconds between looks at the directory."""
-    settle: float = 30.0
-    """Seconds for which a checkpoint without trainer_state.json must not have changed."""
+    """Seconds between looks at the directory. Two must find the same of a checkpoint without
+    trainer_state.json."""
     fed: bool = False
     """A training process puts the checkpoints into OUT, and says on standard input when it ends."""
 
@@ -43,14 +39,3 @@ class StreamOptions:
     """Make no further step; make the model of what there is."""
     strict: bool = False
     """End at a checkpoint that cannot be merged, instead of skipping it."""
-
-
-def complete_options(options: MergeOptions, out: Path) -> MergeOptions:
-    """Return ``options`` with what a stream into ``out`` needs of every merge."""
-    return options.model_copy(
-        update={
-            "lora_merge_cache": options.lora_merge_cache or str(out / LORA_CACHE),
-            "write_model_card": False,  # a step has its configuration beside it
-            "quiet": options.quiet or options.verbosity == 0,
-        }
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.models.contents import describe
-from mergekit_arm.streaming.state import difference
+from mergekit_arm.outputs import difference
 from mergekit_arm.streaming.step.workplace import Workplace
 
 
@@ -19,7 +19,7 @@ def score_again(place: Workplace, judge: dict[str, str]) -> None:
     if changed:
         place.say(f"the judge has changed ({changed}): scoring again what is there")
         state.base, state.tried, state.average = place.score(place.plan.config.base_model), [], None
-        state.data = place.judge.read_data() if place.judge is not None else {}
+        state.data = place.judge.data() if place.judge is not None else {}
         lost = []
         for record in state.steps:
             record.base = state.base
@@ -27,11 +27,7 @@ def score_again(place: Workplace, judge: dict[str, str]) -> None:
                 there = place.plan.config.compare.checkpoints and _is_there(one.reference)
                 one.scores = place.score_aside(one.reference) if there else {}
             if not record.accepted:
-                record.current = state.scores_of(
-                    next(
-                        (o.step for o in reversed(state.steps[: record.step - 1]) if o.accepted), 0
-                    )
-                )
+                record.current = state.scores_of(state.before(record.step))
             elif place.has(record.step):
                 record.current = place.score(place.model_of(record.step))
             else:

@@ -6,19 +6,15 @@ done again, or found finished and used.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from mergekit_arm.errors import InputError
 from mergekit_arm.files import write_text
 from mergekit_arm.judging.judge import Scores
+from mergekit_arm.outputs import holds, read_saved
 from mergekit_arm.streaming.layout import BEFORE_STATE, STATE_FILE
-
-STATE_VERSION = 2
 
 
 class _Record(BaseModel):
@@ -104,7 +100,7 @@ class AverageScores(_Record):
 class State(_Record):
     """All of ``stream_state.json``."""
 
-    format_version: int = STATE_VERSION
+    format_version: int = 3
     fingerprint: dict[str, str]
     """What every step depends on."""
     judge: dict[str, str] = {}
@@ -169,45 +165,5 @@ def read_state(out: Path) -> State | None:
     Raises:
         InputError: ``out`` is no directory or holds anything but a stream, or a damaged state.
     """
-    if not out.exists():
-        above = next(parent for parent in out.parents if parent.exists())
-        if not above.is_dir():
-            raise InputError(f"{out} cannot be made, for {above} is a file; give another OUT")
-        return None
-    if not out.is_dir():
-        raise InputError(f"{out} is a file; name a directory for the stream")
-    file = out / STATE_FILE
-    if not file.is_file():
-        ours = (f".{STATE_FILE}.", *BEFORE_STATE)
-        others = [path.name for path in out.iterdir() if not path.name.startswith(ours)]
-        if others:
-            raise InputError(
-                f"{out} exists and holds no stream (but {sorted(others)[0]}); nothing there will "
-                "be replaced: give another OUT"
-            )
-        return None
-    try:
-        document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        version = document.get("format_version")
-        if version != STATE_VERSION:
-            raise InputError(
-                f"{file}: format {version}, and this mergekit-arm reads {STATE_VERSION}: "
-                "go on with the version that began it"
-            )
-        return State.model_validate(document)
-    except (OSError, ValueError, ValidationError) as error:
-        raise InputError(f"{file} is damaged ({type(error).__name__}); give another OUT") from error
-
-
-def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str | None:
-    """Say where two fingerprints differ; None where they do not."""
-    for key in [*old, *(key for key in new if key not in old)]:
-        before, after = old.get(key), new.get(key)
-        if before == after:
-            continue
-        if before is None:
-            return f"{key} is new ({after})"
-        if after is None:
-            return f"{key} is gone ({before})"
-        return f"{key} was {before} and is now {after}"
-    return None
+    there = holds(out, "stream", STATE_FILE, BEFORE_STATE)
+    return read_saved(out / STATE_FILE, State) if there else None

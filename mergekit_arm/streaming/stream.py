@@ -1,6 +1,6 @@
 """The stream: one merge after another, each judged, each committed before the next begins.
 
-What can be refused is refused first (``plan``, ``data_checks``); then the loop takes a step, saves
+What can be refused is refused first (``forecast``); then the loop takes a step, saves
 the state, tidies up and draws, until a reason to stop is found; ``ending`` makes ``OUT/model``.
 """
 
@@ -8,34 +8,34 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove
-from mergekit_arm.judging.judge import Scores
+from mergekit_arm.judging.judge import Progress, Scores
+from mergekit_arm.merging.options import LORA_CACHE
+from mergekit_arm.models.references import plain_path
+from mergekit_arm.outputs import alone
 from mergekit_arm.streaming.config import StreamConfig, load_config
-from mergekit_arm.streaming.data_checks import data_problems, disk_problems, keep_problems
 from mergekit_arm.streaming.ending import finish
-from mergekit_arm.streaming.forecast import seconds_left
-from mergekit_arm.streaming.judge import Progress, judged_by, make_judge
-from mergekit_arm.streaming.layout import LOCK_FILE, LORA_CACHE, MODEL, PLOT, unfinished
-from mergekit_arm.streaming.options import StreamOptions, complete_options
-from mergekit_arm.streaming.plan.plan import PlannedStep, make_plan
-from mergekit_arm.streaming.references import plain_path
+from mergekit_arm.streaming.forecast import look_ahead, seconds_left
+from mergekit_arm.streaming.judge import judged_by
+from mergekit_arm.streaming.layout import INCOMING, LOCK_FILE, MODEL, PLOT, left_behind
+from mergekit_arm.streaming.options import StreamOptions
+from mergekit_arm.streaming.plan.plan import PlannedStep
 from mergekit_arm.streaming.report.plot import draw_stream
 from mergekit_arm.streaming.rescoring import score_again
 from mergekit_arm.streaming.state import Skipped, State, StepRecord, read_state
 from mergekit_arm.streaming.step.step import take_step
 from mergekit_arm.streaming.step.workplace import Workplace
-from mergekit_arm.streaming.training.checkpoints import number_of, problem_of
-from mergekit_arm.streaming.training.watch import Watch, watch_run
+from mergekit_arm.streaming.training.checkpoints import problem_of, reached
+from mergekit_arm.streaming.training.watch import Watch
 from mergekit_arm.units import duration_text
 
 _DRAW_EVERY = 30.0  # seconds: drawing must not cost more than a small model's steps
@@ -89,66 +89,30 @@ def stream(
     """
     options = options or StreamOptions()
     say = say or (lambda note: None)
-    place = Path(plain_path(out))
-    merge = complete_options(options.merge, place)
-    state = read_state(place)  # refuses a directory of something else
-    settings = load_config(config)
-    watched = options.watch is not None
-    plan, problems = make_plan(settings, merge, watched=watched, state=state)
-    problems += keep_problems(plan, options.keep)
-    _refuse(problems)
-    assert plan is not None  # without a plan there are problems
+    place, settings = Path(plain_path(out)), load_config(config)
+    shown = say if options.merge.verbosity > 0 else None  # else it is in metric.log
+    known = look_ahead(settings, place, options, say=shown, progress=evaluating)
+    plan, state = known.plan, known.state
+    if plan is None or known.problems:
+        first, *others = known.problems
+        more = f" (and {len(others)} more: --dry-run lists them)" if others else ""
+        raise InputError(first + more)
     for note in plan.notes:
         say(note)
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{place} cannot be made: {error.strerror}; give another OUT") from error
-    with _locked(place):
-        for left in unfinished(place):  # before anything needs room, as `remove` does
+    with alone(place / LOCK_FILE, f"{place}: another process runs this stream; wait for it"):
+        for left in left_behind(place):  # before anything needs room, as `remove` does
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         if read_state(place) != state:
             raise InputError(f"{place}: another process has just worked on it; run again")
-        begun = state is not None
         state = state or State(fingerprint=plan.fingerprint)
-        made = [place / "steps" / f"{one.step:03d}" / MODEL for one in state.steps if one.accepted]
-        further = [str(one) for one in made if one.is_dir()][:1]
-        shown = say if merge.verbosity > 0 else None  # else it is in metric.log
-        judge = make_judge(plan, merge, further, say=shown, progress=evaluating)
-        if watched or plan.steps(len(state.skipped), state.position):
-            _refuse(disk_problems(plan, place, options.keep))
-        if not begun:
-            _refuse(data_problems(plan, judge, merge))
-        work = Workplace(place, plan, merge, options.keep, state, judge, say, progress)
-        folder = None if isinstance(settings.checkpoints, list) else settings.checkpoints
-        run = None if folder is None else Path(plain_path(folder))
-        with watch_run(run, place, plan.config.base_model, options.watch, say) as watch:
-            if watch is not None:
-                watch.last = state.last
+        work = Workplace(place, plan, known.merge, options.keep, state, known.judge, say, progress)
+        watch = None
+        if options.watch is not None:
+            run = Path(plain_path(str(settings.checkpoints)))
+            base = plan.config.base_model
+            watch = Watch(run, place / INCOMING, base, options.watch, say, last=state.last)
+        with watch or nullcontext():
             return _Loop(work, watch, options, on_step or (lambda record: None)).complete()
-
-
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        more = f" (and {len(problems) - 1} more: --dry-run lists them)" if problems[1:] else ""
-        raise InputError(problems[0] + more)
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    lock = FileLock(out / LOCK_FILE)  # dropped when its holder dies, by whatever signal
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(f"{out}: another process runs this stream; wait for it") from error
-    try:
-        yield
-    except InputError:
-        if [one.name for one in out.iterdir()] == [LOCK_FILE]:  # nothing has begun
-            remove(out)
-        raise
-    finally:
-        lock.release()
 
 
 @dataclass
@@ -233,7 +197,7 @@ class _Loop:
             if state.chat_template is None and place.plan.has_tokenizer:
                 state.chat_template = place.borrow_template(references)
             state.base = place.score(place.plan.config.base_model)
-            state.data = place.judge.read_data() if place.judge is not None else {}
+            state.data = place.judge.data() if place.judge is not None else {}
             state.save(place.out)
 
     def _problem(self, planned: PlannedStep) -> str | None:
@@ -264,13 +228,11 @@ class _Loop:
         plan, state = self.place.plan, self.place.state
         step, position = len(state.steps) + 1, state.position
         if self.watch is None:
-            steps = plan.steps(len(state.skipped), position)
+            steps = plan.left(state)
             return steps[0] if steps else "all checkpoints are merged"
-        handled = [number_of(one.checkpoint) for one in state.handled]
-        after = max(handled, default=-1)
         if plan.planned(step, position, ()) is None:
             return "the list of learning rates is used up"
-        found = self.watch.next(after)
+        found = self.watch.next(reached(state))
         state.last = self.watch.last
         if isinstance(found, str):
             return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -41,8 +41,6 @@ class Evaluation(Section):
     def _collect(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             raise ValueError("must be a mapping such as {dataset: ./heldout.jsonl}")
-        if SETS in given:
-            return given  # what this function made, once more
         own = {key: given[key] for key in cls.model_fields if key in given}
         named = {key: value for key, value in given.items() if isinstance(value, Mapping)}
         rest = {key: value for key, value in given.items() if key not in (*own, *named)}
@@ -60,7 +58,7 @@ class Evaluation(Section):
         A set with a bound only has to keep it, unless it says its weight. Where a file names no
         sets, the command decides if there is one.
         """
-        if METRIC in self.sets and set(self.sets) <= {LOSS, METRIC}:
+        if METRIC in self.sets and not self.named:
             return [METRIC]
         found = [
             name
@@ -68,6 +66,11 @@ class Evaluation(Section):
             if bound_of(one) is None or "weight" in one.model_fields_set
         ]
         return found or list(self.sets)
+
+    @property
+    def named(self) -> bool:
+        """Whether the file names its sets."""
+        return not set(self.sets) <= {LOSS, METRIC}
 
     @property
     def has_data(self) -> bool:
@@ -82,12 +85,7 @@ class Evaluation(Section):
         """
         if any(name not in scores or name not in base for name in self.sets):
             return None
-        gain = 0.0
-        for name in self.deciding:
-            one = self.sets[name]
-            change = scores[name] - base[name]
-            gain += one.weight * (change if one.goal == "maximize" else -change)
-        return not self.exceeded(scores, base), gain
+        return not self.exceeded(scores, base), self._gain(self.deciding, scores, base)
 
     def exceeded(self, scores: Scores, base: Scores) -> list[str]:
         """Return the sets whose loss has risen over the base's by more than their ``at_most``."""
@@ -109,24 +107,16 @@ class Evaluation(Section):
         Commands are not run for them, so that a loss decides where a command decides the steps.
         """
         names = [name for name in self.deciding if name in scores and name in other]
-        change = 0.0
-        for name in names or [n for n in scores if n in other]:
-            one = self.sets[name]
-            difference = scores[name] - other[name]
-            change += one.weight * (difference if one.goal == "maximize" else -difference)
-        return change > 0
+        return self._gain(names or [n for n in scores if n in other], scores, other) > 0
 
-    def document(self) -> dict[str, Any]:
-        """Return the YAML section again, without defaults."""
-        own = self.model_dump(mode="json", exclude_defaults=True, exclude={SETS})
-        written = {
-            name: one.model_dump(mode="json", exclude_unset=True) for name, one in self.sets.items()
-        }
-        if not set(written) <= {LOSS, METRIC}:
-            return {**written, **own}
-        metric = written.get(METRIC, {})
-        command = {key: metric[field] for key, field in METRIC_KEYS.items() if field in metric}
-        return {**written.get(LOSS, {}), **command, **own}
+    def _gain(self, names: Iterable[str], scores: Scores, other: Scores) -> float:
+        better = {"minimize": -1, "maximize": 1}
+        changes = ((self.sets[name], scores[name] - other[name]) for name in names)
+        return sum(one.weight * better[one.goal] * change for one, change in changes)
+
+
+EVALUATION_KEYS = [*_OF_DATA, *METRIC_KEYS, *(k for k in Evaluation.model_fields if k != SETS)]
+"""What the section may hold, where it names no sets."""
 
 
 def bound_of(one: EvaluationSet) -> float | None:

@@ -86,7 +86,7 @@ def _read(document: dict[str, Any]) -> TuneConfig:
     try:
         settings = TuningSettings.model_validate(rest)
     except ValidationError as error:
-        raise InputError(f"{SECTION}: {explain(error, {'': _AllKeys})}") from error
+        raise InputError(f"{SECTION}: {explain(error, {'': _AllKeys.model_fields})}") from error
     for name, one in (evaluation | test).items():
         if isinstance(one, HeldOutSet) and one.at_most is not None:
             raise InputError(f"{SECTION}: {name}: at_most is for streams; give the set a weight")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming.layout import LORA_CACHE
+from mergekit_arm.merging.options import LORA_CACHE
+from mergekit_arm.outputs import holds
 from mergekit_arm.tuning.search import LOCK_FILE, STUDY_FILE
 
 STATE_FILE = "tune_state.json"
@@ -18,7 +19,9 @@ METRIC_LOG = "metric.log"
 WORK = ".work"
 """Begins the names of what one process has in hand; its number follows."""
 PREPARING = ".preparing.lock"
-_OURS = (STATE_FILE, STUDY_FILE, LOCK_FILE, PREPARING, LORA_CACHE)
+_OURS = (STUDY_FILE, LOCK_FILE, PREPARING, LORA_CACHE)
+_BEGUN = (*_OURS, *(f".{one}." for one in _OURS), WORK)
+"""How names begin that a search killed at its very start may have left."""
 
 
 def check_out(out: Path) -> bool:
@@ -29,24 +32,4 @@ def check_out(out: Path) -> bool:
     """
     if out.is_dir() and out.is_symlink():
         raise InputError(f"{out} is a link; name the directory that it leads to")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise InputError(f"{out} is no directory; name one for the search")
-    if not out.is_dir():
-        above = next(parent for parent in out.absolute().parents if parent.exists())
-        if not above.is_dir():
-            raise InputError(f"{out} cannot be made, for {above} is a file; give another OUT")
-        return False
-    if (out / STATE_FILE).is_file():
-        return True
-    others = sorted(path.name for path in out.iterdir() if not _begun(path.name))
-    if others:
-        raise InputError(
-            f"{out} exists and holds no search (but {others[0]}); nothing there will be replaced: "
-            "give another OUT"
-        )
-    return False
-
-
-def _begun(name: str) -> bool:
-    """Say whether this is a name that a search killed at its very start may have left."""
-    return name.startswith((*_OURS, *(f".{one}." for one in _OURS), WORK))
+    return holds(out, "search", STATE_FILE, _BEGUN)

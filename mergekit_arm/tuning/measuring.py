@@ -13,7 +13,7 @@ from mergekit.options import MergeOptions
 from mergekit_arm.errors import InputError
 from mergekit_arm.files import fresh_directory, remove
 from mergekit_arm.judging.judge import Judge, Scores, empty_cache
-from mergekit_arm.streaming.step.merge import merge_adapter
+from mergekit_arm.merging.adapters import merge_adapter
 from mergekit_arm.tuning.objective import Yardstick, yardstick
 from mergekit_arm.tuning.plan import TunePlan
 from mergekit_arm.tuning.scoring import OnTokens, ShareScorer

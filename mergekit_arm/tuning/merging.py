@@ -24,9 +24,9 @@ from mergekit_arm.errors import Failure, first_line
 from mergekit_arm.files import remove
 from mergekit_arm.judging.judge import Judge, empty_cache
 from mergekit_arm.machine import free_memory
+from mergekit_arm.merging.documents import to_yaml
+from mergekit_arm.merging.merge import merge
 from mergekit_arm.models.tensors import open_tensors
-from mergekit_arm.streaming.plan.document import to_yaml
-from mergekit_arm.streaming.step.merge import merge
 from mergekit_arm.tuning.sink import ParameterSink, SinkTask
 
 KEPT_SHARE = 0.8

@@ -10,15 +10,16 @@ from typing import Any
 
 from mergekit.options import MergeOptions
 
-from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.errors import InputError
 from mergekit_arm.judging.judge import Judge
 from mergekit_arm.judging.sets import EvaluationSet, HeldOutSet
+from mergekit_arm.merging.documents import check_dtype
+from mergekit_arm.merging.options import decisive_options
 from mergekit_arm.models.contents import Contents, describe
 from mergekit_arm.models.loading import choose_device
 from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.sections import section
 from mergekit_arm.statistics.read import open_statistics
-from mergekit_arm.streaming.config import FINAL_DTYPES
 from mergekit_arm.tuning.candidates import (
     Point,
     baseline_document,
@@ -34,13 +35,6 @@ from mergekit_arm.tuning.search import Candidates
 from mergekit_arm.tuning.space import METHOD, Space, find_space
 
 _STATISTICS = ("activation_stats", "task_stats")
-_DECISIVE_OPTIONS = (
-    "random_seed",
-    "lora_merge_dtype",
-    "allow_crimes",
-    "unsafe_truncate_embeddings",
-)
-"""Options of mergekit that change what a merge gives, and not only how fast."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +106,8 @@ def make_tune_plan(config: TuneConfig, settings: TuningSettings, merge: MergeOpt
         first = grid(candidates, settings.trials)
         budget = len(first)
     quests = [Quest("tune", space, candidates, first, budget)]
-    _check_dtypes(space.document)
+    for key in ("dtype", "out_dtype"):
+        check_dtype(key, space.document.get(key))
     base, inputs = _models(space.document)
     contents = {name: describe(name) for name in [*([base] if base else []), *inputs]}
     if settings.baseline:
@@ -165,16 +160,6 @@ def _baseline(document: dict[str, Any]) -> Quest:
 
 def _all(found: Mapping[str, Mapping[str, Any]]) -> Iterable[Any]:
     return (domain for unknowns in found.values() for domain in unknowns.values())
-
-
-def _check_dtypes(document: Mapping[str, Any]) -> None:
-    for key in ("dtype", "out_dtype"):
-        name = document.get(key)
-        if name is not None and name not in FINAL_DTYPES:
-            raise InputError(
-                f"{key}: {name!r} is none of {', '.join(FINAL_DTYPES)}"
-                f"{did_you_mean(str(name), FINAL_DTYPES)}"
-            )
 
 
 def _models(document: Mapping[str, Any]) -> tuple[str | None, list[str]]:
@@ -241,10 +226,7 @@ def _fingerprint(
         found[f"tuning.evaluation.{name}"] = _told(one)
         if isinstance(one, HeldOutSet):
             found[f"the tokens of {name}"] = judge.heldout(name).digest[:16]
-    for name in _DECISIVE_OPTIONS:
-        value = getattr(merge, name)
-        if value != MergeOptions.model_fields[name].default:
-            found[f"--{name.replace('_', '-')}"] = str(value)
+    found |= decisive_options(merge)
     found |= {f"the weights of {model}": one.fingerprint for model, one in contents.items()}
     return found
 

@@ -14,8 +14,9 @@ from mergekit_arm.errors import Failure
 from mergekit_arm.files import remove, write_text
 from mergekit_arm.judging.judge import Judge, Scores
 from mergekit_arm.judging.sets import HeldOutSet
-from mergekit_arm.streaming.plan.document import to_yaml
-from mergekit_arm.streaming.step.merge import merge
+from mergekit_arm.merging.card import without_paths
+from mergekit_arm.merging.documents import to_yaml
+from mergekit_arm.merging.merge import merge
 from mergekit_arm.tuning.candidates import document_of
 from mergekit_arm.tuning.layout import CARD, MODEL
 from mergekit_arm.tuning.measuring import Told, score_reference
@@ -97,7 +98,7 @@ class Finish:
         test = self._test(plan.test, both) if plan.test is not None else []
         if model is not None:
             count = len(completed(found, "tune"))
-            text = best_text(document, best, self.merge)
+            text = best_text(without_paths(document), best, self.merge)
             card = tune_card(plan, best, text, count, evaluation, test)
             write_text(model / CARD, card, staging=self.out)
         front = front_of(completed(found, "tune")) if plan.pareto else []

@@ -13,10 +13,10 @@ import psutil
 from filelock import FileLock
 from mergekit.options import MergeOptions
 
-from mergekit_arm.files import remove, write_text
-from mergekit_arm.streaming.layout import LORA_CACHE
-from mergekit_arm.streaming.step.merge import merge_adapter
-from mergekit_arm.tuning.layout import BEST, PLOT, PREPARING, STATE_FILE, TRIALS, WORK
+from mergekit_arm.files import remove, unfinished, write_text
+from mergekit_arm.merging.adapters import merge_adapter
+from mergekit_arm.merging.options import LORA_CACHE
+from mergekit_arm.tuning.layout import BEST, CARD, MODEL, PLOT, PREPARING, STATE_FILE, TRIALS, WORK
 from mergekit_arm.tuning.measuring import Told, measure_references
 from mergekit_arm.tuning.merging import Workshop
 from mergekit_arm.tuning.objective import Yardstick
@@ -29,6 +29,7 @@ from mergekit_arm.tuning.state import open_tune_state
 from mergekit_arm.tuning.trials import TrialRecord, best_of, records
 from mergekit_arm.tuning.trying import Trying
 
+_WRITTEN = (BEST, TRIALS, PLOT, STATE_FILE, CARD, MODEL)
 _DRAW_EVERY = 30.0  # seconds
 
 OnTrial = Callable[[TrialRecord, TrialRecord | None, int, int], None]
@@ -132,8 +133,7 @@ class Run:
 
 def remove_orphans(out: Path) -> None:
     """Remove what processes that are gone had in hand."""
-    for start in (WORK, *(f".{name}" for name in (BEST, TRIALS, PLOT, STATE_FILE))):
-        for path in out.glob(f"{start}.*"):
-            number = path.name.removeprefix(f"{start}.").partition(".")[0]
-            if not number.isdigit() or not psutil.pid_exists(int(number)):
-                remove(path)
+    for path in [*out.glob(f"{WORK}.*"), *unfinished(out, _WRITTEN)]:
+        number = next((part for part in path.name.split(".") if part.isdigit()), "")
+        if not number or not psutil.pid_exists(int(number)):
+            remove(path)

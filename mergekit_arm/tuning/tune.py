@@ -10,9 +10,9 @@ from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.files import remove
-from mergekit_arm.streaming.layout import LORA_CACHE
-from mergekit_arm.streaming.options import complete_options
-from mergekit_arm.streaming.step.merge import forgetting
+from mergekit_arm.merging.merge import forgetting
+from mergekit_arm.merging.options import LORA_CACHE, complete_options
+from mergekit_arm.models.references import plain_path
 from mergekit_arm.tuning.config import load_tuning
 from mergekit_arm.tuning.layout import (
     BEST,
@@ -64,7 +64,7 @@ def tune(
     """
     options = options or TuneOptions()
     say = say or (lambda note: None)
-    place = Path(out).absolute()
+    place = Path(plain_path(out))
     plan, merge = plan_tuning(config, place, options)
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def plan_tuning(
     Raises:
         InputError: the first thing that is wrong.
     """
-    out, options = Path(out).absolute(), options or TuneOptions()
+    out, options = Path(plain_path(out)), options or TuneOptions()
     read = load_tuning(config)
     settings = options.settings(read.settings)
     there = check_out(out)

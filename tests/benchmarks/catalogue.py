@@ -14,12 +14,23 @@ from tests.benchmarks.groups import (
     merging,
     regmean,
     start_up,
+    streaming,
     tuning,
 )
 from tests.benchmarks.harness import Row
 from tests.benchmarks.inputs import Workshop
 
-_COMPARED = (calibration, merging, regmean, tuning, authors, start_up, kernels, eigenvectors)
+_COMPARED = (
+    calibration,
+    merging,
+    regmean,
+    streaming,
+    tuning,
+    authors,
+    start_up,
+    kernels,
+    eigenvectors,
+)
 
 BENCHMARKS: dict[str, Callable[[Workshop], list[Row]]] = {
     name: run for group in _COMPARED for name, run in group.BENCHMARKS.items()

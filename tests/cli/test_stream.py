@@ -16,10 +16,9 @@ from mergekit.options import MergeOptions
 
 from mergekit_arm.cli.stream import command
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming import StreamOptions, data_checks, stream
+from mergekit_arm.streaming import StreamOptions, forecast, stream
 from mergekit_arm.streaming.config import load_config
-from mergekit_arm.streaming.data_checks import disk_needed, disk_problems
-from mergekit_arm.streaming.forecast import forecast_stream
+from mergekit_arm.streaming.forecast import check_disk, disk_needed, forecast_stream
 from mergekit_arm.streaming.plan.plan import make_plan
 from mergekit_arm.streaming.state import StepRecord
 from tests.support.models import perturbed
@@ -183,7 +182,7 @@ def test_nothing_but_a_streams_own_is_deleted(run: Path, tmp_path: Path, keep: A
     [
         ({"learning_rate": 0.7}, "learning_rate of step 1 was 0.3 and is now 0.7"),
         ({"parameters": {"omega": 0.4}}, 'parameters was {"omega": 0.3} and is now {"omega": 0.4}'),
-        ({"chat_template": "chatml"}, "chat_template is new"),
+        ({"chat_template": "chatml"}, "chat_template was not set and is now"),
         ("a checkpoint's weights", "content of checkpoint-20 was"),
         ("a checkpoint more", "(a schedule without steps: N stretches over all checkpoints)"),
         ("the base's weights", "base_model's content was"),
@@ -281,13 +280,13 @@ def test_too_small_a_disk_is_refused(
     plan, _ = make_plan(load_config(run / "stream.yml"), MergeOptions())
     assert plan is not None
     needed = disk_needed(plan, "last")
-    monkeypatch.setattr(data_checks, "free_disk", lambda path: needed - 1)
-    (problem,) = disk_problems(plan, tmp_path / "out", "last")
-    assert "of disk" in problem
+    monkeypatch.setattr(forecast, "free_disk", lambda path: needed - 1)
+    with pytest.raises(InputError, match="of disk"):
+        check_disk(plan, tmp_path / "out", "last")
     with pytest.raises(InputError, match="of disk"):
         stream(run / "stream.yml", tmp_path / "out")
-    monkeypatch.setattr(data_checks, "free_disk", lambda path: needed)
-    assert disk_problems(plan, tmp_path / "new", "last") == []
+    monkeypatch.setattr(forecast, "free_disk", lambda path: needed)
+    check_disk(plan, tmp_path / "new", "last")
 
 
 def test_best_needs_an_evaluation(run: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ FLAGS: list[Case] = [
     ("tune tune.yml ./out --device cuda:99", ("cuda:99", "--device")),
     ("tune tune.yml ./base", ("base is a link", "name the directory")),
     ("tune tune.yml ./streamed --force", ("streamed", "holds no search", "another OUT")),
-    ("tune tune.yml ./tokens.jsonl", ("tokens.jsonl", "is no directory")),
+    ("tune tune.yml ./tokens.jsonl", ("tokens.jsonl is a file", "name a directory")),
     ("tune tune.yml /proc/no/x", ("/proc/no/x", "give another OUT")),
     ("tune nothing.yml ./out", ("nothing.yml", "No such file")),
     ("check nothing.yml", ("nothing.yml", "No such file")),

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.merging.adapters import merge_adapter
 from mergekit_arm.streaming import StreamOptions, stream
 from mergekit_arm.streaming.config import load_config
 from mergekit_arm.streaming.forecast import forecast_stream
 from mergekit_arm.streaming.plan.plan import make_plan
-from mergekit_arm.streaming.step.merge import merge_adapter
 from tests.support.models import tiny_llama
 from tests.support.streams import add_tokenizer, config, weights, write_tokens
 

@@ -13,11 +13,11 @@ from mergekit.options import MergeOptions
 from mergekit_arm.errors import InputError
 from mergekit_arm.judging.metric import run_metric
 from mergekit_arm.judging.sets import MetricSet
+from mergekit_arm.models.references import absolute_reference
 from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.plan.method import fit_method
 from mergekit_arm.streaming.plan.plan import make_plan
 from mergekit_arm.streaming.rates import Schedule, check_rates, rates_at, rule_at
-from mergekit_arm.streaming.references import absolute_reference
 from tests.support.paths import EXAMPLES
 from tests.support.streams import config, write_run
 
@@ -45,8 +45,6 @@ dtype: bfloat16
     assert config.evaluation is not None
     assert config.evaluation.patience == 3
     assert set(config.evaluation.sets) == {"loss"}
-    # What is written into cards and compared on resuming is the same configuration again.
-    assert StreamConfig.model_validate(config.model_dump()) == config
 
 
 @pytest.mark.parametrize(

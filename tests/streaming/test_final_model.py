@@ -12,8 +12,8 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from mergekit_arm.errors import Failure
+from mergekit_arm.merging import merge as merge_module
 from mergekit_arm.streaming import stream
-from mergekit_arm.streaming.step import merge as merge_module
 from tests.support.models import perturbed, tiny_llama
 from tests.support.streams import add_tokenizer, config, write_run
 

@@ -12,9 +12,9 @@ import torch
 from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import Failure, InputError
+from mergekit_arm.judging import metric
+from mergekit_arm.judging.judge import Judge
 from mergekit_arm.streaming import StreamOptions, stream
-from mergekit_arm.streaming import judge as judge_module
-from mergekit_arm.streaming.judge import StreamJudge
 from mergekit_arm.streaming.verdict import Evaluation
 from tests.support.models import VOCABULARY, perturbed, tiny_llama
 from tests.support.streams import config, weights, write_run, write_tokens
@@ -43,7 +43,8 @@ def test_the_journal_holds_the_losses_of_current_base_and_checkpoint(
     heldout = write_tokens(tmp_path / "heldout.jsonl", 12)
     settings = {"dataset": str(heldout), "keep": "last"}
     result = stream(config(run, evaluation=settings), tmp_path / "out", StreamOptions(keep="all"))
-    judge = StreamJudge(Evaluation.model_validate(settings), [str(run / "base")], MergeOptions())
+    sets = Evaluation.model_validate(settings).sets
+    judge = Judge(sets, [str(run / "base")], MergeOptions())
     for record in result.steps:
         expected = {
             "current": judge.score(
@@ -65,7 +66,7 @@ def test_what_takes_long_says_how_far_it_is(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a loss its tokens; of a command the seconds that it took the last time."""
-    monkeypatch.setattr(judge_module, "TICK", 0.05)
+    monkeypatch.setattr(metric, "TICK", 0.05)
     told: list[tuple[str, int, int]] = []
     evaluation = {
         "dataset": str(write_tokens(tmp_path / "heldout.jsonl", 12)),

@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"chat_template": "chat"}, "there are: auto, alpaca, chatml"),
         (
             {"merge_method": "ties", "parameters": {"density": [{"fliter": "mlp", "value": 0.3}]}},
-            "parameters.density: mergekit knows no key 'fliter' here (did you mean 'filter'?)",
+            "parameters.density[0]: mergekit knows no key 'fliter' here (did you mean 'filter'?)",
         ),
         (
             {"tokenizer": {"sorce": "base"}},

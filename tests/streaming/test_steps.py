@@ -15,9 +15,9 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mergekit_arm.merging.movement import compare
 from mergekit_arm.statistics.locate import read_metadata
 from mergekit_arm.streaming import StreamOptions, stream
-from mergekit_arm.streaming.step.movement import compare
 from tests.support.models import perturbed, tiny_llama
 from tests.support.streams import add_tokenizer, config, weights, write_run, write_tokens
 
@@ -233,7 +233,6 @@ def test_keep_says_whose_weights_stay(run: Path, tmp_path: Path, keep: Any, kept
     assert found == sorted({*kept, *best})
     for step in ("001", "002", "003"):
         assert (tmp_path / "out" / "steps" / step / "config.yml").is_file()
-        assert (tmp_path / "out" / "steps" / step / "metrics.json").is_file()
 
 
 def test_the_final_model_is_complete(tmp_path: Path) -> None:

@@ -88,10 +88,9 @@ def digest(out: Path) -> dict[str, str]:
         if not path.is_file() or path.name in (".lock", "stream_state.json"):
             continue
         content = path.read_bytes()
-        if path.name in ("stream.jsonl", "metrics.json"):
-            text = content.decode()
-            documents = text.splitlines() if path.suffix == ".jsonl" else [text]
-            untimed = [{**json.loads(one), "seconds": None} for one in documents]
+        if path.name == "stream.jsonl":
+            lines = content.decode().splitlines()
+            untimed = [{**json.loads(line), "seconds": None} for line in lines]
             content = json.dumps(untimed).encode()
         found[str(path.relative_to(out))] = hashlib.sha256(content).hexdigest()
     return found

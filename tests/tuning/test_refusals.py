@@ -125,8 +125,16 @@ def test_a_directory_of_something_else_is_left_alone(family: Path, tmp_path: Pat
         with pytest.raises(InputError, match=r"holds no search \(but thesis\.tex\)"):
             tune(config(family, {}), tmp_path, TuneOptions(force=force))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(InputError, match="is no directory"):
+    with pytest.raises(InputError, match="is a file; name a directory for the search"):
         tune(config(family, {}), tmp_path / "thesis.tex")
+
+
+def test_a_directory_that_mergekit_would_read_as_an_adapter_is_refused(
+    family: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="adapter and revision"):
+        tune(config(family, {}), tmp_path / "a+b")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_command_that_fails_ends_the_search_at_the_base(family: Path, tmp_path: Path) -> None:

@@ -146,7 +146,12 @@ def test_one_of_two_dies_and_the_other_takes_its_trial(family: Path, tmp_path: P
 
 def test_unfinished_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
     dead, alive = 2**22 + 1, os.getpid()
-    for name in (".best.yml.{}.x", ".trials.jsonl.{}.x", ".tune_state.json.{}.x", ".work.{}"):
+    for name in (
+        ".best.yml.{}.abcdefgh",
+        ".trials.jsonl.{}.a_cdefg1",
+        ".tune_state.json.{}.abcdefgh",
+        ".work.{}",
+    ):
         for process in (dead, alive):
             (tmp_path / name.format(process)).touch()
     (tmp_path / ".env").touch()

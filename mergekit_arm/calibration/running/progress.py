@@ -11,12 +11,11 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,6 +24,7 @@ from mergekit_arm.calibration.sums.sites import Site
 from mergekit_arm.calibration.sums.totals import PARTS, MeasuredSite, pack, unpack
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.files import replacement
+from mergekit_arm.outputs import alone, difference
 
 _RECORD = "progress"
 _SUMS, _FINISHED, _PIECES = _KEPT = "sums", "finished", "pieces"
@@ -72,34 +72,17 @@ class SavedProgress:
         self._every = every
         self._saved = time.monotonic()
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep other runs of the same command from this progress, for the duration of the block.
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other runs of the same command from this progress, for the duration of a block.
 
         Two that save in one place would each read what the other is about to replace.
 
         Raises:
             InputError: another run is at it.
         """
-        made = [one for one in (self.folder, *self.folder.parents) if not one.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        busy = f"another calibration is saving in {self.folder}: wait for it, or choose another OUT"
         # Not a name that `discard` removes: the lock of a file that is gone keeps nobody out.
-        lock = FileLock(self.folder / f".lock-{self._prefix}file", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise InputError(
-                f"another calibration is saving in {self.folder}: wait for it, or choose another "
-                "OUT"
-            ) from error
-        try:
-            yield
-        finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
-            for one in made or [self.folder]:
-                with contextlib.suppress(OSError):  # not empty: there is something to continue
-                    one.rmdir()
+        return alone(self.folder / f".lock-{self._prefix}file", busy)
 
     def check(self, force: bool) -> None:
         """Refuse the progress of another run; with ``force``, remove it.
@@ -107,20 +90,20 @@ class SavedProgress:
         Raises:
             InputError: naming what differs.
         """
-        difference = None
+        change = None
         try:
             for path in [path for kind in _KEPT for path in self.files(kind)]:
-                difference = difference or _difference(
+                change = change or difference(
                     self._read_record(path)["fingerprint"], self._fingerprint
                 )
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            difference = f"it cannot be read ({first_line(error)})"
-        if difference and not force:
+            change = f"it cannot be read ({first_line(error)})"
+        if change and not force:
             raise InputError(
-                f"{self.folder} holds the progress of another run: {difference}; finish that "
+                f"{self.folder} holds the progress of another run: {change}; finish that "
                 "run with its own command, choose another OUT, or start over with --force"
             )
-        if difference:
+        if change:
             self.discard()
 
     def position(self) -> dict[str, Any] | None:
@@ -231,11 +214,3 @@ class SavedProgress:
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def _difference(old: Mapping[str, str], new: Mapping[str, str]) -> str | None:
-    for key in [*new, *(key for key in old if key not in new)]:
-        before, after = old.get(key, "not set"), new.get(key, "not set")
-        if before != after:
-            return f"its {key} was {before} and is now {after}"
-    return None

@@ -29,8 +29,7 @@ def plan_report(forecast: Forecast) -> Iterator[RenderableType]:
             done = f"{one.step} (done)" if isinstance(one, StepRecord) else "skipped"
             planned = rate_text(one.learning_rate) if isinstance(one, StepRecord) else ""
             table.add_row(done, Text(one.checkpoint), planned, "")
-        skipped = len(forecast.state.skipped) if forecast.state else 0
-        for step in plan.steps(skipped, len(handled)):
+        for step in plan.left(forecast.state):
             search = " or ".join(["0", *map(rate_text, step.search)]) if step.search else ""
             rate = search or ", ".join(map(rate_text, step.rates or []))
             measures = "yes" if step.measures else ""

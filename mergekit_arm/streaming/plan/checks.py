@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mergekit import merge_methods
-from mergekit._data import chat_templates
 from pydantic import ValidationError
 
 from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.models.references import absolute_reference, plain_path
 from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.plan.document import StepStatistics, check_document, step_document
@@ -24,7 +23,6 @@ from mergekit_arm.streaming.rates import (
     check_rates,
     rates_at,
 )
-from mergekit_arm.streaming.references import absolute_reference, plain_path
 from mergekit_arm.streaming.training.checkpoints import RunCheckpoint, trained_on
 
 T = TypeVar("T")
@@ -33,9 +31,8 @@ T = TypeVar("T")
 class Checks:
     """Runs checks and collects what they refuse, so that a dry run names everything at once."""
 
-    def __init__(self, problems: list[str] | None = None) -> None:
-        """``problems``: what is known already, to be added to."""
-        self.problems = [] if problems is None else problems
+    def __init__(self) -> None:
+        self.problems: list[str] = []
 
     def run(self, check: Callable[[], T]) -> T | None:
         """Return what ``check`` returns, None where it refuses."""
@@ -68,19 +65,6 @@ def check_watched(config: StreamConfig) -> None:
     if config.passes > 1:
         raise InputError(
             "passes: --watch goes through the checkpoints once, since the trainer may delete them"
-        )
-
-
-def check_chat_template(template: str | None) -> None:
-    """Refuse what mergekit would only log, leaving the tokenizer out of every model."""
-    if template is None or template == "auto" or "{" in template:
-        return
-    names = [Path(file.name) for file in resources.files(chat_templates).iterdir()]
-    known = sorted(name.stem for name in names if name.suffix == ".jinja")
-    if template not in known:
-        raise InputError(
-            f"chat_template: mergekit has no {template!r}{did_you_mean(template, known)}; there "
-            f"are: auto, {', '.join(known)}, or give the template itself"
         )
 
 
@@ -128,7 +112,7 @@ def choose_calibration(config: StreamConfig, method: StepMethod) -> Calibration:
     measured = calibration.settings["energy"]
     if measured >= needed:
         return calibration
-    if "energy" in calibration.document():
+    if "energy" in calibration.chosen()[0]:
         raise InputError(
             f"calibration.energy {measured:g} is less than the merge's energy {needed:g}: "
             "raise it, or lower parameters.energy"

@@ -1,19 +1,16 @@
-"""A step as an ordinary mergekit configuration, and the command that repeats it by hand."""
+"""A step as an ordinary mergekit configuration."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-from mergekit.config import ConfigYamlDumper, MergeConfiguration
-from mergekit.options import MergeOptions
+from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
 from mergekit_arm.errors import InputError, did_you_mean, first_line
+from mergekit_arm.merging.keys import dotted, unread_keys
 from mergekit_arm.methods.arm import TASK
 from mergekit_arm.methods.base import STATS
 from mergekit_arm.methods.parameters import MEASURED_ON
@@ -57,8 +54,12 @@ def step_document(
     checkpoints: Sequence[str],
     rates: Sequence[Rate] | None,
     statistics: StepStatistics,
+    chat_template: str | None = None,
 ) -> dict[str, Any]:
-    """Return the mergekit configuration of one step: ``checkpoints`` merged into ``current``."""
+    """Return the mergekit configuration of one step: ``checkpoints`` merged into ``current``.
+
+    ``chat_template``: a checkpoint's, where neither the base nor the configuration has one.
+    """
     shared = {**config.parameters, **method.fixed}
     for name, value in (
         (STATS, statistics.current),
@@ -87,6 +88,8 @@ def step_document(
         value = getattr(config, key)
         if value is not None:
             document[key] = value
+    if chat_template is not None:
+        document["chat_template"] = chat_template
     return document
 
 
@@ -101,12 +104,6 @@ def cast_document(model: str, dtype: str) -> dict[str, Any]:
     return {"merge_method": "passthrough", "models": [{"model": model}], "out_dtype": dtype}
 
 
-def to_yaml(document: Mapping[str, Any], comment: Iterable[str] = ()) -> str:
-    """Return the configuration's text, ``comment`` lines first."""
-    lines = "".join(f"# {line}\n" for line in comment)
-    return lines + str(yaml.dump(dict(document), Dumper=ConfigYamlDumper, sort_keys=False))
-
-
 def check_document(document: Mapping[str, Any]) -> None:
     """Let mergekit parse a configuration, and refuse the keys that it would ignore.
 
@@ -114,7 +111,7 @@ def check_document(document: Mapping[str, Any]) -> None:
         InputError: it does not parse, or holds a key that mergekit does not know.
     """
     try:
-        parsed = MergeConfiguration.model_validate(dict(document))
+        MergeConfiguration.model_validate(dict(document))
     except (ValidationError, RuntimeError) as error:
         detail = (
             f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
@@ -122,43 +119,9 @@ def check_document(document: Mapping[str, Any]) -> None:
             else first_line(error)
         )
         raise InputError(f"mergekit does not accept the step's configuration: {detail}") from error
-    _refuse_ignored(document, parsed.model_dump(), "")
-
-
-def _refuse_ignored(written: Any, understood: Any, where: str) -> None:
-    if isinstance(written, Mapping) and isinstance(understood, list):
-        written = [written]
-    if isinstance(written, list) and isinstance(understood, list):
-        for one, other in zip(written, understood, strict=False):
-            _refuse_ignored(one, other, where)
-    if not (isinstance(written, Mapping) and isinstance(understood, Mapping)):
-        return
-    for key, value in written.items():
-        if key not in understood:
-            raise InputError(
-                f"{where or 'configuration'}: mergekit knows no key {key!r} here"
-                f"{did_you_mean(str(key), understood)}; there are: {', '.join(understood)}"
-            )
-        _refuse_ignored(value, understood[key], f"{where}.{key}" if where else str(key))
-
-
-def by_hand(config_file: Path, options: MergeOptions, document: Mapping[str, Any]) -> str:
-    """Return the ``mergekit-yaml`` command that repeats a merge, with the flags that change it."""
-    words = ["mergekit-yaml", str(config_file), "OUT"]
-    if "+" in models_of(document):
-        words += ["--lora-merge-cache", "CACHE"]
-    for name in ("random_seed", "lora_merge_dtype"):
-        value = getattr(options, name)
-        if value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    for name in ("allow_crimes", "unsafe_truncate_embeddings", "trust_remote_code"):
-        if getattr(options, name):
-            words.append(f"--{name.replace('_', '-')}")
-    return shlex.join(words)
-
-
-def models_of(document: Mapping[str, Any]) -> str:
-    """Return the models of a configuration, for a message: ``a, b into base``."""
-    models = [str(entry["model"]) for entry in document["models"]]
-    base = document.get("base_model")
-    return f"{', '.join(models)}{f' into {base}' if base else ''}"
+    for place, key, known in unread_keys(MergeConfiguration, dict(document), ()):
+        where = dotted(place) or "configuration"
+        raise InputError(
+            f"{where}: mergekit knows no key {key!r} here{did_you_mean(str(key), known)}; "
+            f"there are: {', '.join(known)}"
+        )

@@ -104,24 +104,20 @@ def _inner(method: MergeMethod) -> MergeMethod:
 
 
 def _check_inputs(method: MergeMethod, inner: MergeMethod, models: int) -> None:
-    name = method.spec.name
+    problem = None
+    if isinstance(inner, StatisticsMethod) and inner.base_optional:
+        problem = "weighs models against each other, and a step merges one"
+    elif inner.spec.contract.base not in (BasePolicy.REQUIRED, BasePolicy.OPTIONAL):
+        problem = "takes no base, so that a step would forget the model it starts from"
     try:
         method.validate_inputs(["base", *range(models)], "base")
     except ValueError as error:
         many = "one model" if models == 1 else f"{models} models"
+        problem = f"cannot be a step, which merges {many} into a base ({error})"
+    if problem:
         raise InputError(
-            f"merge_method: {name} cannot be a step, which merges {many} into a base "
-            f"({error}); use arm, aim, task_arithmetic or another that can"
-        ) from error
-    if isinstance(inner, StatisticsMethod) and inner.base_optional:
-        raise InputError(
-            f"merge_method: {name} weighs models against each other, and a step merges one; use "
-            "arm, aim, task_arithmetic or another that can"
-        )
-    if inner.spec.contract.base not in (BasePolicy.REQUIRED, BasePolicy.OPTIONAL):
-        raise InputError(
-            f"merge_method: {name} takes no base, so that a step would forget the model it "
-            "starts from; use arm, aim, task_arithmetic or another with a base"
+            f"merge_method: {method.spec.name} {problem}; use arm, aim, task_arithmetic or another "
+            "that can"
         )
 
 

@@ -12,17 +12,19 @@ from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.files import sampled_hash
+from mergekit_arm.merging.documents import FINAL_DTYPES, check_chat_template
+from mergekit_arm.merging.options import decisive_options
 from mergekit_arm.methods.arm import TASK
 from mergekit_arm.methods.base import STATS
 from mergekit_arm.models.contents import Contents, describe
 from mergekit_arm.models.loading import choose_device
+from mergekit_arm.models.references import absolute_reference
 from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.streaming.calibration import Calibration
-from mergekit_arm.streaming.config import FINAL_DTYPES, StreamConfig
+from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.plan.checks import (
     Checks,
     adapter_note,
-    check_chat_template,
     check_parameters,
     check_tokenizer,
     check_watched,
@@ -34,14 +36,8 @@ from mergekit_arm.streaming.plan.document import TOKENS
 from mergekit_arm.streaming.plan.method import StepMethod, fit_method
 from mergekit_arm.streaming.plan.prefix import check_prefix, list_checkpoints, same_shapes
 from mergekit_arm.streaming.rates import LineSearch, Rate, Rates, rates_at
-from mergekit_arm.streaming.references import absolute_reference
 from mergekit_arm.streaming.state import State
 from mergekit_arm.streaming.training.checkpoints import Group
-
-_DECISIVE_OPTIONS = (
-    "random_seed", "lora_merge_dtype", "allow_crimes", "unsafe_truncate_embeddings",
-)  # fmt: skip
-"""Options of mergekit that change what a step is, and not only how fast."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +132,10 @@ class StreamPlan:
         ]
         return [step for step in planned if step is not None]
 
+    def left(self, state: State | None) -> list[PlannedStep]:
+        """Return the steps that ``state`` does not hold yet."""
+        return self.steps(len(state.skipped), state.position) if state else self.steps()
+
 
 def make_plan(
     config: StreamConfig,
@@ -148,7 +148,7 @@ def make_plan(
 
     Reads headers and a few bytes of models and data, loads no model. Of a stream that has begun,
     ``state``, it checks that what is merged is the beginning of what is to be. The plan is None
-    where too little of it holds together; problems are one line each.
+    where too little of it holds together.
     """
     check = Checks()
     notes: list[str] = []
@@ -238,17 +238,14 @@ def _fingerprint(config: StreamConfig, merge: MergeOptions, base: Contents) -> d
         if value:
             found[key] = json.dumps(value, sort_keys=True)
     if config.calibration is not None:
-        found["calibration"] = json.dumps(config.calibration.document(), sort_keys=True)
+        found["calibration"] = json.dumps(config.calibration.chosen(), sort_keys=True)
+        found["calibration.refresh"] = str(config.calibration.refresh)
         names = ("calibration", "calibration.task")
         for name, one in zip(names, config.calibration.passes(), strict=False):
             content = content_of(one.get("dataset"))
             if content:
                 found[f"content of the {name} data"] = content
-    for option in _DECISIVE_OPTIONS:
-        value = getattr(merge, option)
-        if value != MergeOptions.model_fields[option].default:
-            found[f"--{option.replace('_', '-')}"] = str(value)
-    return found
+    return found | decisive_options(merge)
 
 
 def content_of(dataset: Any) -> str | None:

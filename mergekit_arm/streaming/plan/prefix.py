@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.models.contents import Contents, describe
+from mergekit_arm.models.references import plain_path
+from mergekit_arm.outputs import difference
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.rates import Schedule
-from mergekit_arm.streaming.references import plain_path
-from mergekit_arm.streaming.state import MergedCheckpoint, Skipped, State, StepRecord, difference
+from mergekit_arm.streaming.state import MergedCheckpoint, Skipped, State, StepRecord
 from mergekit_arm.streaming.training.checkpoints import (
     Group,
     RunCheckpoint,
@@ -24,6 +25,7 @@ from mergekit_arm.streaming.training.checkpoints import (
     listed_checkpoint,
     no_checkpoint,
     number_of,
+    reached,
 )
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def list_checkpoints(
         return [tuple(listed_checkpoint(one, base) for one in group) for group in groups]
     found = {one[0].name: one for one in find_checkpoints(Path(plain_path(setting)), base, say)}
     handled = state.handled if state else []
-    last = max((number_of(one.checkpoint) for one in handled), default=-1)
+    last = reached(state)
     names = [one.checkpoint for one in handled]
     for name in list(found):
         if config.passes == 1 and name not in names and number_of(name) < last:

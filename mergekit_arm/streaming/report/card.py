@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mergekit_arm.judging.judge import Scores
+from mergekit_arm.merging.card import front_matter, name_of, table, without_paths
 from mergekit_arm.streaming.plan.plan import StreamPlan
 from mergekit_arm.streaming.rates import rate_text
 from mergekit_arm.streaming.state import State
@@ -39,7 +37,6 @@ is kept in float32 and cast once, at the end.
 Directories are given by their last part. Made with {versions}.
 """
 
-_PATH = re.compile(r"""(?:(?<=^)|(?<=[\s='"(+:,]))(?:~|\.{1,2})?/[^\s'"|;&)+:,]+""")
 _PACKAGES = ("mergekit-arm", "mergekit", "torch", "transformers", "safetensors")
 
 
@@ -53,40 +50,20 @@ def stream_card(
     No date, no duration and no path of this machine, so that the same stream gives the same
     bytes wherever it was made.
     """
-    front: dict[str, object] = {"library_name": "transformers"}
-    base = plan.config.base_model.split("+")[0].split("@")[0]
-    # The Hub refuses a card whose base_model is not a repository's name.
-    if not os.path.isabs(base):
-        front["base_model"] = [base]
-    front["tags"] = ["mergekit", "merge", "mergekit-arm"]
     origin = "The base model, which no step bettered"
     if chosen:
         origin = f"Step {chosen} of {len(state.steps)}"
     return _TEMPLATE.format(
-        front=yaml.safe_dump(front, sort_keys=False),
+        front=front_matter([plan.config.base_model]),
         count=len(state.steps),
         origin=origin,
         comparison="\n".join(_comparison(plan.config.evaluation, state, chosen)),
         statistics="\n".join(_measured(measured)),
-        steps="\n".join([_table(_steps(plan.config.evaluation, state, chosen)), *_skipped(state)]),
+        steps="\n".join([table(_steps(plan.config.evaluation, state, chosen)), *_skipped(state)]),
         config=yaml.safe_dump(without_paths(plan.config.document()), sort_keys=False,
                               allow_unicode=True),
         versions=", ".join(f"{name} {version(name)}" for name in _PACKAGES),
     )  # fmt: skip
-
-
-def without_paths(document: Any) -> Any:
-    """Return a configuration in which directories and files of this machine are their names."""
-    if isinstance(document, dict):
-        keep = ("chat_template",)
-        return {k: v if k in keep else without_paths(v) for k, v in document.items()}
-    if isinstance(document, list):
-        return [without_paths(value) for value in document]
-    return _name_of(document) if isinstance(document, str) else document
-
-
-def _name_of(text: str) -> str:
-    return _PATH.sub(lambda path: Path(path[0]).name, text)
 
 
 def _comparison(evaluation: Evaluation | None, state: State, chosen: int) -> Iterator[str]:
@@ -101,15 +78,15 @@ def _comparison(evaluation: Evaluation | None, state: State, chosen: int) -> Ite
         for one in scored:
             if evaluation.better_of(one.scores, best.scores):
                 best = one
-        entries.append((f"best single checkpoint ({_name_of(best.name)})", best.scores))
-        entries.append((f"last checkpoint ({_name_of(scored[-1].name)})", scored[-1].scores))
+        entries.append((f"best single checkpoint ({name_of(best.name)})", best.scores))
+        entries.append((f"last checkpoint ({name_of(scored[-1].name)})", scored[-1].scores))
     average = state.average
     if average is not None and not average.missing:
         entries.append(("uniform average of the checkpoints", average.scores))
     entries.append(("**this model**", state.scores_of(chosen)))
     rows += [[name, *_numbers(scores, list(state.base))] for name, scores in entries]
     yield "\n## Beside others\n"
-    yield _table(rows)
+    yield table(rows)
     yield ""
     if average is not None and average.missing:
         yield f"The uniform average of the checkpoints is not scored: {average.missing}.\n"
@@ -120,7 +97,7 @@ def _comparison(evaluation: Evaluation | None, state: State, chosen: int) -> Ite
         else:
             bound = bound_of(judged)
             kept = "" if bound is None else f"; a step may raise it by {bound:g}"
-            source = _name_of(str(getattr(judged, "dataset", "")))
+            source = name_of(str(getattr(judged, "dataset", "")))
             yield (
                 f"- {name}: loss in nats per token over {data['tokens']:,} tokens of `{source}` "
                 f"(SHA-256 of the token ids {data['sha256'][:16]}){kept}"
@@ -135,7 +112,7 @@ def _measured(measured: Mapping[str, Any] | None) -> Iterator[str]:
         if data is not None:
             yield (
                 f"\nActivations were measured over {data['tokens']:,} tokens of "
-                f"`{_name_of(data['dataset'])}` (SHA-256 of the token ids "
+                f"`{name_of(data['dataset'])}` (SHA-256 of the token ids "
                 f"{data['content_hash'][:16]})."
             )
 
@@ -150,7 +127,7 @@ def _steps(evaluation: Evaluation | None, state: State, chosen: int) -> list[lis
         rows.append(
             [
                 _mark(record.step, chosen),
-                " + ".join(_name_of(one.name) for one in record.merged),
+                " + ".join(name_of(one.name) for one in record.merged),
                 rate_text(record.learning_rate) if record.accepted else "not merged",
                 "" if record.update_norm is None else f"{record.update_norm:.4g}",
                 *_numbers(record.current, names),
@@ -163,11 +140,7 @@ def _skipped(state: State) -> Iterator[str]:
     if state.skipped:
         yield "\nCheckpoints that could not be merged:\n"
     for one in state.skipped:
-        yield f"- {_name_of(one.checkpoint)}: {without_paths(one.reason)}"
-
-
-def _table(rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        yield f"- {name_of(one.checkpoint)}: {without_paths(one.reason)}"
 
 
 def _mark(step: int, chosen: int) -> str:

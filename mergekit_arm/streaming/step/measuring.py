@@ -9,6 +9,7 @@ from typing import Any
 
 from mergekit_arm.calibration.calibrate import calibrate
 from mergekit_arm.calibration.options import CalibrationOptions
+from mergekit_arm.merging.adapters import merge_adapter
 from mergekit_arm.methods.arm import TASK
 from mergekit_arm.methods.base import STATS
 from mergekit_arm.sections import section
@@ -21,7 +22,6 @@ from mergekit_arm.streaming.layout import (
 )
 from mergekit_arm.streaming.plan.document import StepStatistics
 from mergekit_arm.streaming.plan.plan import PlannedStep
-from mergekit_arm.streaming.step.merge import merge_adapter
 from mergekit_arm.streaming.step.workplace import Workplace
 
 

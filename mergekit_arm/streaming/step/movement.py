@@ -12,48 +12,20 @@ from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
-from torch import Tensor
 
+from mergekit_arm.merging.movement import TensorMove, compare
 from mergekit_arm.streaming.plan.document import STEP_DTYPE
-
-_CHUNK_ELEMENTS = 1 << 20
-
-
-@dataclass(frozen=True)
-class TensorMove:
-    """One tensor's part in a step. Norms are Frobenius norms."""
-
-    update: float
-    """‖W' − W‖, W' the merged and W the current weight."""
-    task: float
-    """‖W_c − W‖, W_c the checkpoint's weight, or the mean of several."""
-    angle: float | None
-    """Degrees between W' − W and W_c − W; None where one of them is zero."""
-    matrix: bool
 
 
 @dataclass(frozen=True)
 class Move:
-    """A whole step."""
+    """A whole step: norms over all weights, and angles over the matrices that moved."""
 
-    tensors: dict[str, TensorMove]
-
-    @property
-    def update_norm(self) -> float:
-        """‖W' − W‖ over all weights."""
-        return math.hypot(*(move.update for move in self.tensors.values()))
-
-    @property
-    def task_norm(self) -> float:
-        """‖W_c − W‖ over all weights: how far the checkpoint was."""
-        return math.hypot(*(move.task for move in self.tensors.values()))
-
-    def rotation(self) -> dict[str, float] | None:
-        """Return mean and largest angle over matrices in degrees, None where nothing moved."""
-        angles = [m.angle for m in self.tensors.values() if m.matrix and m.angle is not None]
-        if not angles:
-            return None
-        return {"mean": sum(angles) / len(angles), "max": max(angles)}
+    update_norm: float
+    task_norm: float
+    """How far the checkpoint was."""
+    rotation_degrees: dict[str, float] | None
+    """Mean and largest angle; None where nothing moved."""
 
 
 def measure_move(document: Mapping[str, Any], merged: str, options: MergeOptions) -> Move:
@@ -69,7 +41,7 @@ def measure_move(document: Mapping[str, Any], merged: str, options: MergeOptions
     architecture = get_architecture_info(configuration, options)
     after = configuration.base_model.model_validate(merged)
     weights = architecture.all_weights(after.config(trust_remote_code=options.trust_remote_code))
-    moves: dict[str, TensorMove] = {}
+    moves: list[TensorMove] = []
     for weight in weights:
         tensors = [
             LoadTensor(
@@ -86,25 +58,10 @@ def measure_move(document: Mapping[str, Any], merged: str, options: MergeOptions
             continue
         if len({tensor.shape for tensor in tensors}) == 1:
             goal = tensors[2] if len(tensors) == 3 else torch.stack(tensors[2:]).mean(dim=0)
-            moves[weight.name] = compare(tensors[0], tensors[1], goal)
-    return Move(moves)
-
-
-def compare(after: Tensor, before: Tensor, checkpoint: Tensor) -> TensorMove:
-    """Return the move of one weight, all three of one shape; sums in float64.
-
-    The angle is atan2(√(‖u‖²‖t‖² − ⟨u,t⟩²), ⟨u,t⟩) of update u and task vector t, good to about
-    1e-6 degrees; that of u itself, a difference of float32 numbers, is seldom better.
-    """
-    squares = torch.zeros(3, dtype=torch.float64)
-    flat = [tensor.reshape(-1) for tensor in (after, before, checkpoint)]
-    for new, old, goal in zip(*(torch.split(t, _CHUNK_ELEMENTS) for t in flat), strict=True):
-        start = old.double()
-        u, t = new.double() - start, goal.double() - start
-        squares += torch.stack([u @ u, t @ t, u @ t])
-    update, task, product = squares.tolist()
-    angle = None
-    if update > 0 and task > 0:
-        across = math.sqrt(max(update * task - product**2, 0.0))
-        angle = math.degrees(math.atan2(across, product))
-    return TensorMove(math.sqrt(update), math.sqrt(task), angle, after.ndim >= 2)
+            moves.append(compare(tensors[0], tensors[1], goal))
+    angles = [move.angle for move in moves if move.matrix and move.angle is not None]
+    return Move(
+        math.hypot(*(move.update for move in moves)),
+        math.hypot(*(move.task for move in moves)),
+        {"mean": sum(angles) / len(angles), "max": max(angles)} if angles else None,
+    )

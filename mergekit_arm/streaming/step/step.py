@@ -6,12 +6,11 @@ record that :func:`take_step` returns.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,16 @@ from mergekit.options import MergeOptions
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove, size_of, write_text
 from mergekit_arm.judging.judge import Scores
+from mergekit_arm.merging.adapters import merge_adapter
+from mergekit_arm.merging.documents import by_hand, to_yaml
+from mergekit_arm.merging.merge import forgetting, merge
 from mergekit_arm.models.contents import describe
-from mergekit_arm.streaming.layout import METRICS, MODEL, PROVENANCE, STEP_CONFIG
-from mergekit_arm.streaming.plan.document import StepStatistics, by_hand, step_document, to_yaml
+from mergekit_arm.streaming.layout import MODEL, PROVENANCE, STEP_CONFIG
+from mergekit_arm.streaming.plan.document import StepStatistics, step_document
 from mergekit_arm.streaming.plan.plan import PlannedStep, one_or_all
 from mergekit_arm.streaming.rates import Rate, rate_text, scaled
 from mergekit_arm.streaming.state import Attempt, MergedCheckpoint, StepRecord
 from mergekit_arm.streaming.step.measuring import provenance, step_statistics
-from mergekit_arm.streaming.step.merge import forgetting, merge, merge_adapter
 from mergekit_arm.streaming.step.movement import Move, measure_move
 from mergekit_arm.streaming.step.workplace import Workplace
 from mergekit_arm.streaming.training.checkpoints import RunCheckpoint, problem_of
@@ -78,6 +79,7 @@ class _Step:
             checkpoints=[one.reference for one in self.planned.checkpoints],
             rates=rates,
             statistics=self.statistics,
+            chat_template=self.place.state.chat_template,
         )
 
     @contextmanager
@@ -174,7 +176,7 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
         accepted=chosen is not None,
         statistics_from=measured_at,
         calibration_tokens=tokens,
-        rotation_degrees=move.rotation() if move else None,
+        rotation_degrees=move.rotation_degrees if move else None,
         update_norm=move.update_norm if move else None,
         task_norm=move.task_norm if move else None,
         current=scores,
@@ -183,10 +185,6 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
         seconds=clock.seconds,
         bytes=sum(one.bytes for one in state.tried),
     )
-    details: dict[str, Any] = record.model_dump(mode="json")
-    if move is not None:
-        details["tensors"] = {name: asdict(one) for name, one in move.tensors.items()}
-    write_text(folder / METRICS, json.dumps(details, indent=1) + "\n")
     if measured_at is not None:
         write_text(folder / PROVENANCE, provenance(statistics, measured_at))
     return record

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit.options import MergeOptions
 
-from mergekit_arm.errors import InputError
+from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import fresh_directory, remove, write_text
-from mergekit_arm.judging.judge import Scores
+from mergekit_arm.judging.judge import Judge, Scores
+from mergekit_arm.merging.adapters import merge_adapter
 from mergekit_arm.models.tokenizer import load_own_tokenizer
-from mergekit_arm.streaming.judge import StreamJudge
 from mergekit_arm.streaming.layout import (
     CHECKPOINT_STATISTICS,
     JOURNAL,
@@ -27,7 +27,6 @@ from mergekit_arm.streaming.layout import (
 from mergekit_arm.streaming.options import Keep
 from mergekit_arm.streaming.plan.plan import StreamPlan
 from mergekit_arm.streaming.state import State, StepRecord
-from mergekit_arm.streaming.step.merge import merge_adapter
 
 
 @dataclass
@@ -39,12 +38,9 @@ class Workplace:
     merge: MergeOptions
     keep: Keep
     state: State
-    judge: StreamJudge | None
+    judge: Judge | None
     say: Callable[[str], None]
     progress: Callable[[int, int], None] | None = None
-
-    def __post_init__(self) -> None:
-        self._use_template()
 
     def borrow_template(self, references: Sequence[str]) -> str | None:
         """Return a checkpoint's chat template where the base has none, for all models to come."""
@@ -56,16 +52,8 @@ class Workplace:
             tokenizer = load_own_tokenizer(reference, trust)
             if tokenizer is not None and isinstance(tokenizer.chat_template, str):
                 self.say(f"the base has no chat template: {reference}'s is used and published")
-                self.state.chat_template = tokenizer.chat_template
-                self._use_template()
-                return self.state.chat_template
+                return tokenizer.chat_template
         return None
-
-    def _use_template(self) -> None:
-        if self.state.chat_template is not None:
-            update = {"chat_template": self.state.chat_template}
-            config = self.plan.config.model_copy(update=update)
-            self.plan = dataclasses.replace(self.plan, config=config)
 
     def folder(self, step: int) -> Path:
         """Return the directory of a step (from 1)."""
@@ -81,13 +69,20 @@ class Workplace:
         Raises:
             InputError: its weights are not there any more.
         """
-        number = self.state.before(step)
-        if number and not self.has(number):
+        return self.needed(self.state.before(step), "from which the stream would go on")
+
+    def needed(self, step: int, purpose: str) -> str:
+        """Return :meth:`model_of` a step whose weights must be there, ``purpose`` says for what.
+
+        Raises:
+            InputError: they are not.
+        """
+        if not self.has(step):
             raise InputError(
-                f"{self.out}: the float32 weights of step {number} are gone, from which the stream "
-                "would go on; keep them with --keep last or --keep all"
+                f"{self.out}: the float32 weights of step {step} are gone, {purpose}; keep them "
+                "with --keep last or --keep all"
             )
-        return self.model_of(number)
+        return self.model_of(step)
 
     def has(self, step: int) -> bool:
         """Say whether a step's weights are there; the base's are."""
@@ -101,15 +96,26 @@ class Workplace:
         return self.state.best if best else self.state.current
 
     def score(self, reference: str, *, run_commands: bool = True) -> Scores:
-        """Return how good a model is; empty without ``evaluation``."""
+        """Return how good a model is; empty without ``evaluation``.
+
+        Raises:
+            Failure: a loss that is not finite, or a command that fails or prints no number.
+        """
         if self.judge is None:
             return {}
         model = merge_adapter(reference, self.merge)
         scratch = fresh_directory(self.out / SCRATCH)
         try:
-            return self.judge.score(model, scratch, run_commands=run_commands)
+            found = self.judge.score(model, scratch, run_commands=run_commands)
         finally:
             remove(scratch)
+        for name, score in found.items():
+            if not math.isfinite(score):
+                raise Failure(
+                    f"{self.judge.place(name)}: the loss of {reference} is {score}: the model is "
+                    "broken; try a lower learning_rate"
+                )
+        return found
 
     def score_aside(self, reference: str) -> Scores:
         """Return the scores of a model that is only looked at: no commands unless asked for."""

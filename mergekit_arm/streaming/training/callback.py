@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,17 +19,17 @@ from typing import Any
 
 import torch.distributed as dist
 import yaml
-from filelock import FileLock, Timeout
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove
+from mergekit_arm.models.references import plain_path
+from mergekit_arm.outputs import alone
 from mergekit_arm.sections import read_mapping
 from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.layout import INCOMING, LOCK_FILE, MODEL
-from mergekit_arm.streaming.references import plain_path
 from mergekit_arm.streaming.state import read_state
-from mergekit_arm.streaming.training.checkpoints import number_of, numbered_checkpoints
+from mergekit_arm.streaming.training.checkpoints import numbered_checkpoints, reached
 from mergekit_arm.streaming.training.watch import OVER, take
 
 LOG = logging.getLogger(__name__)
@@ -40,9 +41,9 @@ _MEETING = 5.0  # seconds between two meetings of processes that wait for the st
 
 # What torchrun tells a process of the others. The stream is none of them: with these it would
 # wait for the training's processes to join its calibration.
-_OF_A_RANK = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME")
-_OF_THE_WORLD = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE")
-_OF_THE_LAUNCHER = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_")
+_OF_A_RANK = re.compile(
+    "((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*)"
+)
 
 
 class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
@@ -122,10 +123,10 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         # It ends when this pipe does, by whatever signal this process dies.
         self._child = subprocess.Popen(
             [*command, "--watch", "--fed", *self._arguments],
-            env=_alone(os.environ),
+            env={k: value for k, value in os.environ.items() if not _OF_A_RANK.fullmatch(k)},
             stdin=subprocess.PIPE,
         )
-        merged = self._merged()
+        merged = reached(read_state(self.out))
         for number, path in numbered_checkpoints(run).items():
             if merged < number <= state.global_step:
                 self._take(path)
@@ -158,28 +159,17 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         if not taken:
             LOG.error("%s cannot be streamed: %s", checkpoint, problem)
 
-    def _merged(self) -> int:
-        """Return the number of the last checkpoint that the stream in ``out`` has come to."""
-        state = read_state(self.out)
-        return (
-            max((number_of(one.checkpoint) for one in state.handled), default=-1) if state else -1
-        )
-
     def _check_out(self, global_step: int) -> None:
         """Refuse a stream to which this training's checkpoints cannot be appended."""
-        merged = self._merged()
+        merged = reached(read_state(self.out))
         if merged > global_step:
             raise InputError(
                 f"{self.out} holds a stream that came to checkpoint-{merged}, and this training "
                 f"begins at step {global_step}: it is another training's; give another OUT"
             )
-        self.out.mkdir(parents=True, exist_ok=True)
-        try:
-            FileLock(self.out / LOCK_FILE).acquire(timeout=ORPHAN).lock.release()
-        except Timeout as error:
-            raise InputError(
-                f"{self.out}: another process runs this stream; end it, or wait for it"
-            ) from error
+        busy = f"{self.out}: another process runs this stream; end it, or wait for it"
+        with alone(self.out / LOCK_FILE, busy, wait=ORPHAN):
+            pass
 
     def check(self) -> Path:
         """Wait for the stream and return its final model's directory.
@@ -223,16 +213,6 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
             self._failed = True
             LOG.error("the stream in %s ended with status %s; training goes on", self.out, status)
         return status is not None
-
-
-def _alone(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment without what makes a process one of many."""
-    others = (*_OF_A_RANK, *_OF_THE_WORLD)
-    return {
-        name: value
-        for name, value in environment.items()
-        if name not in others and not name.startswith(_OF_THE_LAUNCHER)
-    }
 
 
 def _document(config: StreamConfig | Mapping[str, Any] | str | Path) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.models.contents import describe, is_adapter, missing_part, weight_files
-from mergekit_arm.streaming.references import absolute_reference, plain_path
+from mergekit_arm.models.references import absolute_reference, plain_path
+from mergekit_arm.streaming.state import State
 
 TRAINER_STATE = "trainer_state.json"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
@@ -73,6 +74,11 @@ def no_checkpoint(setting: str) -> InputError:
 def number_of(name: str) -> int:
     """Return N of ``checkpoint-N``."""
     return int(name.rpartition("-")[2])
+
+
+def reached(state: State | None) -> int:
+    """Return N of the last checkpoint that is behind a stream, -1 where none is."""
+    return max((number_of(one.checkpoint) for one in (state.handled if state else [])), default=-1)
 
 
 def problem_of(reference: str, trust_remote_code: bool) -> str | None:

@@ -9,15 +9,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from mergekit_arm.errors import Failure
 from mergekit_arm.files import remove
 from mergekit_arm.models.contents import missing_part, weight_files
-from mergekit_arm.streaming.layout import END_MARKER, INCOMING
+from mergekit_arm.streaming.layout import END_MARKER
 from mergekit_arm.streaming.options import WatchOptions
 from mergekit_arm.streaming.training.checkpoints import (
     TRAINER_STATE,
@@ -30,10 +32,11 @@ from mergekit_arm.streaming.training.checkpoints import (
 OVER = "over"
 """What a training process that feeds a stream says at its end, a line on standard input."""
 
-_ABANDONED = 900.0  # seconds: no copy of one file takes so long, so its process is gone
-
 # What a trainer needs to go on and a merge does not.
 _TRAINING_ONLY = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
+
+_Files = tuple[tuple[str, int, int], ...]
+"""Of a directory: names, sizes and times."""
 
 
 @dataclass
@@ -59,14 +62,16 @@ class Watch:
     """The training process that feeds this stream has said that it ends."""
     _stop: threading.Event = field(default_factory=threading.Event)
     _look: threading.Lock = field(default_factory=threading.Lock)
-    _seen: set[int] = field(default_factory=set)
+    _seen: dict[int, tuple[_Files, float]] = field(default_factory=dict)
+    """How a checkpoint looked that is not taken yet, and since when, by a clock of our own."""
     _problem: Exception | None = None
 
     def __enter__(self) -> Watch:
         """Begin to take checkpoints."""
         self.incoming.mkdir(parents=True, exist_ok=True)
         for left in self.incoming.glob(".*"):
-            if time.time() - left.stat().st_mtime > _ABANDONED:
+            process = left.name.split(".")[-2]  # or what was being removed
+            if not process.isdigit() or int(process) not in set(psutil.pids()) - {os.getpid()}:
                 remove(left)
         work = self._listen if self.options.fed else self._take_on
         # A daemon, since it may wait for a line that never comes.
@@ -147,15 +152,13 @@ class Watch:
             if self._stop.is_set():
                 return
             there, taken = numbered_checkpoints(self.folder), numbered_checkpoints(self.incoming)
-            for number in sorted(self._seen - there.keys() - taken.keys()):
-                self._seen.discard(number)
+            for number in sorted(self._seen.keys() - there.keys() - taken.keys()):
+                del self._seen[number]
                 if number > self.after:
                     self.say(f"checkpoint-{number} was deleted before it could be taken")
             for number, path in there.items():
-                if number > self.after and number not in taken:
-                    self._seen.add(number)
-                    if self._complete(path, ended):
-                        take(path, self.incoming)
+                if number > self.after and number not in taken and self._whole(number, ended):
+                    take(path, self.incoming)
 
     def _tell_left_out(self, after: int) -> None:
         for number, path in numbered_checkpoints(self.folder).items():
@@ -172,32 +175,23 @@ class Watch:
             return self._over.is_set()
         return self._marker() or self.last is not None
 
-    def _complete(self, path: Path, ended: bool) -> bool:
-        if missing_part(path) is not None:
-            return False
-        if (path / TRAINER_STATE).is_file() or ended:
-            return True  # the trainer writes this file last
-        try:
-            newest = max(file.stat().st_mtime for file in path.iterdir())
-        except (OSError, ValueError):
-            return False
-        return time.time() - newest >= self.options.settle
+    def _whole(self, number: int, ended: bool) -> bool:
+        """Say whether all of a checkpoint is written.
 
-
-@contextmanager
-def watch_run(
-    folder: Path | None,
-    out: Path,
-    base_model: str,
-    options: WatchOptions | None,
-    say: Callable[[str], None],
-) -> Iterator[Watch | None]:
-    """Take the checkpoints of ``folder`` into ``out`` meanwhile; None without ``options``."""
-    if options is None or folder is None:
-        yield None
-        return
-    with Watch(folder, out / INCOMING, base_model, options, say) as watch:
-        yield watch
+        Its weights are as long as their headers say. What else belongs to it is there if the
+        trainer's state is, which is written last, or if two looks find the same. Times of files
+        are compared for equality alone: their clock is not ours, and may go back.
+        """
+        path = self.folder / f"checkpoint-{number}"
+        with suppress(OSError):  # it vanishes
+            files = _files_of(path)
+            before, since = self._seen.get(number, (None, 0.0))
+            now = time.monotonic()
+            self._seen[number] = files, since if files == before else now
+            if missing_part(path) is None:
+                unchanged = files == before and now - since >= self.options.poll
+                return ended or unchanged or (path / TRAINER_STATE).is_file()
+        return False
 
 
 def take(checkpoint: Path, incoming: Path) -> bool:
@@ -211,7 +205,7 @@ def take(checkpoint: Path, incoming: Path) -> bool:
     final = incoming / checkpoint.name
     try:
         incoming.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}.", dir=incoming))
+        staging = Path(tempfile.mkdtemp(prefix=f".{checkpoint.name}.{os.getpid()}.", dir=incoming))
     except OSError as error:
         raise Failure(f"{incoming}: {error.strerror}; the checkpoint cannot be taken") from error
     try:
@@ -230,6 +224,11 @@ def take(checkpoint: Path, incoming: Path) -> bool:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return final.is_dir()
+
+
+def _files_of(folder: Path) -> _Files:
+    found = ((file.name, file.stat()) for file in folder.iterdir())
+    return tuple(sorted((name, one.st_size, one.st_mtime_ns) for name, one in found))
 
 
 def _link(source: Path, target: Path) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-import yaml
-
 from mergekit_arm.judging.judge import Scores
 from mergekit_arm.judging.sets import EvaluationSet, HeldOutSet
+from mergekit_arm.merging.card import front_matter, table
 from mergekit_arm.tuning.plan import TunePlan
 from mergekit_arm.tuning.trials import TrialRecord
 
@@ -43,18 +42,11 @@ def tune_card(
     test: list[Row],
 ) -> str:
     """Return the card's Markdown. No date and no duration: the same search, the same bytes."""
-    front: dict[str, object] = {"library_name": "transformers"}
-    # The Hub refuses a card whose base_model is not a repository's name.
-    names = [one.split("+")[0].split("@")[0] for one in [plan.base or "", *plan.inputs]]
-    hub = [name for name in names if name.count("/") == 1 and not name.startswith((".", "/"))]
-    if hub:
-        front["base_model"] = hub
-    front["tags"] = ["mergekit", "merge", "mergekit-arm"]
     tested = ""
     if test:
         tested = f"\n## Test, on which nothing was searched\n\n{_table(test)}"
     return _TEMPLATE.format(
-        front=yaml.safe_dump(front, sort_keys=False),
+        front=front_matter([*([plan.base] if plan.base else []), *plan.inputs]),
         count=count,
         number=best.number,
         described=best.describe(),
@@ -73,7 +65,7 @@ def _table(rows: list[Row]) -> str:
         shown = label if not os.path.isabs(label) else os.path.basename(label)
         cells = [f"{scores[name]:.4f}" for name in names]
         lines.append([shown, "" if gain is None else f"{gain:+.3f}", *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return table(lines) + "\n"
 
 
 def _sets(plan: TunePlan, sets: Mapping[str, EvaluationSet]) -> str:

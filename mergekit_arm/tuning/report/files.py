@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from mergekit.options import MergeOptions
 
-from mergekit_arm.streaming.plan.document import to_yaml
+from mergekit_arm.merging.documents import by_hand, to_yaml
 from mergekit_arm.tuning.trials import TrialRecord
 
 
@@ -22,15 +22,11 @@ def best_text(document: Mapping[str, Any], best: TrialRecord, options: MergeOpti
     """Return the best trial's configuration, with comments that say where it comes from."""
     gains = ", ".join(f"{name} {gain:+.4f}" for name, gain in best.gains.items())
     scores = ", ".join(f"{name} {score:.6g}" for name, score in best.scores.items())
-    words = ["mergekit-yaml", "best.yml", "OUT"]
-    for name in ("random_seed", "lora_merge_dtype"):
-        value = getattr(options, name)
-        if value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+    command = by_hand(Path("best.yml"), options, document)
     comment = [
         f"Trial {best.number} of mergekit-arm tune: {best.describe()}",
         f"Scores: {scores}",
         f"Gains, where 0 is the base and 1 the best input model: {gains}",
-        f"By hand, from the directory that the paths are relative to: {shlex.join(words)}",
+        f"By hand, from the directory that the paths are relative to: {command}",
     ]
     return to_yaml(document, comment)

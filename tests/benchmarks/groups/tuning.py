@@ -67,8 +67,8 @@ def merges_and_scores(document: dict[str, Any], tokens: str) -> Measured:
 
     from mergekit_arm.judging.judge import Judge
     from mergekit_arm.judging.sets import HeldOutSet
-    from mergekit_arm.streaming.plan.document import to_yaml
-    from mergekit_arm.streaming.step.merge import merge
+    from mergekit_arm.merging.documents import to_yaml
+    from mergekit_arm.merging.merge import merge
 
     ends: list[float] = []
     options = MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False)

@@ -180,17 +180,17 @@ def test_a_signal_saves_first(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model": "a"}, "its model was content"),
-        ({"dataset": "other.jsonl"}, "its data was 12 sequences, 384 tokens .* and is now 3 seq"),
-        ({"samples": 8}, "its data was 12 sequences, .* and is now 8 sequences"),
-        ({"seed": 1}, "its seed was 42 and is now 1|its data was"),
-        ({"dtype": "bfloat16"}, "its dtype was float32 and is now bfloat16"),
-        ({"statistics": ("importance",)}, "its statistics was importance, subspace and is now imp"),
-        ({"rank": 8}, "its rank was None and is now 8"),
-        ({"energy": 0.5}, "its energy was .* and is now 0.5"),
-        ({"skip_first": 1}, "its skip first was 0 and is now 1"),
-        ({"batch_size": 3}, "its batch size was 2 and is now 3"),
-        ({"low_memory": True}, "its low memory was off and is now on"),
+        ({"model": "a"}, "model was content"),
+        ({"dataset": "other.jsonl"}, "data was 12 sequences, 384 tokens .* and is now 3 seq"),
+        ({"samples": 8}, "data was 12 sequences, .* and is now 8 sequences"),
+        ({"seed": 1}, "seed was 42 and is now 1|data was"),
+        ({"dtype": "bfloat16"}, "dtype was float32 and is now bfloat16"),
+        ({"statistics": ("importance",)}, "statistics was importance, subspace and is now imp"),
+        ({"rank": 8}, "rank was None and is now 8"),
+        ({"energy": 0.5}, "energy was .* and is now 0.5"),
+        ({"skip_first": 1}, "skip first was 0 and is now 1"),
+        ({"batch_size": 3}, "batch size was 2 and is now 3"),
+        ({"low_memory": True}, "low memory was off and is now on"),
     ],
 )
 def test_progress_of_another_run_is_refused(

@@ -22,7 +22,7 @@ from mergekit_arm.streaming.training.watch import Watch, take
 from tests.support.models import perturbed, tiny_llama
 from tests.support.streams import add_tokenizer, config, weights, write_tokens
 
-FAST = WatchOptions(poll=0.02, timeout=20, settle=0.3)
+FAST = WatchOptions(poll=0.02, timeout=20)
 
 
 @pytest.fixture(scope="module")
@@ -58,31 +58,52 @@ def watch(models: Path, tmp_path: Path, options: WatchOptions = FAST) -> Watch:
 
 def test_a_checkpoint_is_taken_when_it_is_complete(models: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "checkpoint-1"
-    follower = watch(models, tmp_path, WatchOptions(poll=0.02, timeout=0.2, settle=99))
+    follower = watch(models, tmp_path, WatchOptions(poll=0.05, timeout=0.2))
     folder.mkdir(parents=True)
-    # In the order in which Trainer writes; half the weights, all of them, then the state.
+    # Half the weights, long enough; the state, which has the last word; then all weights.
     shutil.copy(models / "checkpoint-1" / "config.json", folder)
     content = (models / "checkpoint-1" / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
     assert follower.next(-1) == "no new checkpoint in 0.2 s"
-    (folder / "model.safetensors").write_bytes(content)
-    assert follower.next(-1) == "no new checkpoint in 0.2 s"
     (folder / "trainer_state.json").write_text("{}")
+    assert follower.next(-1) == "no new checkpoint in 0.2 s"
+    (folder / "model.safetensors").write_bytes(content)
     taken = follower.next(-1)
     assert not isinstance(taken, str)
     assert taken.name == "checkpoint-1"
     assert taken.reference == str(tmp_path / "in" / "checkpoint-1")
 
 
-def test_without_a_trainers_state_a_checkpoint_must_have_settled(
-    models: Path, tmp_path: Path
+@pytest.mark.parametrize("away", [-9e8, 0, 9e8], ids=["slow", "right", "fast"])
+def test_without_a_trainers_state_two_looks_must_find_the_same(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: float
 ) -> None:
-    shutil.copytree(models / "checkpoint-1", tmp_path / "run" / "checkpoint-1")
-    for file in (tmp_path / "run" / "checkpoint-1").iterdir():
-        file.touch()
-    begun = time.monotonic()
-    assert not isinstance(watch(models, tmp_path).next(-1), str)
-    assert time.monotonic() - begun > 0.2
+    """Whatever our clock says, and whatever that of the disk said when it was written."""
+    notes = tmp_path / "run" / "checkpoint-1" / "notes.txt"
+    shutil.copytree(models / "checkpoint-1", notes.parent)
+    sizes, clock, sleep = [1, 2, 3, 4, 4, 4], iter(range(10**6, 0, -10)), time.sleep
+
+    def between(seconds: float) -> None:
+        sleep(seconds)
+        notes.write_text("x" * (sizes.pop(0) if len(sizes) > 1 else sizes[0]))
+        os.utime(notes, (1e9 + away, 1e9 + away))
+
+    between(0)  # a trainer that writes its files one after another
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "sleep", between)
+    taken = watch(models, tmp_path, WatchOptions(poll=0.02, timeout=60)).next(-1)
+    assert not isinstance(taken, str)
+    assert (Path(taken.reference) / "notes.txt").read_text() == "xxxx"
+
+
+def test_what_a_dead_process_took_half_way_is_removed(models: Path, tmp_path: Path) -> None:
+    dead, alive = 2**22 + 1, os.getppid()
+    for process in (dead, alive, os.getpid()):
+        (tmp_path / "in" / f".checkpoint-1.{process}.abcdefgh").mkdir(parents=True)
+    (tmp_path / "in" / ".removed.abcdefgh" / "checkpoint-1").mkdir(parents=True)
+    with watch(models, tmp_path):
+        pass
+    assert [one.name for one in (tmp_path / "in").iterdir()] == [f".checkpoint-1.{alive}.abcdefgh"]
 
 
 def test_what_was_taken_outlives_its_original(models: Path, tmp_path: Path) -> None:

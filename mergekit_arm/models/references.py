@@ -1,7 +1,7 @@
 """References to models in mergekit's grammar, with local paths made absolute.
 
-A stream's files name models from directories below ``OUT``, where a relative path would mean
-something else.
+What a stream or a search writes names models from directories of its own, where a relative path
+would mean something else.
 """
 
 from __future__ import annotations

@@ -1,0 +1,77 @@
+"""mergekit configurations that we write: as text, as a command to repeat by hand, in a message."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mergekit._data import chat_templates
+from mergekit.config import ConfigYamlDumper
+from mergekit.options import MergeOptions
+
+from mergekit_arm.errors import InputError, did_you_mean
+
+FINAL_DTYPES = ("bfloat16", "float16", "float32", "float64")
+"""What a merged model can be in."""
+
+
+def check_dtype(key: str, name: object) -> None:
+    """Check the name of a merged model's dtype, which may be None.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
+    if name is not None and name not in FINAL_DTYPES:
+        raise InputError(
+            f"{key}: {name!r} is none of {', '.join(FINAL_DTYPES)}"
+            f"{did_you_mean(str(name), FINAL_DTYPES)}"
+        )
+
+
+def check_chat_template(template: str | None) -> None:
+    """Refuse what mergekit would only log, leaving the tokenizer out of every model.
+
+    Raises:
+        InputError: neither ``auto``, nor a template that mergekit has, nor one itself.
+    """
+    if template is None or template == "auto" or "{" in template:
+        return
+    names = [Path(file.name) for file in resources.files(chat_templates).iterdir()]
+    known = sorted(name.stem for name in names if name.suffix == ".jinja")
+    if template not in known:
+        raise InputError(
+            f"chat_template: mergekit has no {template!r}{did_you_mean(template, known)}; there "
+            f"are: auto, {', '.join(known)}, or give the template itself"
+        )
+
+
+def to_yaml(document: Mapping[str, Any], comment: Iterable[str] = ()) -> str:
+    """Return the configuration's text, ``comment`` lines first."""
+    lines = "".join(f"# {line}\n" for line in comment)
+    return lines + str(yaml.dump(dict(document), Dumper=ConfigYamlDumper, sort_keys=False))
+
+
+def by_hand(config_file: Path, options: MergeOptions, document: Mapping[str, Any]) -> str:
+    """Return the ``mergekit-yaml`` command that repeats a merge, with the flags that change it."""
+    words = ["mergekit-yaml", str(config_file), "OUT"]
+    if "+" in models_of(document):
+        words += ["--lora-merge-cache", "CACHE"]
+    for name in ("random_seed", "lora_merge_dtype"):
+        value = getattr(options, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    for name in ("allow_crimes", "unsafe_truncate_embeddings", "trust_remote_code"):
+        if getattr(options, name):
+            words.append(f"--{name.replace('_', '-')}")
+    return shlex.join(words)
+
+
+def models_of(document: Mapping[str, Any]) -> str:
+    """Return the models of a configuration, for a message: ``a, b into base``."""
+    models = [str(entry["model"]) for entry in document.get("models", ())] or ["slices"]
+    base = document.get("base_model")
+    return f"{', '.join(models)}{f' into {base}' if base else ''}"

@@ -1,0 +1,113 @@
+"""A directory that long work goes on in: what it holds, what is saved there, and who is at it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ValidationError
+
+from mergekit_arm.errors import InputError
+
+Saved = TypeVar("Saved", bound=BaseModel)
+
+
+def holds(out: Path, what: str, state_file: str, ours: tuple[str, ...]) -> bool:
+    """Say whether ``out`` holds a stream, a search or ``what`` else has such a ``state_file``.
+
+    ``ours``: how names begin that may lie there before the state is saved.
+
+    Raises:
+        InputError: it is a file, cannot be made, or holds anything else.
+    """
+    if not out.exists():
+        above = next(parent for parent in out.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise InputError(f"{out} cannot be made, for {above} is a file; give another OUT")
+        return False
+    if not out.is_dir():
+        raise InputError(f"{out} is a file; name a directory for the {what}")
+    if (out / state_file).is_file():
+        return True
+    begun = (*ours, f".{state_file}.")
+    others = sorted(path.name for path in out.iterdir() if not path.name.startswith(begun))
+    if others:
+        raise InputError(
+            f"{out} exists and holds no {what} (but {others[0]}); nothing there will be replaced: "
+            "give another OUT"
+        )
+    return False
+
+
+def read_saved(
+    file: Path,
+    kind: type[Saved],
+    *,
+    other_version: str = "go on with the version that began it",
+    damaged: str = "give another OUT",
+) -> Saved:
+    """Return what ``file`` has saved, whose ``format_version`` must be the default of ``kind``.
+
+    Raises:
+        InputError: another version has written it, or it is damaged; with these remedies.
+    """
+    version = kind.model_fields["format_version"].default
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+        if document.get("format_version") != version:
+            raise InputError(
+                f"{file}: format {document.get('format_version')}, and this mergekit-arm reads "
+                f"{version}: {other_version}"
+            )
+        return kind.model_validate(document)
+    except (OSError, ValueError, AttributeError, ValidationError) as error:
+        raise InputError(f"{file} is damaged ({type(error).__name__}); {damaged}") from error
+
+
+def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str | None:
+    """Say where two fingerprints differ first; None where they do not."""
+    for key in {**old, **new}:
+        before, after = old.get(key, "not set"), new.get(key, "not set")
+        if before != after:
+            return f"{key} was {before} and is now {after}"
+    return None
+
+
+@contextlib.contextmanager
+def alone(file: Path, busy: str, *, wait: float = 0) -> Iterator[None]:
+    """Keep other processes out by the lock ``file``, for the duration of the block.
+
+    The system drops the lock when its holder dies, by whatever signal. Directories that are made
+    for it are removed again if nothing else is left in them.
+
+    Raises:
+        InputError: the directory cannot be made, or another process is at it for longer than
+            ``wait`` seconds, which ``busy`` says.
+    """
+    folders = [file.parent, *(one for one in file.parent.parents if not one.exists())]
+    lock = FileLock(file, timeout=wait)
+    while not lock.is_locked:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{file.parent} cannot be made: {error.strerror}; give another OUT"
+            ) from error
+        # Who held it may just have removed the directory.
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise InputError(busy) from error
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        lock.release()
+        for one in folders:
+            with contextlib.suppress(OSError):  # not empty: there is something to continue
+                one.rmdir()
