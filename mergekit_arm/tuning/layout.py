@@ -27,9 +27,9 @@ def check_out(out: Path) -> bool:
     Raises:
         InputError: it is a file, or holds anything else.
     """
-    if out.is_dir() and out.is_symlink():
-        raise InputError(f"{out} is a link; name the directory that it leads to")
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
+    if out.is_symlink() and not out.exists():
+        raise InputError(f"{out} is a link that leads nowhere; make its goal, or give another OUT")
+    if out.exists() and not out.is_dir():
         raise InputError(f"{out} is no directory; name one for the search")
     if not out.is_dir():
         above = next(parent for parent in out.absolute().parents if parent.exists())

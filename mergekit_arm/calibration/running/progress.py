@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,16 +83,8 @@ class SavedProgress:
             InputError: another run is at it.
         """
         made = [one for one in (self.folder, *self.folder.parents) if not one.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Not a name that `discard` removes: the lock of a file that is gone keeps nobody out.
-        lock = FileLock(self.folder / f".lock-{self._prefix}file", blocking=False)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise InputError(
-                f"another calibration is saving in {self.folder}: wait for it, or choose another "
-                "OUT"
-            ) from error
+        while (lock := self._lock()) is None:
+            pass
         try:
             yield
         finally:
@@ -100,6 +93,42 @@ class SavedProgress:
             for one in made or [self.folder]:
                 with contextlib.suppress(OSError):  # not empty: there is something to continue
                     one.rmdir()
+
+    def _lock(self) -> FileLock | None:
+        """Return this progress's lock, held; None where another run ended in the same moment.
+
+        That run has then removed the file that was opened here, or its directory.
+
+        Raises:
+            InputError: another run is at it.
+        """
+        # Not a name that `discard` removes: the lock of a file that is gone keeps nobody out.
+        path = self.folder / f".lock-{self._prefix}file"
+        lock = FileLock(path, blocking=False)
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:  # also of a directory that is gone since
+                if self.folder.exists():
+                    raise InputError(f"{self.folder} is a file: choose another OUT") from error
+                return None
+            # What is opened before and is there afterwards is what was locked in between.
+            with path.open("a") as opened:
+                try:
+                    lock.acquire()
+                    refused = None
+                except Timeout as error:
+                    refused = error
+                there = path.exists() and os.path.samestat(os.fstat(opened.fileno()), path.stat())
+                if there and refused is None:
+                    return lock
+                lock.release()
+                if there:
+                    raise InputError(
+                        f"another calibration is saving in {self.folder}: wait for it, or choose "
+                        "another OUT"
+                    ) from refused
+        return None
 
     def check(self, force: bool) -> None:
         """Refuse the progress of another run; with ``force``, remove it.
