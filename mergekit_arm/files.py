@@ -5,13 +5,17 @@ Whatever is not finished has a name that begins with a dot; a stream removes it 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_text(path: Path, text: str, *, staging: Path | None = None) -> None:
@@ -106,6 +110,20 @@ def remove(path: Path) -> None:
         doomed = Path(tempfile.mkdtemp(prefix=".removed.", dir=path.parent))
         path.rename(doomed / path.name)
         shutil.rmtree(doomed)
+
+
+def no_room(error: BaseException | None) -> bool:
+    """Say whether an error, or one that it came from, is of a disk that is full, or a quota."""
+    while error is not None:
+        text = str(error)
+        if getattr(error, "errno", None) in _NO_ROOM:
+            return True
+        if any(f"(os error {number})" in text for number in _NO_ROOM):  # as safetensors says it
+            return True
+        if isinstance(error, sqlite3.OperationalError) and "disk" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def size_of(path: Path) -> int:
