@@ -6,14 +6,18 @@ Whatever is not finished has the name that it will get, with a dot before and an
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_text(path: Path, text: str, *, staging: Path | None = None) -> None:
@@ -119,6 +123,20 @@ def unfinished(folder: Path, names: Iterable[str]) -> list[Path]:
     known = "|".join(map(re.escape, (*names, "removed")))
     ours = re.compile(rf"\.({known})\.(partial|(\d+\.)?[a-z0-9_]{{8}})")
     return [path for path in sorted(folder.glob(".*")) if ours.fullmatch(path.name)]
+
+
+def no_room(error: BaseException | None) -> bool:
+    """Say whether an error, or one that it came from, is of a disk that is full, or a quota."""
+    while error is not None:
+        text = str(error)
+        if getattr(error, "errno", None) in _NO_ROOM:
+            return True
+        if any(f"(os error {number})" in text for number in _NO_ROOM):  # as safetensors says it
+            return True
+        if isinstance(error, sqlite3.OperationalError) and "disk" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def size_of(path: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +25,8 @@ def holds(out: Path, what: str, state_file: str, ours: tuple[str, ...]) -> bool:
     Raises:
         InputError: it is a file, cannot be made, or holds anything else.
     """
+    if out.is_symlink() and not out.exists():
+        raise InputError(f"{out} is a link that leads nowhere; make its goal, or give another OUT")
     if not out.exists():
         above = next(parent for parent in out.absolute().parents if parent.exists())
         if not above.is_dir():
@@ -89,20 +92,8 @@ def alone(file: Path, busy: str, *, wait: float = 0) -> Iterator[None]:
             ``wait`` seconds, which ``busy`` says.
     """
     folders = [file.parent, *(one for one in file.parent.parents if not one.exists())]
-    lock = FileLock(file, timeout=wait)
-    while not lock.is_locked:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"{file.parent} cannot be made: {error.strerror}; give another OUT"
-            ) from error
-        # Who held it may just have removed the directory.
-        with contextlib.suppress(FileNotFoundError):
-            try:
-                lock.acquire()
-            except Timeout as error:
-                raise InputError(busy) from error
+    while (lock := _locked(file, busy, wait)) is None:
+        pass
     try:
         yield
     finally:
@@ -111,3 +102,36 @@ def alone(file: Path, busy: str, *, wait: float = 0) -> Iterator[None]:
         for one in folders:
             with contextlib.suppress(OSError):  # not empty: there is something to continue
                 one.rmdir()
+
+
+def _locked(file: Path, busy: str, wait: float) -> FileLock | None:
+    """Return the lock, held; None where its holder ended in the same moment.
+
+    The holder has then removed the file that was opened here, or its directory, and a lock on
+    what is gone keeps nobody out.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:  # also of a directory that is gone since
+        if file.parent.exists():
+            raise InputError(f"{file.parent} is a file; give another OUT") from error
+        return None
+    except OSError as error:
+        raise InputError(
+            f"{file.parent} cannot be made: {error.strerror}; give another OUT"
+        ) from error
+    lock = FileLock(file, timeout=wait)
+    with contextlib.suppress(FileNotFoundError), file.open("a") as opened:
+        # What is opened before and is there afterwards is what was locked in between.
+        try:
+            lock.acquire()
+            refused = None
+        except Timeout as error:
+            refused = error
+        there = file.exists() and os.path.samestat(os.fstat(opened.fileno()), file.stat())
+        if there and refused is None:
+            return lock
+        lock.release()
+        if there:
+            raise InputError(busy) from refused
+    return None

@@ -176,8 +176,25 @@ def _section(
                 f"{where}: {key} is no statistics directory of this merge"
                 f"{did_you_mean(str(key), [DEFAULT, *known])}; there are: {', '.join(known)}"
             )
+        _checked(path, str(key), settings)  # also of what is there already, and is not measured
         found[name] = settings
     return found
+
+
+def _checked(path: str | Path, key: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of one directory, or of all by default, as a calibration's options.
+
+    Raises:
+        InputError: a key that does not exist, or a value of a wrong type.
+    """
+    try:
+        return checked_settings(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: {SECTION}: {key}: {place}: {first['msg']}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: {SECTION}: {key}: {error}") from error
 
 
 def _options(
@@ -193,14 +210,7 @@ def _options(
             f"the text that {wanted.model} is to be measured on"
         )
     decided = {name: given[name] for name in NOT_IN_FILES if name in given}
-    try:
-        checked = checked_settings(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: {SECTION}: {directory}: {place}: {first['msg']}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: {SECTION}: {directory}: {error}") from error
+    checked = _checked(path, directory, settings)
     return CalibrationOptions(model=wanted.model, out=directory, **{**checked, **decided})
 
 

@@ -121,6 +121,8 @@ def prepare(
         processes=job.processes,
     )
     temporary.enter_context(progress.alone())
+    if not options.dry_run:  # another run of the same command may have ended since it was looked at
+        check_destination(Path(options.out), options.force)
     progress.check(options.force)
     job.wait("ready")
     return Prepared(

@@ -35,7 +35,7 @@ def checked_settings(
     for key in given:
         if key not in known:
             raise ValueError(
-                f"unknown key {key!r}{did_you_mean(key, [*known, *beside])}; "
+                f"unknown key {key!r}{did_you_mean(str(key), [*known, *beside])}; "
                 f"there are: {', '.join((*beside, *known))}"
             )
     for key in ("samples", "sequence_length", "batch_size"):

@@ -95,6 +95,12 @@ def main() -> None:
         # The last resort: whatever a library raises is still one line for the user.
         if verbose:
             raise
+        from mergekit_arm.files import no_room  # seldom needed
+
+        if no_room(error):
+            said = f" ({first_line(error)})" if isinstance(error, OSError) else ""
+            click.echo(f"Error: no room on the disk{said}. {_how_to_go_on(arguments)}", err=True)
+            sys.exit(1)
         click.echo(
             f"Error: {type(error).__name__}: {first_line(error)} "
             "(run `mergekit-arm --verbose …` for the traceback)",

@@ -81,7 +81,12 @@ def forgetting(references: Iterable[str], statistics: Iterable[str] = ()) -> Ite
     finally:
         for reference in references:
             LoaderCache.loaders.pop(ModelReference.parse(reference), None)
-        MergePlanner._model_arch.cache_clear()
+        forget_plans()
         infer_architecture_info.cache_clear()
         for path in statistics:
             forget(Path(path))
+
+
+def forget_plans() -> None:
+    """Drop the plans of merges that are over: mergekit keeps the tasks of the last forty or so."""
+    MergePlanner._model_arch.cache_clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mergekit_arm.errors import InputError
 from mergekit_arm.merging.options import LORA_CACHE
 from mergekit_arm.outputs import holds
 from mergekit_arm.tuning.search import LOCK_FILE, STUDY_FILE
@@ -30,6 +29,4 @@ def check_out(out: Path) -> bool:
     Raises:
         InputError: it is a file, or holds anything else.
     """
-    if out.is_dir() and out.is_symlink():
-        raise InputError(f"{out} is a link; name the directory that it leads to")
     return holds(out, "search", STATE_FILE, _BEGUN)

@@ -25,7 +25,7 @@ from mergekit_arm.files import remove
 from mergekit_arm.judging.judge import Judge, empty_cache
 from mergekit_arm.machine import free_memory
 from mergekit_arm.merging.documents import to_yaml
-from mergekit_arm.merging.merge import merge
+from mergekit_arm.merging.merge import forget_plans, merge
 from mergekit_arm.models.tensors import open_tensors
 from mergekit_arm.tuning.sink import ParameterSink, SinkTask
 
@@ -84,6 +84,7 @@ class Workshop:
             click.ClickException: the merge or the model was refused.
             Failure: anything else that mergekit raised.
         """
+        forget_plans()
         if self._model is not None and self._in_memory and not on_disk:
             self._merge_into(self._model, document)
             return self._model

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from mergekit_arm.errors import Failure
+from mergekit_arm.files import no_room
 from mergekit_arm.judging.judge import Scores
 from mergekit_arm.tuning.candidates import document_of
 from mergekit_arm.tuning.measuring import Told, scratch_at
@@ -92,6 +93,8 @@ class Trying:
                     self.shop.close()
                 scores = self._with_metrics(scores)
         except click.ClickException as error:
+            if no_room(error):  # of which the trial is not the cause: it is put back
+                raise Failure(f"{error.message}; with room, the same command goes on") from error
             return self._fail(search, taken, error.message)
         facts = self._facts(scores, seconds, begun, merged, -1)
         gains: Scores = facts["gains"]

@@ -93,6 +93,18 @@ def test_what_is_there_is_left(scene: Path, measure: Callable[..., Path]) -> Non
     assert set(plan(document(), force=True)[0]) == {"./stats/a", "./stats/b"}
 
 
+@pytest.mark.parametrize("place", ["default", "./stats/a"])
+def test_the_section_is_checked_where_nothing_is_left_to_measure(
+    place: str, scene: Path, measure: Callable[..., Path]
+) -> None:
+    for name in ("a", "b"):
+        measure(scene / name, scene / "stats" / name)
+    found = document()
+    found["calibration"][place]["sampels"] = 3
+    with pytest.raises(InputError, match=rf"{place}: unknown key 'sampels'"):
+        plan(found)
+
+
 def test_a_dry_run_lists_and_writes_nothing(scene: Path) -> None:
     before = set(scene.rglob("*"))
     config = write(document())
@@ -178,7 +190,7 @@ def test_slices_and_what_the_command_line_says(scene: Path) -> None:
         ),
         (
             {"calibration": {"default": {"samples": "many", "dataset": "./a.jsonl"}}},
-            "./stats/a: samples: Input should be a valid integer",
+            "default: samples: Input should be a valid integer",
         ),
         ({"models": [{"model": "./a"}]}, "no activation_stats or task_stats in it"),
         ({"slices": []}, "mergekit does not accept it"),

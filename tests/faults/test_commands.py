@@ -11,12 +11,15 @@ import io
 import itertools
 import multiprocessing
 import os
+import re
 import resource
+import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -172,6 +175,45 @@ def test_no_room(arguments: list[str], server: Any, place: Path, whole: dict[str
         assert "File too large" in line or "disk" in line, line
     else:
         assert limit == 60_000
+    ends_the_same(server, place, arguments, out, whole)
+
+
+@pytest.fixture
+def small_disk_at(place: Path) -> Iterator[Path]:
+    """A file system of eight megabytes, mounted below the place where the commands run."""
+    folder = place / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "none", folder], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        folder.rmdir()
+        pytest.skip(f"no mounting here ({mounted.stderr.strip()}): test_no_room limits files")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+    folder.rmdir()
+
+
+@pytest.mark.long
+@each_command
+def test_a_full_disk(
+    arguments: list[str], server: Any, place: Path, whole: dict[str, Any], small_disk_at: Path
+) -> None:
+    """Somebody else's file leaves nothing, or enough to begin; then it goes, and there is room."""
+    out, met, ballast = f"disk/{arguments[0]}", 0, small_disk_at / "ballast"
+    for left in (0, 8_192, 40_960, 122_880, 204_800, 409_600):
+        ballast.write_bytes(bytes(shutil.disk_usage(small_disk_at).free - left))
+        ((code, said),) = run(server, place, arguments, out)
+        ballast.unlink()
+        if code == 0:
+            break
+        met += 1
+        line = assert_one_line(said)
+        print(f"{arguments[0]}, {left} bytes left: {line}")  # noqa: T201  what pytest -s shows
+        assert code in (1, 2), line
+        assert re.search("No space left|of disk|no room on the disk", line), line
+        assert "another OUT" in line or "elsewhere" in line or "same command" in line, line
+    assert met > 1
     ends_the_same(server, place, arguments, out, whole)
 
 

@@ -30,8 +30,11 @@ MB = 1_000_000
 ROWS, TOKENS, REPEATS = 100, 128, 782
 """Distinct rows, tokens in each, and how often each row stands in the data: 10⁷ tokens."""
 STEPS = TRIALS = 200
-SMALL = MB / 4
-"""Bytes by which a step or a trial may let memory grow; 0.17 MB were measured."""
+SMALL = MB / 20
+"""Bytes by which a step or a trial may let memory grow. Their records stay, which a stream's
+journal and a search's sampler need: theirs alone of all objects become more, and 31 kB a step were
+measured. A figure that is kept until Python collects its garbage would be 5 MB, and mergekit's plan
+of a merge 0.1 MB on this model."""
 
 Held = list[tuple[int, int, int]]
 """What has been done, the bytes that are this process's alone, and the open files."""

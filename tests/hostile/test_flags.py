@@ -97,7 +97,7 @@ FLAGS: list[Case] = [
     ("tune tune.yml ./out --timeout soon", ("soon", "write 90s")),
     ("tune tune.yml ./out --sampler bayes", ("--sampler", "tpe")),
     ("tune tune.yml ./out --device cuda:99", ("cuda:99", "--device")),
-    ("tune tune.yml ./base", ("base is a link", "name the directory")),
+    ("tune tune.yml ./base", ("base exists and holds no search", "give another OUT")),
     ("tune tune.yml ./streamed --force", ("streamed", "holds no search", "another OUT")),
     ("tune tune.yml ./tokens.jsonl", ("tokens.jsonl is a file", "name a directory")),
     ("tune tune.yml /proc/no/x", ("/proc/no/x", "give another OUT")),

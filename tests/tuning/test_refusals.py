@@ -88,6 +88,23 @@ def test_ranges_outside_a_parameters_own(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_out_that_is_a_link(family: Path, tmp_path: Path) -> None:
+    """On a cluster it leads to the disk with the room; the search is the same by either name."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk")
+    document = config(family, {"trials": 1, "baseline": False})
+    by_link = tune(document, tmp_path / "out", TuneOptions(model=False))
+    trials = (tmp_path / "disk" / "trials.jsonl").read_bytes()
+    again = tune(document, tmp_path / "disk", TuneOptions(model=False))
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "trials.jsonl").read_bytes() == trials
+    assert again.best == by_link.best
+    (tmp_path / "lost").symlink_to("nowhere")
+    with pytest.raises(InputError, match="lost is a link that leads nowhere"):
+        tune(document, tmp_path / "lost")
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_statistics_of_another_model_are_refused_while_planning(
     family: Path, tmp_path: Path
 ) -> None:

@@ -18,7 +18,7 @@ from mergekit_arm.calibration.processes import Job, PeerLost
 from mergekit_arm.calibration.running.preflight import Preflight
 from mergekit_arm.calibration.running.progress import SavedProgress, Snapshot
 from mergekit_arm.calibration.sums.batches import Span, plan_spans
-from mergekit_arm.calibration.sums.sites import Site
+from mergekit_arm.calibration.sums.sites import Site, chosen_kinds
 from mergekit_arm.data.blocks import Corpus
 from mergekit_arm.data.sample import TokenSample
 from mergekit_arm.errors import Failure
@@ -87,7 +87,7 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-@dataclass
+@dataclass(repr=False)  # Python's `signal` prints a handler: here it would be all of the corpus
 class Session:
     """One measurement on one process; both ways of walking through a model use it."""
 
@@ -107,7 +107,10 @@ class Session:
         """Return the tokens that sampled kinds of statistics see.
 
         One sample; of an encoder–decoder one of the encoder's tokens and one of the decoder's.
+        None where no kind is sampled.
         """
+        if not any(kind.sampled for kind in chosen_kinds(self.options)):
+            return []
         counts = [
             token_counts(model, length, self.corpus.extra(block))
             for block, length in enumerate(self.corpus.lengths)

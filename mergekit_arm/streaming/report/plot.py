@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -22,6 +24,29 @@ def draw_stream(state: State, evaluation: Evaluation | None, path: Path) -> None
 
     No times are in it: the same stream, the same picture.
     """
+    save_drawing(lambda: _figure(state, evaluation), path)
+
+
+def save_drawing(draw: Callable[[], Figure], path: Path) -> None:
+    """Replace ``path`` by what ``draw`` draws, and free what that took.
+
+    A figure is some thousand objects that hold each other, and a canvas: Python would keep five
+    megabytes of each until it happens to look at all of its objects. What is made while it does
+    not look is young afterwards, and looking at the young alone takes no time.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        drawn = BytesIO()
+        draw().savefig(drawn, format="png", dpi=120, metadata={"Software": None})
+    finally:
+        if collecting:
+            gc.enable()
+    gc.collect(0)
+    write_bytes(path, drawn.getvalue())
+
+
+def _figure(state: State, evaluation: Evaluation | None) -> Figure:
     scored = list(state.base or {}) if evaluation is not None else []
     moves = [move for move in _moves(state.steps) if move[1]]
     heights = [2.4] * len(scored) + [1.2] * len(moves)
@@ -38,9 +63,7 @@ def draw_stream(state: State, evaluation: Evaluation | None, path: Path) -> None
         axes.set_ylim(0, 1.1 * max(value for _, value in points) or 1)
     panels[-1, 0].set_xlabel("step")
     panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-    drawn = BytesIO()
-    figure.savefig(drawn, format="png", dpi=120, metadata={"Software": None})
-    write_bytes(path, drawn.getvalue())
+    return figure
 
 
 def _moves(records: list[StepRecord]) -> list[tuple[str, list[tuple[int, float]]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 
 import optuna
@@ -12,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from mergekit_arm.files import write_bytes
+from mergekit_arm.streaming.report.plot import save_drawing
 from mergekit_arm.tuning.trials import TrialRecord, completed, front_of
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
@@ -26,6 +25,10 @@ def draw_tuning(found: list[TrialRecord], weights: dict[str, float], path: Path)
 
     ``weights``: how much each parameter matters, as :func:`importances` says.
     """
+    save_drawing(lambda: _figure(found, weights), path)
+
+
+def _figure(found: list[TrialRecord], weights: dict[str, float]) -> Figure:
     sets = list(completed(found, "tune")[0].gains) if completed(found, "tune") else []
     panels = 1 + bool(weights) + (len(sets) > 1)
     figure = Figure(figsize=(8, 3.2 * panels), layout="constrained")
@@ -35,9 +38,7 @@ def draw_tuning(found: list[TrialRecord], weights: dict[str, float], path: Path)
         _draw_importances(axes.pop(0), weights)
     if len(sets) > 1:
         _draw_front(axes.pop(0), found, sets[0], sets[1])
-    drawn = BytesIO()
-    figure.savefig(drawn, format="png", dpi=120, metadata={"Software": None})
-    write_bytes(path, drawn.getvalue())
+    return figure
 
 
 def importances(study: Study) -> dict[str, float]:
