@@ -28,18 +28,18 @@ Examples:
     type=click.Path(path_type=Path),
     default=Path("mergekit-arm-demo"),
     show_default=True,
-    help="Directory for models, statistics, configs and merges (about 25 MB).",
+    help="Directory for models, statistics, configs and merges (about 40 MB).",
 )
 @click.option("--seed", type=click.IntRange(0), default=42, show_default=True)
 @click.option("--force", is_flag=True, help="Replace an earlier demo at --out.")
 @quiet_option
 @json_option
 def command(out: Path, seed: int, force: bool, quiet: bool, as_json: bool) -> None:
-    """Train, calibrate and merge a very small model, in two minutes and without a network.
+    """Train, calibrate, merge and tune a very small model, in two minutes and without a network.
 
     Trains a base and two specialists of a very small Llama on the text of Python's standard
-    library, measures the base's activations, merges with and without AIM through mergekit, and
-    prints a table of held-out losses.
+    library, the specialists on little of it, measures their activations, merges with and without
+    them through mergekit, tunes three methods, and prints a table of held-out losses.
     """
     with working("Loading libraries", quiet=quiet):
         # Imported under a spinner: these take seconds.
@@ -57,4 +57,4 @@ def command(out: Path, seed: int, force: bool, quiet: bool, as_json: bool) -> No
     if as_json:
         print_json({"out": out, "losses": losses, "seconds": seconds})
     else:
-        print_tables([loss_table(losses), closing(out, seconds)])
+        print_tables([loss_table(losses), closing(out, losses, seconds)])

@@ -1,7 +1,9 @@
 """The demo from start to end: text, base, two specialists, statistics, merges, losses.
 
-Calibration and merges run inside the output directory, on the relative paths that the printed
-commands name, so that repeating a command by hand repeats what happened here.
+The specialists learn from little text, several times over, as fine-tunes do: at the end they know
+some of it by heart and have forgotten some of what the base knew. Whether a merge is better than
+one with smaller weights is then a real question, and the weights of each method are tuned on text
+that the table is not about.
 """
 
 from __future__ import annotations
@@ -14,34 +16,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
+import torch
 from mergekit import merge_methods
 from mergekit.options import MergeOptions
-from mergekit.scripts.run_yaml import main as mergekit_yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from mergekit_arm.calibration.calibrate import calibrate
-from mergekit_arm.calibration.options import CalibrationOptions
+from mergekit_arm.demo.merges import (
+    BASE,
+    CALIBRATION,
+    SPECIALTIES,
+    TRIALS,
+    measure,
+    merge,
+    merge_configs,
+    merged_models,
+    search,
+    tune_configs,
+    write_configs,
+)
 from mergekit_arm.demo.stream import DOMAIN as STREAMED
 from mergekit_arm.demo.stream import EARLY, OUT, RUN, early_steps, run_stream
-from mergekit_arm.demo.text import DOMAINS, DomainText, standard_library
+from mergekit_arm.demo.text import DOMAINS, DomainText, half, standard_library
 from mergekit_arm.demo.train import new_model, save, token_blocks, train, train_tokenizer
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.judging.judge import Judge
 from mergekit_arm.judging.sets import HeldOutSet
 from mergekit_arm.streaming.verdict import LOSS
 
-BASE_DOMAIN, *SPECIALTIES = DOMAINS
-BASE = "base"
+BASE_DOMAIN = DOMAINS[0]
 MARKER = "demo.json"
-# With a leading ./ because mergekit asks the Hub about names that could be one of its models.
-CALIBRATION = CalibrationOptions(
-    model=f"./{BASE}", out="./stats", dataset="calibration.jsonl", samples=128, sequence_length=128
-)
+SCARCE = 48
+"""Blocks of text that a specialist learns from."""
 
 LossTable = dict[str, dict[str, float]]
 """Model → domain → held-out loss in nats per token."""
@@ -57,18 +66,6 @@ class DemoOptions:
     base_steps: int = 400
     specialist_steps: int = 120
     characters: int = 1_000_000
-
-
-def merge_configs() -> dict[str, dict[str, Any]]:
-    """Return the demo's merges by name, each a configuration for ``mergekit-yaml``."""
-    aim = {"activation_stats": CALIBRATION.out, "omega": 0.4}
-    return {
-        "task_arithmetic": _config("task_arithmetic", {"weight": 1.0}),
-        "task_arithmetic_0.7": _config("task_arithmetic", {"weight": 0.7}),
-        "aim": _config("aim", {"weight": 1.0}, aim),
-        "ties": _config("ties", {"weight": 1.0, "density": 0.5}),
-        "aim_ties": _config("aim_ties", {"weight": 1.0, "density": 0.5}, aim),
-    }
 
 
 def run_demo(options: DemoOptions, console: Console | None = None) -> LossTable:
@@ -89,6 +86,7 @@ def run_demo(options: DemoOptions, console: Console | None = None) -> LossTable:
         _train_models(options, texts, bar)
         with _inside(options.out):
             _calibrate_and_merge(bar)
+            _tune(bar)
             _stream(bar)
             losses = _measure(bar)
             Path("losses.json").write_text(json.dumps(losses, indent=2) + "\n")
@@ -106,7 +104,8 @@ def _check(options: DemoOptions) -> None:
         if not options.force:
             raise InputError(f"{out} exists: replace it with --force, or choose another --out")
     known = {method.spec.name for method in merge_methods.registered_methods()}
-    missing = {config["merge_method"] for config in merge_configs().values()} - known
+    configs = merge_configs() | tune_configs()
+    missing = {config["merge_method"] for config in configs.values()} - known
     if missing:
         raise Failure(
             f"mergekit does not know {', '.join(sorted(missing))}: install mergekit-arm with pip "
@@ -118,27 +117,30 @@ def _prepare(options: DemoOptions, texts: dict[str, DomainText]) -> None:
     out = options.out
     if out.exists():
         shutil.rmtree(out)
-    for folder in ("configs", "heldout"):
+    for folder in ("training", "validation", "heldout"):
         (out / folder).mkdir(parents=True)
     (out / MARKER).write_text(json.dumps({"seed": options.seed}) + "\n")
     _write_texts(out / str(CALIBRATION.dataset), texts[BASE_DOMAIN].train)
     for domain, corpus in texts.items():
-        _write_texts(out / "heldout" / f"{domain}.jsonl", corpus.heldout)
-    for name, config in merge_configs().items():
-        (out / "configs" / f"{name}.yml").write_text(yaml.safe_dump(config, sort_keys=False))
+        # One half of each document to choose by, the other for the table.
+        for number, folder in enumerate(("validation", "heldout")):
+            halves = [half(document, number) for document in corpus.heldout]
+            _write_texts(out / folder / f"{domain}.jsonl", [text for text in halves if text])
+    with _inside(out):
+        write_configs()
 
 
 def _train_models(options: DemoOptions, texts: dict[str, DomainText], bar: Progress) -> None:
     tokenizer = train_tokenizer(text for domain in texts.values() for text in domain.train)
 
     def train_on(
-        model: PreTrainedModel, name: str, domain: str, steps: int, learning_rate: float
+        model: PreTrainedModel, name: str, blocks: Tensor, steps: int, learning_rate: float
     ) -> None:
         task = bar.add_task(f"training {name}", total=steps)
         train(
             model,
             tokenizer,
-            token_blocks(tokenizer, texts[domain].train),
+            blocks,
             steps=steps,
             learning_rate=learning_rate,
             seed=options.seed,
@@ -149,19 +151,28 @@ def _train_models(options: DemoOptions, texts: dict[str, DomainText], bar: Progr
         save(model, tokenizer, options.out / name)
 
     base = new_model(len(tokenizer), seed=options.seed)
-    train_on(base, BASE, BASE_DOMAIN, options.base_steps, 4e-3)
+    plenty = token_blocks(tokenizer, texts[BASE_DOMAIN].train)
+    train_on(base, BASE, plenty, options.base_steps, 4e-3)
     for domain in SPECIALTIES:
-        train_on(copy.deepcopy(base), domain, domain, options.specialist_steps, 1e-3)
+        blocks = token_blocks(tokenizer, texts[domain].train)
+        generator = torch.Generator().manual_seed(options.seed)
+        scarce = blocks[torch.randperm(len(blocks), generator=generator)[:SCARCE]]
+        _write_texts(options.out / "training" / f"{domain}.jsonl", tokenizer.batch_decode(scarce))
+        train_on(copy.deepcopy(base), domain, scarce, options.specialist_steps, 1e-3)
 
 
 def _calibrate_and_merge(bar: Progress) -> None:
-    task = bar.add_task("calibrating base", total=None)
-    calibrate(CALIBRATION, lambda done, total: bar.update(task, completed=done, total=total))
-    configs = merge_configs()
-    for name in bar.track(configs, description="merging"):
-        # The very command, without the seconds that a process takes to import torch again.
-        arguments = [f"configs/{name}.yml", f"merged/{name}", "--quiet"]
-        mergekit_yaml.main(arguments, standalone_mode=False)
+    task = bar.add_task("calibrating", total=None)
+    measure(lambda done, total: bar.update(task, completed=done, total=total))
+    for name in bar.track(merge_configs(), description="merging"):
+        merge(name)
+
+
+def _tune(bar: Progress) -> None:
+    configs = tune_configs()
+    task = bar.add_task("tuning", total=TRIALS * len(configs))
+    for name in configs:
+        search(name, lambda: bar.advance(task))
 
 
 def _stream(bar: Progress) -> None:
@@ -172,7 +183,7 @@ def _stream(bar: Progress) -> None:
 
 def _measure(bar: Progress) -> LossTable:
     folders = {name: name for name in (BASE, *SPECIALTIES)}
-    folders |= {name: f"merged/{name}" for name in merge_configs()}
+    folders |= merged_models()
     folders["stream of checkpoints"] = str(OUT / "model")
     judges = {domain: _judge(domain) for domain in DOMAINS}
     losses: LossTable = {}
@@ -189,18 +200,6 @@ def _judge(domain: str) -> Judge:
     data = {"dataset": f"heldout/{domain}.jsonl", "samples": 1_000_000, "batch_size": 16}
     heldout = HeldOutSet.model_validate({**data, "sequence_length": 128})
     return Judge({LOSS: heldout}, [CALIBRATION.model], MergeOptions(), "cpu", "float32")
-
-
-def _config(
-    method: str, per_model: dict[str, float], shared: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "merge_method": method,
-        "base_model": CALIBRATION.model,
-        "models": [{"model": f"./{name}", "parameters": dict(per_model)} for name in SPECIALTIES],
-        "dtype": "float32",
-    }
-    return config | ({"parameters": dict(shared)} if shared else {})
 
 
 def _write_texts(file: Path, texts: list[str]) -> None:

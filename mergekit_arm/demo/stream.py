@@ -32,10 +32,10 @@ def stream_config() -> dict[str, Any]:
         "learning_rate": 0.6,
         "calibration": {"dataset": "calibration.jsonl", "samples": 64, "sequence_length": 128},
         "evaluation": {
-            "dataset": f"heldout/{DOMAIN}.jsonl",
+            "dataset": f"validation/{DOMAIN}.jsonl",
             "samples": 64,
             "sequence_length": 128,
-            "keep": "last",  # the demo's table is of the same text: no choice may be made by it
+            "keep": "best",
         },
         "dtype": "float32",
     }

@@ -54,6 +54,13 @@ def paragraphs(document: str) -> list[str]:
     return [part.strip("\n") for part in lines.split("\n\n") if part.strip()]
 
 
+def half(document: str, number: int) -> str:
+    """Return the first (0) or second (1) half of a document's paragraphs."""
+    parts = paragraphs(document)
+    middle = len(parts) // 2
+    return "\n\n".join(parts[middle:] if number else parts[:middle])
+
+
 def standard_library(
     *, seed: int = 42, characters: int = 1_000_000, heldout: float = 0.1
 ) -> dict[str, DomainText]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from rich.console import Console
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -25,8 +26,9 @@ from mergekit_arm.cli.main import cli
 from mergekit_arm.cli.tables.demo import closing, loss_table
 from mergekit_arm.demo import demo as demo_module
 from mergekit_arm.demo.demo import DemoOptions, run_demo
+from mergekit_arm.demo.merges import merged_models, tune_configs
 from mergekit_arm.demo.stream import early_steps
-from mergekit_arm.demo.text import DOMAINS, DomainText, paragraphs, standard_library
+from mergekit_arm.demo.text import DOMAINS, DomainText, half, paragraphs, standard_library
 from mergekit_arm.demo.train import new_model, save, token_blocks, train, train_tokenizer
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.judging.heldout import load_heldout
@@ -52,7 +54,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, demo_module.Lo
     console = Console(file=io.StringIO(), width=120)
     options = DemoOptions(out, base_steps=4, specialist_steps=2, characters=CHARACTERS)
     losses = run_demo(options, Console(quiet=True))
-    for one in (loss_table(losses), closing(out, 1.0)):
+    for one in (loss_table(losses), closing(out, losses, 1.0)):
         console.print(one, highlight=False, soft_wrap=True)
     return out, losses, console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -194,6 +196,34 @@ def test_demo_reports_what_lies_on_disk(demo: tuple[Path, demo_module.LossTable,
         average = sum(row.values()) / len(row)
         assert all(f"{value:.3f}" in printed for value in (*row.values(), average))
     assert len({json.dumps(row) for row in losses.values()}) == len(losses)
+    merges = {name: sum(losses[name].values()) for name in merged_models()}
+    assert f"lowest average is {min(merges, key=merges.__getitem__)}," in printed
+
+
+@pytest.mark.slow
+def test_what_is_tuned_never_sees_the_table_s_text(
+    demo: tuple[Path, demo_module.LossTable, str],
+) -> None:
+    out, _, _ = demo
+    for name, config in tune_configs().items():
+        best = yaml.safe_load((out / "tuned" / name / "best.yml").read_text())
+        assert best["merge_method"] == name
+        assert "tune" not in json.dumps(best)
+        sets = config["tuning"]["evaluation"].values()
+        assert all(one["dataset"].startswith("validation/") for one in sets)
+    for domain in DOMAINS:
+        seen, kept = (
+            {p for row in (out / folder / f"{domain}.jsonl").read_text().splitlines()
+             for p in paragraphs(json.loads(row)["text"])}
+            for folder in ("validation", "heldout")
+        )  # fmt: skip
+        assert len(kept - seen) > 0.9 * len(kept)  # a line such as "import os" may be in both
+
+
+def test_halves_make_the_document() -> None:
+    document = "one\n\ntwo\n\n\nthree"
+    assert [half(document, number) for number in (0, 1)] == ["one", "two\n\nthree"]
+    assert half("one", 0) == ""
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from mergekit_arm.demo.demo import BASE, CALIBRATION, SPECIALTIES, LossTable
+from mergekit_arm.demo.demo import LossTable
+from mergekit_arm.demo.merges import BASE, CALIBRATION, SPECIALTIES, merged_models
 from mergekit_arm.demo.stream import DOMAIN as STREAMED
 from mergekit_arm.demo.stream import STREAM_CONFIG
 from mergekit_arm.demo.text import DOMAINS
@@ -26,11 +27,13 @@ def loss_table(losses: LossTable) -> Table:
     return table
 
 
-def closing(out: Path, seconds: float) -> str:
+def closing(out: Path, losses: LossTable, seconds: float) -> str:
     """Return what the losses say, and how to repeat a part of the demo."""
+    averages = {name: sum(losses[name].values()) / len(DOMAINS) for name in merged_models()}
+    first, second = sorted(averages, key=averages.__getitem__)[:2]
     return f"""\
-AIM also makes the update smaller, and a smaller weight does that as well: see
-task_arithmetic_0.7. This shows that everything works, not which method is best.
+The merge with the lowest average is {first}, {averages[second] - averages[first]:.3f} below
+{second}. One very small model shows that everything works, not which method is best.
 
 Done in {seconds:.0f} s. To repeat a part of it, or to try other settings:
 
@@ -38,9 +41,11 @@ Done in {seconds:.0f} s. To repeat a part of it, or to try other settings:
   mergekit-arm calibrate {CALIBRATION.model} {CALIBRATION.out} --dataset {CALIBRATION.dataset} \\
     --samples {CALIBRATION.samples} --sequence-length {CALIBRATION.sequence_length} --force
   mergekit-yaml configs/aim_ties.yml merged/aim_ties
+  mergekit-arm tune configs/tune_aim.yml tuned-again/aim
   mergekit-arm stream {STREAM_CONFIG} streamed-again
 
 streamed/stream.png shows the stream: the {STREAMED} specialist's early checkpoints, merged one
 after another.
-There: the models {BASE}, {" and ".join(SPECIALTIES)}, statistics in stats, calibration.jsonl,
-configs, merged, runs, streamed, the heldout text, losses.json."""
+There: the models {BASE}, {" and ".join(SPECIALTIES)}, statistics in stats*, calibration.jsonl,
+configs, merged, tuned (each with best.yml and tune.png), runs, streamed, the training, validation
+and heldout text, losses.json."""
