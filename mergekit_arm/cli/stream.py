@@ -88,12 +88,7 @@ def command(
     from rich.console import Console
 
     from mergekit_arm.cli.progress import Display
-    from mergekit_arm.cli.tables.stream import (
-        plan_fields,
-        plan_report,
-        step_line,
-        stream_summary,
-    )
+    from mergekit_arm.cli.tables import stream as tables
     from mergekit_arm.streaming.forecast import forecast_stream
     from mergekit_arm.streaming.options import StreamOptions, WatchOptions
     from mergekit_arm.streaming.stream import stream
@@ -108,9 +103,9 @@ def command(
     if dry_run:
         report = forecast_stream(config, out, options)
         if as_json:
-            print_json(plan_fields(report))
+            print_json(tables.plan_fields(report))
         else:
-            print_tables(plan_report(report))
+            print_tables(tables.plan_report(report))
         if report.problems:
             raise click.exceptions.Exit(2)
         return
@@ -129,12 +124,12 @@ def command(
             say=lambda note: line(console, note, "yellow"),
             progress=display.tokens,
             evaluating=display.stage,
-            on_step=lambda record: line(shown, step_line(record)),
+            on_step=lambda record: line(shown, tables.step_line(record)),
         )
     if as_json:
         print_json(vars(result))
     else:
-        print_tables([stream_summary(result)])
+        print_tables([tables.stream_summary(result)])
 
 
 def _refuse_without_watch() -> None:

@@ -70,12 +70,7 @@ def command(config: str, out: str, dry_run: bool, as_json: bool, **values: Any) 
     from rich.console import Console
 
     from mergekit_arm.cli.progress import Display
-    from mergekit_arm.cli.tables.tune import (
-        space_fields,
-        space_report,
-        trial_line,
-        tune_summary,
-    )
+    from mergekit_arm.cli.tables import tune as tables
     from mergekit_arm.tuning.forecast import forecast_tuning
     from mergekit_arm.tuning.options import TuneOptions
     from mergekit_arm.tuning.tune import plan_tuning, tune
@@ -93,9 +88,9 @@ def command(config: str, out: str, dry_run: bool, as_json: bool, **values: Any) 
         plan, planned = plan_tuning(config, place, options)
         forecast = forecast_tuning(plan, place, planned, with_model=options.model)
         if as_json:
-            print_json(space_fields(plan, forecast))
+            print_json(tables.space_fields(plan, forecast))
         else:
-            print_tables(space_report(plan, forecast))
+            print_tables(tables.space_report(plan, forecast))
         return
 
     def line(text: str, style: str | None = None) -> None:
@@ -106,7 +101,9 @@ def command(config: str, out: str, dry_run: bool, as_json: bool, **values: Any) 
 
         def ended(trial: TrialRecord, best: TrialRecord | None, done: int, budget: int) -> None:
             if not quiet or trial.reason is not None:
-                line(trial_line(trial, best, done, budget), "yellow" if trial.reason else None)
+                line(
+                    tables.trial_line(trial, best, done, budget), "yellow" if trial.reason else None
+                )
             if trial.study == "tune":
                 gain = best.gain if best is not None else None
                 note = "" if gain is None else f", best {gain:+.4f}"
@@ -123,4 +120,4 @@ def command(config: str, out: str, dry_run: bool, as_json: bool, **values: Any) 
     if as_json:
         print_json(vars(result))
     else:
-        print_tables(tune_summary(result))
+        print_tables(tables.tune_summary(result))
