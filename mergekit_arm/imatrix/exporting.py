@@ -19,7 +19,7 @@ from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 from mergekit_arm.statistics.read import Statistics
 
 _CHUNK = 512
-"""Tokens of a chunk, where the statistics do not say how long their sequences were."""
+"""Tokens of a chunk, where the statistics know of none, as those of an older matrix."""
 _Row = tuple[NDArray[np.float64], float, "NDArray[np.float64] | None"]
 
 
@@ -90,11 +90,12 @@ def to_matrix(statistics: Statistics) -> ImportanceMatrix:
     if not rows:
         raise InputError(f"{statistics.reference} are of no weight that llama.cpp has a name for")
     data = metadata.data
-    size = data.sequence_length or _CHUNK
+    mean = math.ceil(data.tokens / max(1, data.sequences))
+    size = data.sequence_length or mean or _CHUNK
     return ImportanceMatrix(
         entries={name: _stack(found) for name, found in rows.items()},
         datasets=[data.dataset],
-        chunks=max(1, math.ceil(data.tokens / size)),
+        chunks=math.ceil(data.tokens / size) or max(1, data.sequences),
         chunk_size=size,
     )
 

@@ -24,6 +24,7 @@ from mergekit_arm.models.checkpoint import fetch_checkpoint, open_checkpoint
 from mergekit_arm.models.loading import empty_model, find_model
 from mergekit_arm.statistics.card import statistics_card
 from mergekit_arm.statistics.format import (
+    NOT_THERE,
     DataRecord,
     Metadata,
     ModelRecord,
@@ -36,8 +37,6 @@ from mergekit_arm.statistics.write import PROBES, ROWS, check_destination, write
 
 Numbers = NDArray[np.float64]
 
-NOT_THERE = "not in the importance matrix"
-"""Why a weight has no statistics: norms, above all, of which llama.cpp measures no input."""
 RECIPE = "imatrix"
 _UNKNOWN = "unknown"
 
@@ -222,7 +221,7 @@ def _record(
         return found.model_copy(update={"reason": sorted(map(str, listed))[0]})
     candidates = [names.of(weight.name)]
     if reads and candidates[0] and candidates[0].name == "token_embd.weight":
-        candidates = [LlamaName("output.weight")]  # tied: read as the head
+        candidates.append(LlamaName("output.weight"))  # tied: read as the head
     axis = _input_axis(weight, coverage)
     for name in candidates:
         site = None if name is None or axis is None else sites.add(weight, name, axis)

@@ -9,7 +9,8 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from mergekit_arm.statistics.format import Metadata
+from mergekit_arm.statistics.format import NOT_THERE, Metadata
+from mergekit_arm.statistics.kinds.importance import IMPORTANCE
 
 _TEMPLATE = """---
 {front}---
@@ -39,8 +40,7 @@ models:
     parameters: {{weight: 1.0, density: 0.5}}
 parameters:
   activation_stats: {name}   # this directory, or its name on the Hub
-  omega: 0.4
-```
+{parameters}```
 """
 
 
@@ -76,8 +76,25 @@ def statistics_card(metadata: Metadata, name: str, licence: str | None = None) -
         measured=sum(1 for w in metadata.weights.values() if w.site),
         sites=len(metadata.sites),
         unmeasured="".join(f", {count} {reason}" for reason, count in sorted(reasons.items())),
+        parameters=_parameters(metadata),
         versions=", ".join(f"{package} {v}" for package, v in metadata.versions.items()),
     )
+
+
+def _parameters(metadata: Metadata) -> str:
+    """Return the lines with which a merge accepts the statistics, though some lack something."""
+    known = IMPORTANCE.from_record(metadata.settings).get("magnitudes", True)
+    importance = "" if known else "  importance: rms\n"
+    lacking = {
+        name.removesuffix(".weight").rpartition(".")[2]
+        for name, weight in metadata.weights.items()
+        if weight.reason == NOT_THERE
+    }
+    # A filter is a part of a name: norm is enough for input_layernorm.
+    parts = sorted(one for one in lacking if not any(o in one for o in lacking - {one}))
+    filters = "".join(f"    - {{filter: {one}, value: 1.0}}   # not measured\n" for one in parts)
+    omega = f"  omega:\n{filters}    - {{value: 0.4}}\n" if filters else "  omega: 0.4\n"
+    return importance + omega
 
 
 def _front(metadata: Metadata, licence: str | None) -> dict[str, object]:

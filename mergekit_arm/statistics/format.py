@@ -19,6 +19,7 @@ NOT_FLOATING = "no floating-point tensor"
 NEVER_USED = "never used on this data"
 NO_TOKEN = "expert that saw no token"
 NOT_LOADED = "not a parameter of the model that transformers loads"
+NOT_THERE = "not in the importance matrix"
 
 LEFT_AS_MERGED = frozenset(
     {EMBEDDING, BIAS, CONVOLUTION, ELEMENTWISE, BUFFER, NOT_FLOATING, NO_TOKEN}

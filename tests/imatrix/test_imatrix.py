@@ -20,11 +20,12 @@ from mergekit_arm.cli.import_imatrix import command as import_command
 from mergekit_arm.errors import InputError
 from mergekit_arm.imatrix.exporting import export_imatrix
 from mergekit_arm.imatrix.files import read_imatrix
-from mergekit_arm.imatrix.importing import NOT_THERE, import_imatrix
+from mergekit_arm.imatrix.importing import import_imatrix
 from mergekit_arm.imatrix.names import LlamaNames
+from mergekit_arm.statistics.format import NOT_THERE
 from mergekit_arm.statistics.read import Statistics
 from tests.support.merges import config, refused, run, weights
-from tests.support.models import perturbed, tiny_experts
+from tests.support.models import perturbed, tiny_experts, tiny_llama
 from tests.support.stored import Folder
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -142,6 +143,17 @@ def test_rms_works_and_mean_abs_only_where_it_is_there(family: Path, tmp_path: P
     )
 
 
+def test_the_card_can_be_pasted(family: Path, tmp_path: Path) -> None:
+    import_imatrix(
+        write_gguf(tmp_path / "im.gguf", sums()), str(family / "base"), tmp_path / "stats"
+    )
+    card = (tmp_path / "stats" / "README.md").read_text()
+    text = card.split("```yaml\n")[1].split("```")[0]
+    here = text.replace("…", str(family / "a")).replace("stats: stats", f"stats: {tmp_path}/stats")
+    out = run(mergekit_yaml, here + "dtype: float32\n", tmp_path)
+    assert weights(out).keys() == weights(family / "base").keys()
+
+
 def test_a_norm_needs_the_users_consent(family: Path, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "im.gguf", sums())
     import_imatrix(file, str(family / "base"), tmp_path / "stats")
@@ -161,6 +173,8 @@ def test_the_older_format(family: Path, tmp_path: Path, footer: bool) -> None:
     mean = stored.tensors[f"{DOWN}.square_sum"].numpy() / site["tokens"]
     np.testing.assert_allclose(mean, means["blk.1.ffn_down.weight"], rtol=1e-6)
     assert done.metadata.data.dataset == ("wiki.raw" if footer else "unknown")
+    again = export_imatrix(Statistics("stats", tmp_path / "stats"), tmp_path / "im.gguf")
+    assert (again.chunks, again.chunk_size) == (7 if footer else 1, 512)
 
 
 @pytest.fixture(scope="module")
@@ -224,11 +238,29 @@ def test_experts_merge_with_what_came_back(experts: Path, tmp_path: Path) -> Non
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_the_head_is_exported_and_a_tied_one_read_back(tmp_path: Path, family: Path) -> None:
+def test_a_tied_head_comes_back(tmp_path: Path, measure: Callable[..., Path]) -> None:
+    """Under the name of the one tensor that it is in llama.cpp too."""
+    tiny_llama(0, tied=True).save_pretrained(tmp_path / "base")
+    measure(tmp_path / "base", tmp_path / "stats")
+    matrix = export_imatrix(Statistics("stats", tmp_path / "stats"), tmp_path / "im.gguf")
+    assert "token_embd.weight" in matrix.entries
+    assert "output.weight" not in matrix.entries
+    done = import_imatrix(tmp_path / "im.gguf", str(tmp_path / "base"), tmp_path / "back")
+    assert not done.unused
+    assert done.reasons == {NOT_THERE: 5}  # the norms
+    before, after = Folder.open(tmp_path / "stats"), Folder.open(tmp_path / "back")
+    one, other = (
+        f.tensors[f"{f.record('model.embed_tokens.weight')['site']}.square_sum"]
+        for f in (before, after)
+    )
+    torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=0)
+
+
+def test_the_head_is_exported(tmp_path: Path, family: Path) -> None:
     matrix = export_imatrix(Statistics("stats", family / "stats"), tmp_path / "im.gguf")
     assert "output.weight" in matrix.entries
     assert "token_embd.weight" not in matrix.entries
-    assert (matrix.chunks, matrix.chunk_size) == (1, 512)
+    assert (matrix.chunks, matrix.chunk_size) == (12, 32)  # the rows
 
 
 @pytest.mark.parametrize(
