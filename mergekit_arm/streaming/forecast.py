@@ -105,9 +105,8 @@ def look_ahead(
     if plan is None:
         return Forecast(None, merge, state, None, None, check.problems)
     judge = make_judge(plan, merge, out, state, say, progress)
-    if dry or state is None:
-        check.run(lambda: _check_writable(out))
     if dry or (state is None and not check.problems):
+        check.run(lambda: _check_writable(out))
         check.run(lambda: _check_calibration(plan, merge))
         check.run(lambda: _check_evaluation(plan, judge))
     needs = None

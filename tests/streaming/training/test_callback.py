@@ -195,13 +195,13 @@ def test_a_stream_ends_with_the_training_that_feeds_it(tmp_path: Path) -> None:
     # It takes nothing itself: what lies there may be another training's.
     assert any(b"waiting for the first checkpoint" in line for line in child.stderr)
     child.stdin.close()
-    assert child.wait(timeout=30) == -signal.SIGTERM
+    assert child.wait(timeout=120) == -signal.SIGTERM
     # One that has an end of its own does not wait to be told.
     document = config(tmp_path, learning_rate=[0.5])
     (tmp_path / "stream.yml").write_text(yaml.safe_dump(document))
     take(tmp_path / "run" / "checkpoint-2", tmp_path / "out" / "incoming")
     child = subprocess.Popen([*command, "--fed"], cwd=tmp_path, stdin=subprocess.PIPE)
-    assert child.wait(timeout=60) == 0
+    assert child.wait(timeout=300) == 0
     assert child.stdin is not None
     child.stdin.close()
 
