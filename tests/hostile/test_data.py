@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -123,11 +124,16 @@ def test_what_is_whole_is_measured(here: Path) -> None:
     assert result.code == 0, result.output
 
 
-def test_a_long_line_is_cut(here: Path) -> None:
-    """One row of 12 MB, more than the reader takes at once, is a text like any other."""
-    (here / "x.jsonl").write_text(json.dumps({"text": "word " * 2_400_000}))
+@pytest.mark.parametrize("megabytes", [12, pytest.param(100, marks=pytest.mark.long)])
+def test_a_long_line_is_cut(megabytes: int, here: Path) -> None:
+    """One row, longer than the reader takes at once, is a text like any other."""
+    (here / "x.jsonl").write_text(json.dumps({"text": "word " * (megabytes * 200_000)}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = run(
         here, cli, "calibrate", "./speaker", "./out", "--dataset", "./x.jsonl",
         "--sequence-length", "8", "--samples", "4", "--statistics", "importance",
     )  # fmt: skip
     assert result.code == 0, result.output
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
+    print(f"{megabytes} MB in one line: {grown:.0f} MB of memory")  # noqa: T201  what pytest -s shows
+    assert grown < 200 + 5 * megabytes
