@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,8 +45,8 @@ class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # yaml is untyped
     """YAML, where one key twice is a mistake and not the second value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1 and key != "<<"), None)
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = next((key for key, times in keys.items() if times > 1 and key != "<<"), None)
         if twice is not None:
             line = node.start_mark.line + 1
             raise yaml.YAMLError(f"the key {twice} stands twice in the mapping of line {line}")
