@@ -10,7 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from mergekit_arm.statistics.format import NOT_THERE, Metadata
-from mergekit_arm.statistics.kinds.importance import IMPORTANCE
+from mergekit_arm.statistics.kinds import kinds
 
 _TEMPLATE = """---
 {front}---
@@ -83,8 +83,8 @@ def statistics_card(metadata: Metadata, name: str, licence: str | None = None) -
 
 def _parameters(metadata: Metadata) -> str:
     """Return the lines with which a merge accepts the statistics, though some lack something."""
-    known = IMPORTANCE.from_record(metadata.settings).get("magnitudes", True)
-    importance = "" if known else "  importance: rms\n"
+    needed = {k: v for one in kinds() for k, v in one.parameters(metadata.settings).items()}
+    lines = "".join(f"  {name}: {value}\n" for name, value in needed.items())
     lacking = {
         name.removesuffix(".weight").rpartition(".")[2]
         for name, weight in metadata.weights.items()
@@ -94,7 +94,7 @@ def _parameters(metadata: Metadata) -> str:
     parts = sorted(one for one in lacking if not any(o in one for o in lacking - {one}))
     filters = "".join(f"    - {{filter: {one}, value: 1.0}}   # not measured\n" for one in parts)
     omega = f"  omega:\n{filters}    - {{value: 0.4}}\n" if filters else "  omega: 0.4\n"
-    return importance + omega
+    return lines + omega
 
 
 def _front(metadata: Metadata, licence: str | None) -> dict[str, object]:

@@ -36,7 +36,7 @@ def run_stream(folder: Path) -> Path:
     """Run a stream of three steps, judged on held-out tokens."""
     streams.write_run(folder)
     held = {"held": {"dataset": str(streams.write_tokens(folder / "held.jsonl", 7))}}
-    document = streams.config(folder, evaluation={"sets": held})
+    document = streams.config(folder, evaluation=held)
     stream(document, folder / "out", StreamOptions())
     return folder / "out"
 

@@ -222,6 +222,10 @@ class Kind:
         """Return what a user must know of the finished measurement, a sentence each."""
         return []
 
+    def parameters(self, settings: SettingsRecord) -> dict[str, Any]:
+        """Return the parameters without which a merge would refuse statistics such as these."""
+        return {}
+
     def read(self, directory: Directory, record: WeightRecord) -> dict[str, Tensor]:
         """Return what is stored at the input of a measured weight, by its key.
 

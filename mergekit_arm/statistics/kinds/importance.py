@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.statistics.format import WeightRecord
+from mergekit_arm.statistics.format import SettingsRecord, WeightRecord
 from mergekit_arm.statistics.kinds.base import Directory, Kind, Observer, TensorSpec
 
 LOG = logging.getLogger(__name__)
@@ -45,6 +45,10 @@ class Importance(Kind):
 
     def settings(self) -> dict[str, Any]:
         return {} if self.magnitudes else {"magnitudes": False}
+
+    def parameters(self, settings: SettingsRecord) -> dict[str, Any]:
+        known = self.from_record(settings).get("magnitudes", True)
+        return {} if known else {"importance": "rms"}
 
     def state(self, width: int) -> dict[str, TensorSpec]:
         one = TensorSpec(torch.float64, (width,))
