@@ -75,7 +75,7 @@ def read_ids(row: Mapping[str, Any], column: str) -> tuple[Tensor, dict[str, Ten
         extras["decoder_input_ids"] = answer[kept_answer][None]
     ids = ids[kept]
     if not len(ids):
-        raise Unusable("empty" if mask is None or not len(mask) else "nothing but padding")
+        raise Unusable("empty" if mask is None or not mask.numel() else "nothing but padding")
     if set(extras) == {"token_type_ids"} and not extras["token_type_ids"].any():
         extras = {}  # what models assume: a text and nothing else
     return ids, extras

@@ -73,6 +73,13 @@ def test_a_mask_of_another_length_is_refused() -> None:
         read_ids(row, "input_ids")
 
 
+def test_a_mask_without_a_list_may_hide_the_only_token() -> None:
+    with pytest.raises(Unusable, match="nothing but padding"):
+        read_ids({"input_ids": [5], "attention_mask": 0}, "input_ids")
+    with pytest.raises(Unusable, match="empty"):
+        read_ids({"input_ids": [], "attention_mask": []}, "input_ids")
+
+
 def test_the_mask_of_sounds_stays_with_them() -> None:
     row = {"input_ids": [1, 2], "input_features": [[0.5] * 4], "attention_mask": [[1, 1, 1, 0]]}
     _, extras = read_ids(row, "input_ids")
