@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mergekit_arm.files import write_bytes
+from mergekit_arm.merging.picture import save_drawing
 from mergekit_arm.streaming.state import State, StepRecord
 from mergekit_arm.streaming.verdict import LOSS, Evaluation, bound_of
 
@@ -25,25 +22,6 @@ def draw_stream(state: State, evaluation: Evaluation | None, path: Path) -> None
     No times are in it: the same stream, the same picture.
     """
     save_drawing(lambda: _figure(state, evaluation), path)
-
-
-def save_drawing(draw: Callable[[], Figure], path: Path) -> None:
-    """Replace ``path`` by what ``draw`` draws, and free what that took.
-
-    A figure is some thousand objects that hold each other, and a canvas: Python would keep five
-    megabytes of each until it happens to look at all of its objects. What is made while it does
-    not look is young afterwards, and looking at the young alone takes no time.
-    """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        drawn = BytesIO()
-        draw().savefig(drawn, format="png", dpi=120, metadata={"Software": None})
-    finally:
-        if collecting:
-            gc.enable()
-    gc.collect(0)
-    write_bytes(path, drawn.getvalue())
 
 
 def _figure(state: State, evaluation: Evaluation | None) -> Figure:

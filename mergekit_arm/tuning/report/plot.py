@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from mergekit_arm.streaming.report.plot import save_drawing
+from mergekit_arm.merging.picture import save_drawing
 from mergekit_arm.tuning.trials import TrialRecord, completed, front_of
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
