@@ -1,7 +1,7 @@
 """The stream's YAML file as checked models: mergekit's grammar for one step, and what repeats it.
 
 A misspelt key, a value out of range and a key that belongs elsewhere are refused here; what the
-values name (models, data, methods) is looked at in ``plan`` and ``data_checks``.
+values name (models, data, methods) is looked at in ``plan`` and ``forecast``.
 """
 
 from __future__ import annotations

@@ -93,8 +93,8 @@ def look_ahead(
 ) -> Forecast:
     """Return what a stream will do and what is wrong with it.
 
-    ``dry``: nothing else will be looked at, as the loop looks at the data of a stream that has
-    begun. ``say`` and ``progress`` are the judge's.
+    ``dry``: look at the data also of a stream that has begun, whose loop would do so itself.
+    ``say`` and ``progress`` are the judge's.
     """
     check, merge = Checks(), complete_options(options.merge, out)
     state = check.run(lambda: read_state(out))

@@ -60,7 +60,6 @@ def plan_fields(forecast: Forecast) -> dict[str, Any]:
     plan, state = forecast.plan, forecast.state
     steps = None
     if plan is not None and plan.checkpoints is not None:
-        begun = (len(state.skipped), len(state.handled)) if state else (0, 0)
         steps = [
             {
                 "step": one.step,
@@ -68,7 +67,7 @@ def plan_fields(forecast: Forecast) -> dict[str, Any]:
                 "learning_rate": one.planned,
                 "calibrates": one.measures,
             }
-            for one in plan.steps(*begun)
+            for one in plan.left(state)
         ]
     return {
         "method": plan.method.name if plan is not None else None,
