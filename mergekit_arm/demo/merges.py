@@ -7,6 +7,7 @@ that the printed commands repeat it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,11 @@ def calibrations() -> list[CalibrationOptions]:
     return [
         CALIBRATION,
         *(
-            CalibrationOptions(
+            replace(
+                CALIBRATION,
                 model=f"./{name}",
                 out=f"./stats-{name}",
                 dataset=f"training/{name}.jsonl",
-                samples=128,
-                sequence_length=128,
             )
             for name in SPECIALTIES
         ),
