@@ -52,7 +52,10 @@ def point(line: Mapping[str, Any], tasks: int) -> list[float]:
 
 
 def gains(group: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> dict[str, float]:
-    """Return the gain of every merge of a group; none while base or specialists are missing."""
+    """Return the gain of every merge of a group; none while base or specialists are missing.
+
+    The line of a specialist has its task for a label; one task's run has none.
+    """
     inputs = ("base", *tasks)
     if any(name not in group for name in inputs):
         return {}

@@ -81,9 +81,12 @@ class Base:
         if which in VARIANTS:
             return made(out, lambda: VARIANTS[which](self.statistics("general"), out))
         tokens = int(which.partition("-")[2] or 0)
+        return made(out, lambda: self.measure_general(self.folder, out, tokens))
+
+    def measure_general(self, model: Path, out: Path, tokens: int = 0) -> None:
+        """Measure ``model`` on about so many tokens of general text, or as many as the size has."""
         blocks = -(-tokens // self.size.block) or self.size.general["calibration"]
-        texts = list(calibration_text())
-        return made(out, lambda: self.measure(texts, self.folder, out, blocks=blocks))
+        self.measure(list(calibration_text()), model, out, blocks=blocks)
 
     def measure(self, texts: list[str], model: Path, out: Path, *, blocks: int = 0) -> None:
         """Measure ``model`` on ``blocks`` of the texts in a row; on a block for each text if 0."""
@@ -177,9 +180,7 @@ class Run:
         """
         out = self.folder / f"statistics-{which}"
         if which == "own-general":
-            blocks = self.base.size.general["calibration"]
-            texts, specialist = list(calibration_text()), self.checkpoint(1.0)
-            return made(out, lambda: self.base.measure(texts, specialist, out, blocks=blocks))
+            return made(out, lambda: self.base.measure_general(self.checkpoint(1.0), out))
         if which == "own-free":
             source = self.statistics("own")
             weights = states(self.checkpoint(1.0)), self.base.state()

@@ -165,9 +165,8 @@ def _table(study: str, name: str, group: Group) -> str:
 
 
 def _tasks(name: str) -> list[str]:
-    """Return the tasks of ``a+b, seed 0``; none of one run's, where nothing is merged."""
-    tasks = name.partition(",")[0].split("+")
-    return tasks if len(tasks) > 1 else ["(of a run there are no specialists)"]
+    """Return the tasks of ``a+b, seed 0``."""
+    return name.partition(",")[0].split("+")
 
 
 def _shares(marks: str, name: str) -> str:

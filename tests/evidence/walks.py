@@ -16,7 +16,6 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 
 from tests.evidence.averages import AVERAGES
-from tests.evidence.general import calibration_text
 from tests.evidence.merging import State, merge
 from tests.evidence.recipes import Statistics
 from tests.evidence.runs import Run, states
@@ -29,6 +28,11 @@ class Walk:
     label: str
     measured: Literal["never", "on the base", "at every step"]
     """When statistics on general text were measured."""
+
+    @property
+    def method(self) -> str:
+        """mergekit's name of a step's method."""
+        return "task_arithmetic" if self.measured == "never" else "arm"
 
     def settings(self, rate: float) -> dict[str, Any]:
         """Return the parameters of a step, but for statistics."""
@@ -47,7 +51,6 @@ def follow(
     walk: Walk, run: Run, base: State, rates: Sequence[float], loss: Callable[[State], float]
 ) -> tuple[State, list[float]]:
     """Return the weights after the last step, and the rate of each."""
-    method = "task_arithmetic" if walk.measured == "never" else "arm"
     current, least, chosen = base, loss(base), []
     for fraction in AVERAGES["early"]:
         checkpoint = states(run.checkpoint(fraction))
@@ -56,7 +59,9 @@ def follow(
             best, taken = current, 0.0
             for rate in rates:
                 step = {**walk.settings(rate), **stats}
-                merged = merge(method, current, {"run": checkpoint}, step, lambda of, _: Path(of))
+                merged = merge(
+                    walk.method, current, {"run": checkpoint}, step, lambda of, _: Path(of)
+                )
                 if (found := loss(merged)) < least:
                     best, taken, least = merged, rate, found
         current = best
@@ -77,6 +82,5 @@ def _statistics(walk: Walk, run: Run, current: State, folder: Path) -> dict[str,
     kept = shutil.ignore_patterns("*.safetensors", "*.index.json")
     shutil.copytree(run.base.folder, model, ignore=kept)
     save_file(current, model / "model.safetensors", metadata={"format": "pt"})
-    blocks = run.base.size.general["calibration"]
-    run.base.measure(list(calibration_text()), model, folder / "statistics", blocks=blocks)
+    run.base.measure_general(model, folder / "statistics")
     return {"activation_stats": Statistics(str(folder / "statistics"))}
