@@ -34,6 +34,8 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 
 _HIGHEST = (1 << 31) - 1
 """A token id that tokenizers still take."""
+_NO_NUMBERS = (TypeError, ValueError, RuntimeError, OverflowError)
+"""What torch raises of values that are no numbers of a list, or too large for any."""
 _BESIDE_TOKENS = ("token_type_ids", "mm_token_type_ids")
 """Columns that have one number for each token."""
 
@@ -84,7 +86,7 @@ def read_ids(row: Mapping[str, Any], column: str) -> tuple[Tensor, dict[str, Ten
 def _numbers(value: Any, column: str) -> Tensor:
     try:
         return torch.tensor(value if value is not None else [], dtype=torch.int64).flatten()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except _NO_NUMBERS as error:
         raise InputError(
             f"a row has no token ids in {column!r} ({first_line(error)}): choose another column "
             "with --text-column"
@@ -94,7 +96,7 @@ def _numbers(value: Any, column: str) -> Tensor:
 def _beside(value: Any, name: str) -> Tensor:
     try:
         return torch.tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except _NO_NUMBERS as error:
         raise InputError(
             f"a row has no numbers in {name!r} ({first_line(error)}): leave {name!r} out"
         ) from error

@@ -80,6 +80,13 @@ def test_a_mask_without_a_list_may_hide_the_only_token() -> None:
         read_ids({"input_ids": [], "attention_mask": []}, "input_ids")
 
 
+@pytest.mark.parametrize("column", ["input_ids", "attention_mask"])
+def test_a_number_that_no_tensor_holds_is_refused(column: str) -> None:
+    row = {"input_ids": [1, 2], "attention_mask": [1, 1], column: [10**400, 0.5]}
+    with pytest.raises(InputError, match=f"'{column}'"):
+        read_ids(row, "input_ids")
+
+
 def test_the_mask_of_sounds_stays_with_them() -> None:
     row = {"input_ids": [1, 2], "input_features": [[0.5] * 4], "attention_mask": [[1, 1, 1, 0]]}
     _, extras = read_ids(row, "input_ids")
