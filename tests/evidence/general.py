@@ -2,7 +2,8 @@
 
 ``calibration``: Python's language reference, as ``help()`` shows it, and its licence. Judging:
 docstrings of the standard library. Both are English prose about the same matter, by different
-hands; no paragraph is in both.
+hands; no paragraph is in both. Two others to measure show what that choice decides: docstrings that
+are not judged, and code.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import random
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from pydoc_data import topics
@@ -47,6 +48,32 @@ def judging_text() -> tuple[str, ...]:
     return tuple(texts)
 
 
+def docstrings_to_measure() -> tuple[str, ...]:
+    """Return the source that is judged, from its other end."""
+    return judging_text()[::-1]
+
+
+@cache
+def code_text() -> tuple[str, ...]:
+    """Return functions of the standard library that have no docstring."""
+    texts = [
+        ast.unparse(node)
+        for node in _nodes()
+        if isinstance(node, ast.FunctionDef) and not ast.get_docstring(node)
+    ]
+    texts = [text for text in texts if len(text) >= SHORTEST]
+    random.Random(3).shuffle(texts)
+    return tuple(texts)
+
+
+TEXTS: dict[str, Callable[[], tuple[str, ...]]] = {
+    "general": calibration_text,
+    "docstrings": docstrings_to_measure,
+    "code": code_text,
+}
+"""What the base can be measured on."""
+
+
 def judging_blocks(tokenizer: PreTrainedTokenizerBase, size: Size) -> list[list[int]]:
     """Return blocks of token ids; settings are chosen without them."""
     wanted = size.general["test"]
@@ -64,10 +91,13 @@ def digest(parts: object) -> str:
 
 
 def _docstrings() -> Iterator[str]:
+    for node in _nodes():
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)):
+            yield text
+
+
+def _nodes() -> Iterator[ast.AST]:
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         with tokenize.open(path) as file:
-            tree = ast.parse(file.read())
-        for node in ast.walk(tree):
-            kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-            if isinstance(node, kinds) and (text := ast.get_docstring(node)):
-                yield text
+            yield from ast.walk(ast.parse(file.read()))

@@ -19,11 +19,12 @@ from mergekit_arm.calibration.calibrate import calibrate
 from mergekit_arm.calibration.options import CalibrationOptions
 from tests.evidence.bases import base_folder, load, load_tokenizer, weights_digest
 from tests.evidence.encoding import Encoded, encode
-from tests.evidence.general import calibration_text, digest, judging_blocks
+from tests.evidence.general import TEXTS, digest, judging_blocks
 from tests.evidence.sizes import Size
 from tests.evidence.tasks import Example, examples
 from tests.evidence.training import train
 from tests.evidence.variants import (
+    CHANGES,
     data_free_moments,
     even_importance,
     permuted_importance,
@@ -73,20 +74,23 @@ class Base:
         return states(self.folder)
 
     def statistics(self, which: str) -> Path:
-        """Return the base's statistics on general text, or one of ``VARIANTS`` of these.
+        """Return the base's statistics on one of ``TEXTS``, or one of ``VARIANTS`` of these.
 
-        ``general-512`` are on about 512 tokens of it.
+        ``general-512`` are on about 512 tokens of it; ``general~16`` are changed by ``CHANGES``.
         """
         out = self.work / f"statistics-{which}"
+        source, _, change = which.partition("~")
+        if change:
+            return made(out, lambda: CHANGES[change](self.statistics(source), out))
         if which in VARIANTS:
             return made(out, lambda: VARIANTS[which](self.statistics("general"), out))
-        tokens = int(which.partition("-")[2] or 0)
-        return made(out, lambda: self.measure_general(self.folder, out, tokens))
+        text, _, tokens = which.partition("-")
+        return made(out, lambda: self.measure_text(text, self.folder, out, int(tokens or 0)))
 
-    def measure_general(self, model: Path, out: Path, tokens: int = 0) -> None:
-        """Measure ``model`` on about so many tokens of general text, or as many as the size has."""
+    def measure_text(self, text: str, model: Path, out: Path, tokens: int = 0) -> None:
+        """Measure ``model`` on about so many tokens of a text, or as many as the size has."""
         blocks = -(-tokens // self.size.block) or self.size.general["calibration"]
-        self.measure(list(calibration_text()), model, out, blocks=blocks)
+        self.measure(list(TEXTS[text]()), model, out, blocks=blocks)
 
     def measure(self, texts: list[str], model: Path, out: Path, *, blocks: int = 0) -> None:
         """Measure ``model`` on ``blocks`` of the texts in a row; on a block for each text if 0."""
@@ -176,11 +180,14 @@ class Run:
 
         ``task`` and ``own`` are on the training examples, answers included, ``own-general`` on
         general text, and ``own-free`` on no data: what the specialist's weights say of its inputs.
-        The others are the base's on general text.
+        The others are the base's on general text. A change may follow, as in ``task~16``.
         """
         out = self.folder / f"statistics-{which}"
+        source, _, change = which.partition("~")
+        if change and source in ("task", "own"):
+            return made(out, lambda: CHANGES[change](self.statistics(source), out))
         if which == "own-general":
-            return made(out, lambda: self.base.measure_general(self.checkpoint(1.0), out))
+            return made(out, lambda: self.base.measure_text("general", self.checkpoint(1.0), out))
         if which == "own-free":
             source = self.statistics("own")
             weights = states(self.checkpoint(1.0)), self.base.state()

@@ -6,20 +6,21 @@ loss over all tasks' validation splits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from tests.evidence.group import Group, in_order
 from tests.evidence.judging import judge_answers, judge_general
 from tests.evidence.merging import BASE, State, merge, put
-from tests.evidence.recipes import Recipe, Settings, Statistics, plain
+from tests.evidence.recipes import Recipe, Settings, Statistics
 from tests.evidence.runs import Base, Run, made, states
 from tests.evidence.searches import METHODS, searched
 from tests.evidence.sizes import Size
-from tests.evidence.tuning import best
-from tests.evidence.units import Key, Line, Store, Unit
+from tests.evidence.sweeps import PART, regressions
+from tests.evidence.units import Line, Store, Unit
 
 STUDY = "specialists"
 GENERAL = Statistics("general")
@@ -93,11 +94,13 @@ def recipes(size: Size, tasks: tuple[str, ...]) -> dict[str, list[Recipe]]:
     }
 
 
-class Group:
-    """The units of one pair, or triple, of specialists."""
+class Specialists(Group):
+    """The units of one pair, or triple."""
+
+    study = STUDY
 
     def __init__(self, base: Base, tasks: tuple[str, ...], seed: int, store: Store) -> None:
-        self.base, self.tasks, self.seed, self.store = base, tasks, seed, store
+        super().__init__(base, tasks, seed, store)
         self.runs = {task: Run(base, task, seed) for task in tasks}
 
     def state(self, name: str) -> State:
@@ -125,10 +128,6 @@ class Group:
         texts = [text for run in self.runs.values() for text in run.texts()]
         return made(out, lambda: self.base.measure(texts, self.base.folder, out))
 
-    def key(self, part: str, label: str) -> Key:
-        """Return the key of one of this group's lines."""
-        return Key(STUDY, self.base.size.name, "+".join(self.tasks), self.seed, part, label)
-
     def judge(self, split: str, state: State) -> Line:
         """Return everything that is kept of a model's judgement on all tasks."""
         put(self.base.model, state)
@@ -149,33 +148,6 @@ class Group:
         """Judge the base or a specialist on all tasks."""
         return Unit(self.key("test", name), lambda: self.judge("test", self.state(name)))
 
-    def attempts(self, recipe: Recipe) -> list[Unit]:
-        """Judge a merge on the validation splits with every setting of its grid."""
-
-        def attempt(settings: Settings) -> Callable[[], Line]:
-            return lambda: {
-                "settings": plain(settings),
-                **self.judge("validation", self.merged(recipe, settings)),
-            }
-
-        return [
-            Unit(self.key("validation", recipe.tried(number)), attempt(settings))
-            for number, settings in enumerate(recipe.grid)
-        ]
-
-    def final(self, recipe: Recipe) -> Unit:
-        """Judge a merge on the test splits with the settings that were best on the validation."""
-
-        def compute() -> Line:
-            number = 0
-            if len(recipe.grid) > 1:
-                number = best([self.store.run(unit) for unit in self.attempts(recipe)])
-            settings = recipe.grid[number]
-            judged = self.judge("test", self.merged(recipe, settings))
-            return {"settings": plain(settings), **judged}
-
-        return Unit(self.key("test", recipe.label), compute)
-
     def search(self, method: str) -> Unit:
         """Judge on the test splits what ``mergekit-arm tune`` finds with a grid's budget."""
 
@@ -186,25 +158,25 @@ class Group:
         return Unit(self.key("test", f"{method}, by tune"), compute)
 
     def stage(self, name: str) -> list[Unit]:
-        """Return the units of ``singles`` or ``searches``, or of a stage of recipes."""
+        """Return the units of one of ``STAGES``."""
         if name == "singles":
             return [self.single(one) for one in (BASE, *self.tasks)]
+        if name == PART:
+            return [self.swept(recipe) for recipe in regressions(self.tasks)]
         if name == "searches":
             return [self.search(method) for method in METHODS]
         return [self.final(recipe) for recipe in recipes(self.base.size, self.tasks)[name]]
 
 
-STAGES = ("singles", "core", "moments", "calibration", "sparse", "searches")
+STAGES = ("singles", "core", PART, "moments", "calibration", "sparse", "searches")
 CORE = STAGES[:2]
 """What the study's question needs."""
 
 
 def units(base: Base, store: Store, stages: Collection[str] = STAGES) -> list[Unit]:
     """Return the study's units: all groups with the first seed, then the next seed."""
-    found = []
-    for seed in base.size.seeds:
-        groups = [Group(base, tasks, seed, store) for tasks in base.size.groups]
-        for part in (CORE, STAGES[len(CORE) :]):
-            wanted = [stage for stage in part if stage in stages]
-            found += [unit for group in groups for stage in wanted for unit in group.stage(stage)]
-    return found
+
+    def groups(seed: int) -> list[Specialists]:
+        return [Specialists(base, tasks, seed, store) for tasks in base.size.groups]
+
+    return in_order(groups, base.size.seeds, CORE, STAGES[len(CORE) :], stages)

@@ -6,17 +6,19 @@ has its learning rate tuned; the test split sees one setting of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from statistics import fmean
 
 from tests.evidence.averages import AVERAGES
+from tests.evidence.group import Group, in_order
 from tests.evidence.judging import generate_missed, judge_answers, judge_general
 from tests.evidence.merging import BASE, State, merge, put
 from tests.evidence.recipes import ByDepth, ByName, Recipe, Settings, Statistics, plain
 from tests.evidence.runs import Base, Run, average, states
 from tests.evidence.sizes import FRACTIONS, Size
+from tests.evidence.sweeps import PART, steps
 from tests.evidence.tuning import best
-from tests.evidence.units import Key, Line, Store, Unit
+from tests.evidence.units import Line, Store, Unit
 from tests.evidence.walks import WALKS, Walk, follow
 
 STUDY = "streams"
@@ -103,12 +105,14 @@ def recipes(size: Size) -> dict[str, list[Recipe]]:
     }
 
 
-class Stream:
+class Stream(Group):
     """The units of one run."""
 
+    study = STUDY
+
     def __init__(self, base: Base, task: str, seed: int, store: Store) -> None:
+        super().__init__(base, (task,), seed, store)
         self.run = Run(base, task, seed)
-        self.base, self.store = base, store
 
     def state(self, name: str) -> State:
         """Return the weights of the base, a checkpoint or an average."""
@@ -134,10 +138,6 @@ class Stream:
             settings,
             lambda of, _: self.run.statistics(of),
         )
-
-    def key(self, part: str, label: str = "") -> Key:
-        """Return the key of one of this run's lines."""
-        return Key(STUDY, self.base.size.name, self.run.task, self.run.seed, part, label)
 
     def judge(self, split: str, state: State) -> Line:
         """Return everything that is kept of a model's judgement on one split."""
@@ -179,31 +179,6 @@ class Stream:
         """Judge the base, a checkpoint or an average as it is."""
         return Unit(self.key(split, name), lambda: self.judge(split, self.state(name)))
 
-    def attempts(self, recipe: Recipe) -> list[Unit]:
-        """Judge a merge on the validation split with every setting of its grid."""
-
-        def attempt(settings: Settings) -> Callable[[], Line]:
-            return lambda: {
-                "settings": plain(settings),
-                **self.judge("validation", self.merged(recipe, settings)),
-            }
-
-        return [
-            Unit(self.key("validation", recipe.tried(number)), attempt(settings))
-            for number, settings in enumerate(recipe.grid)
-        ]
-
-    def final(self, recipe: Recipe) -> Unit:
-        """Judge a merge on the test split with the settings that were best on the validation."""
-
-        def compute() -> Line:
-            tried = [self.store.run(unit) for unit in self.attempts(recipe)]
-            settings = recipe.grid[best(tried)]
-            judged = self.judge("test", self.merged(recipe, settings))
-            return {"settings": plain(settings), **judged}
-
-        return Unit(self.key("test", recipe.label), compute)
-
     def walk(self, walk: Walk) -> Unit:
         """Judge on the test split where a step after another led."""
 
@@ -227,7 +202,7 @@ class Stream:
         return Unit(self.key("test", "best checkpoint"), compute)
 
     def stage(self, name: str) -> list[Unit]:
-        """Return the units of one of ``STAGES``, each of which may be done without the others."""
+        """Return the units of one of ``STAGES``."""
         if name == "training":
             return [self.training()]
         if name == "singles":
@@ -236,6 +211,8 @@ class Stream:
             return [*judged, self.best_checkpoint()]
         if name == "averages":
             return [self.single(one, "test") for one in AVERAGES]
+        if name == PART:
+            return [self.swept(recipe) for recipe in steps()]
         if name == "walks":
             return [self.walk(one) for one in WALKS]
         if name == "generated":
@@ -251,6 +228,7 @@ STAGES = (
     "training",
     "singles",
     "core",
+    PART,
     "variants",
     "walks",
     "averages",
@@ -264,12 +242,8 @@ CORE = STAGES[:3]
 
 def units(base: Base, store: Store, stages: Collection[str] = STAGES) -> list[Unit]:
     """Return the study's units: all tasks with the first seed, then the next seed."""
-    found = []
-    for seed in base.size.seeds:
-        streams = [Stream(base, task, seed, store) for task in base.size.tasks]
-        for part in (CORE, STAGES[len(CORE) :]):
-            wanted = [stage for stage in part if stage in stages]
-            for stream in streams:
-                found += [unit for stage in wanted for unit in stream.stage(stage)]
-    seen: dict[str, Unit] = {str(unit.key): unit for unit in found}
-    return list(seen.values())
+
+    def streams(seed: int) -> list[Stream]:
+        return [Stream(base, task, seed, store) for task in base.size.tasks]
+
+    return in_order(streams, base.size.seeds, CORE, STAGES[len(CORE) :], stages)

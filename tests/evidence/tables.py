@@ -13,6 +13,7 @@ from tests.evidence.hypervolume import gains
 from tests.evidence.intervals import paired
 from tests.evidence.plots import draw
 from tests.evidence.sizes import SIZES, Size
+from tests.evidence.sweeps import PART
 from tests.evidence.units import RESULTS, Line, Store
 
 PAGE = Path(__file__).parent / "RESULTS.md"
@@ -57,11 +58,13 @@ def page(folder: Path = RESULTS) -> str:
                     parts.append(f"![{title}](results/{study}-{size.name}.png)\n")
                 parts.append(summary(study, groups))
                 parts += [_table(study, name, group) for name, group in groups.items()]
+                if settings := grouped(lines.values(), PART):
+                    parts.append(swept(title, settings))
     return "\n".join(parts)
 
 
-def grouped(lines: Any) -> dict[str, Group]:
-    """Return the test lines by run, ``task, seed 0``; written answers stand beside them.
+def grouped(lines: Any, wanted: str = "test") -> dict[str, Group]:
+    """Return the lines of one part by run, ``task, seed 0``; written answers stand beside them.
 
     Raises:
         ValueError: lines of one run that were judged on different data.
@@ -71,7 +74,7 @@ def grouped(lines: Any) -> dict[str, Group]:
     for line in lines:
         _, _, about, seed, part, label = line["unit"].split("/", 5)
         name = f"{about}, seed {seed}"
-        if part == "test":
+        if part == wanted:
             groups[name][label] = dict(line)
         elif part == "generated":
             written[name, label] = line["generated"]
@@ -118,6 +121,26 @@ def summary(study: str, groups: Mapping[str, Group]) -> str:
             cells += ["", ""] if same else [_spread(more), count]
         rows.append(cells)
     return _markdown(head, rows, "Means over runs ± their standard deviation.")
+
+
+def swept(title: str, groups: Mapping[str, Group]) -> str:
+    """Return one row for each setting: its differences to the first over all runs."""
+    labels = list(dict.fromkeys(label for group in groups.values() for label in group))
+    reference = labels[0]
+    rows = []
+    for label in labels:
+        both = [group for group in groups.values() if label in group and reference in group]
+        cells = [label, str(len(both))]
+        for quantity in ("losses", "exact", "general"):
+            apart = [_mean(one[label], quantity) - _mean(one[reference], quantity) for one in both]
+            cells.append("" if label == reference else _spread(apart))
+        rows.append([*cells[:3], _over_runs(groups, label, reference)[1], *cells[3:]])
+    head = ["one setting changed", "runs", "loss", "lower / surely lower / surely higher"]
+    before = (
+        "On the validation split, nothing tuned; differences to the first row, means over runs ± "
+        "their standard deviation."
+    )
+    return f"### {title}, settings\n\n" + _markdown([*head, "exact", "general"], rows, before)
 
 
 def _over_runs(groups: Mapping[str, Group], label: str, reference: str) -> list[str]:

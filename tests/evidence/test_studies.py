@@ -24,6 +24,7 @@ from tests.evidence.streams import Stream, recipes
 from tests.evidence.tables import page
 from tests.evidence.tuning import best
 from tests.evidence.units import Store
+from tests.evidence.variants import fewer_columns
 from tests.evidence.walks import WALKS, follow
 
 pytestmark = pytest.mark.slow
@@ -227,6 +228,29 @@ def test_specialists_are_merged(stream: Stream, folder: Path) -> None:
     text = page(folder / "lines")
     assert "### reverse+add, seed 0" in text
     assert "### reverse, seed 0" in text
+
+
+def test_settings_are_changed_one_at_a_time(stream: Stream, folder: Path) -> None:
+    lines = [stream.store.run(unit) for unit in stream.stage("sweep")]
+    known = lines[0]
+    assert len(known["losses"]) == TINY.validation
+    for line in lines[1:]:
+        assert line["settings"] != known["settings"]
+        if "columns" not in line["unit"]:  # tiny bases have no more than are kept
+            assert line["losses"] != known["losses"], line["unit"]
+    assert "### streams, size tiny, settings" in page(folder / "lines")
+    files = {
+        of: load_file(stream.run.statistics(of) / "model.safetensors")
+        for of in ("task", "task~diagonal")
+    }
+    site = "model.layers.0.mlp.down_proj"
+    whole = files["task"][f"{site}.basis"]
+    fewer_columns(3)(stream.run.statistics("task"), folder / "three")
+    three = load_file(folder / "three" / "model.safetensors")
+    assert torch.equal(three[f"{site}.basis"], whole[:, :3])
+    assert torch.equal(three[f"{site}.eigenvalues"], files["task"][f"{site}.eigenvalues"][:3])
+    assert not files["task~diagonal"][f"{site}.eigenvalues"].any()
+    assert torch.equal(files["task~diagonal"][f"{site}.basis"], whole)
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ import pytest
 from tests.evidence.hypervolume import gains
 from tests.evidence.intervals import paired
 from tests.evidence.plots import distances, draw
-from tests.evidence.tables import PAGE, grouped, page, summary
+from tests.evidence.tables import PAGE, grouped, page, summary, swept
 from tests.evidence.units import Line, Store
 from tests.support.paths import ROOT
 
@@ -61,6 +61,12 @@ def test_a_summary_counts_runs() -> None:
     (row,) = (one for one in rows if one.startswith("| linear"))
     assert "2 / 2 / 1 of 3" in row
     assert "-0.333 ± 1.155" in row
+
+
+def test_settings_stand_beside_the_first() -> None:
+    some = [line("as it is", [2.0] * 4), line("κ = 1", [1.5] * 4)]
+    text = swept("a study", grouped(some))
+    assert "| κ = 1 | 1 | -0.500 | 1 / 1 / 0 of 1 | +0.000 | +0.000 |" in text
 
 
 def test_lines_of_different_data_are_not_compared() -> None:

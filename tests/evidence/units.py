@@ -34,7 +34,7 @@ class Key:
     """A task, or tasks with ``+`` between them."""
     seed: int
     part: str
-    """``training``, ``validation``, ``test``, ``generated``."""
+    """``training``, ``validation``, ``sweep``, ``test``, ``generated``."""
     label: str
     """The model that was judged, or nothing."""
 

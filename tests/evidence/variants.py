@@ -1,4 +1,4 @@
-"""Controls: statistics that are as large as the real ones, and know less of the activations."""
+"""Statistics changed on purpose: controls that know less of the activations, and smaller ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SEED = 7
+
+Change = Callable[[Path, Path], None]
+"""``change(source, out)`` writes a changed copy of a directory."""
 
 
 def random_subspace(source: Path, out: Path) -> None:
@@ -57,6 +60,35 @@ def even_importance(source: Path, out: Path) -> None:
             tensors[name] = even.to(tensors[name].dtype)
 
     _changed(source, out, replace)
+
+
+def fewer_columns(columns: int) -> Change:
+    """Return what keeps only so many columns of every basis, the leading ones."""
+
+    def replace(tensors: dict[str, Tensor], _: torch.Generator) -> None:
+        for name in [one for one in tensors if one.endswith((".basis", ".eigenvalues"))]:
+            tensors[name] = tensors[name][..., :columns].contiguous()
+
+    return lambda source, out: _changed(source, out, replace)
+
+
+def less_correlated(share: float) -> Change:
+    """Return what scales the stored eigenvalues: methods that believe α of them believe less."""
+
+    def replace(tensors: dict[str, Tensor], _: torch.Generator) -> None:
+        for name in [one for one in tensors if one.endswith(".eigenvalues")]:
+            tensors[name] = tensors[name] * share
+
+    return lambda source, out: _changed(source, out, replace)
+
+
+CHANGES: dict[str, Change] = {
+    "16": fewer_columns(16),
+    "64": fewer_columns(64),
+    "half": less_correlated(0.5),
+    "diagonal": less_correlated(0.0),
+}
+"""What a name after ``~`` makes of a directory: ``general~16`` has 16 columns a basis."""
 
 
 def data_free_moments(

@@ -82,5 +82,5 @@ def _statistics(walk: Walk, run: Run, current: State, folder: Path) -> dict[str,
     kept = shutil.ignore_patterns("*.safetensors", "*.index.json")
     shutil.copytree(run.base.folder, model, ignore=kept)
     save_file(current, model / "model.safetensors", metadata={"format": "pt"})
-    run.base.measure_general(model, folder / "statistics")
+    run.base.measure_text("general", model, folder / "statistics")
     return {"activation_stats": Statistics(str(folder / "statistics"))}
