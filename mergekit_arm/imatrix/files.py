@@ -73,7 +73,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         _check(found)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; name an importance matrix") from error
-    except (ValueError, KeyError, IndexError, struct.error, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, IndexError, RecursionError, struct.error) as error:
         raise InputError(f"{path} is no importance matrix ({first_line(error)})") from error
     return found
 
@@ -114,8 +114,23 @@ def load_gguf() -> Any:
     return gguf
 
 
+def _bounded(reader: type[Any]) -> type[Any]:
+    """Return gguf's reader, made to stop where the file does.
+
+    By itself it reads nothing there and goes on, until it has counted to a damaged length.
+    """
+
+    class Bounded(reader):  # type: ignore[misc]
+        def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **named: Any) -> Any:
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it is truncated")
+            return super()._get(offset, dtype, count, *rest, **named)
+
+    return Bounded
+
+
 def _read_gguf(path: Path) -> ImportanceMatrix:
-    reader = load_gguf().GGUFReader(path)
+    reader = _bounded(load_gguf().GGUFReader)(path)
 
     def words(key: str) -> list[str]:
         found = reader.fields.get(key)
@@ -127,7 +142,8 @@ def _read_gguf(path: Path) -> ImportanceMatrix:
 
     if words("general.type") != ["imatrix"]:
         raise ValueError(f"general.type is {', '.join(words('general.type')) or 'not set'}")
-    tensors = {one.name: np.array(one.data, dtype=np.float64) for one in reader.tensors}
+    with np.errstate(invalid="ignore"):  # what is no number is refused by name, once
+        tensors = {one.name: np.array(one.data, dtype=np.float64) for one in reader.tensors}
     entries = {}
     for name, squares in tensors.items():
         if not name.endswith(SQUARES):

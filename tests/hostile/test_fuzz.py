@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,14 +50,24 @@ SECOND, MEMORY = 1.0, 500_000_000
 def within_limits(read: Callable[[], object]) -> None:
     """Read what may be damaged. The time is this process's own: others may have the cores."""
     before, begun, said = peak(), time.process_time(), "nothing"
+    previous = signal.signal(signal.SIGPROF, hangs)
+    signal.setitimer(signal.ITIMER_PROF, 5 * SECOND)
     try:
         read()
     except click.ClickException as error:
         said = error.message
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
     assert said
     assert said.isprintable(), said
     assert time.process_time() - begun < SECOND
     assert peak() - before < MEMORY
+
+
+def hangs(*_: object) -> None:
+    """End what would go on for ever, and be judged by nothing."""
+    raise AssertionError("it does not end")
 
 
 def peak() -> int:
@@ -88,40 +99,40 @@ def try_each(amount: int, some: int, choice: Choice, check: Callable[[Any], None
 
 @pytest.mark.parametrize("amount", AMOUNTS)
 @pytest.mark.parametrize("file", ["activation_stats.json", "model.safetensors"])
-def test_statistics(file: str, amount: int, family: Path, tmp_path: Path) -> None:
+def test_statistics(file: str, amount: int, family: Path, in_memory: Path) -> None:
     for one in (family / "stats").iterdir():
-        (tmp_path / one.name).write_bytes(one.read_bytes())
-    whole = (tmp_path / file).read_bytes()
+        (in_memory / one.name).write_bytes(one.read_bytes())
+    whole = (in_memory / file).read_bytes()
 
     def read() -> None:
-        opened = Statistics("stats", tmp_path)
+        opened = Statistics("stats", in_memory)
         for name in opened.names:
             opened.stored(name)
 
     def check(steps: list[Wrong]) -> None:
-        (tmp_path / file).write_bytes(damaged(whole, steps))
+        (in_memory / file).write_bytes(damaged(whole, steps))
         within_limits(read)
 
     try_each(amount, 100, DAMAGE, check)
 
 
 @pytest.mark.parametrize("amount", AMOUNTS)
-def test_metadata(amount: int, family: Path, tmp_path: Path) -> None:
+def test_metadata(amount: int, family: Path, in_memory: Path) -> None:
     """Well-formed JSON without a digest: what only the schema and the checks can refuse."""
     for one in (family / "stats").iterdir():
-        (tmp_path / one.name).write_bytes(one.read_bytes())
-    whole = json.loads((tmp_path / "activation_stats.json").read_text())
+        (in_memory / one.name).write_bytes(one.read_bytes())
+    whole = json.loads((in_memory / "activation_stats.json").read_text())
     whole.pop("digest"), whole.pop("digests")
 
     def read() -> None:
-        opened = Statistics("stats", tmp_path)
+        opened = Statistics("stats", in_memory)
         opened.metadata.experts()
         for name in opened.names:
             opened.stored(name)
 
     def check(steps: list[Change]) -> None:
         text = json.dumps(changed(whole, steps), default=str)
-        (tmp_path / "activation_stats.json").write_text(text)
+        (in_memory / "activation_stats.json").write_text(text)
         within_limits(read)
 
     try_each(amount, 100, CHANGES, check)
@@ -129,8 +140,8 @@ def test_metadata(amount: int, family: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("amount", AMOUNTS)
 @pytest.mark.parametrize("kind", ["gguf", "dat"])
-def test_importance_matrices(kind: str, amount: int, tmp_path: Path) -> None:
-    file = tmp_path / "x.imatrix"
+def test_importance_matrices(kind: str, amount: int, in_memory: Path) -> None:
+    file = in_memory / "x.imatrix"
     if kind == "gguf":
         write_gguf(file, sums(magnitudes=True))
     else:
@@ -154,12 +165,12 @@ READERS: dict[str, tuple[Callable[[Path], object], list[Path]]] = {
 
 @pytest.mark.parametrize("amount", AMOUNTS)
 @pytest.mark.parametrize("kind", READERS)
-def test_text_of_yaml(kind: str, amount: int, tmp_path: Path) -> None:
+def test_text_of_yaml(kind: str, amount: int, in_memory: Path) -> None:
     """Bytes of the examples, damaged: mostly no YAML any more."""
     read, files = READERS[kind]
     assert files
     texts = [file.read_bytes() for file in files]
-    target = tmp_path / "c.yml"
+    target = in_memory / "c.yml"
 
     def check(given_input: tuple[bytes, list[Wrong]]) -> None:
         target.write_bytes(damaged(*given_input))

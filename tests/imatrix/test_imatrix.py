@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -291,6 +292,21 @@ def test_names_that_nobody_knows() -> None:
 
 def imported(*arguments: object) -> Result:
     return CliRunner().invoke(import_command, [str(one) for one in arguments])
+
+
+@pytest.mark.parametrize("length", [2**40, 2**63])
+@pytest.mark.parametrize("depth", [0, 5000])
+def test_a_damaged_length_is_not_counted_to(length: int, depth: int, tmp_path: Path) -> None:
+    """A list of 2⁴⁰ numbers in a file of some bytes, and lists in lists in lists."""
+    number, array = 4, 9  # types of values
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"x"
+    nested = struct.pack("<I", array) + struct.pack("<IQ", array, 1) * depth
+    path = tmp_path / "x.gguf"
+    path.write_bytes(head + nested + struct.pack("<IQ", number, length) + bytes(40))
+    begun = time.process_time()
+    with pytest.raises(InputError, match="is no importance matrix"):
+        read_imatrix(path)
+    assert time.process_time() - begun < 1
 
 
 def test_what_is_refused_leaves_nothing(family: Path, experts: Path, tmp_path: Path) -> None:
