@@ -15,15 +15,17 @@ Lines = Mapping[str, Mapping[str, Any]]
 def distances(groups: Mapping[str, Lines], reference: str) -> dict[str, list[tuple[float, float]]]:
     """Return label → for every run: the loss on general text and on the task, less the reference's.
 
-    The base is left out: its loss on the task is far from all others.
+    What goes into a merge is left out, the base and specialists: their losses on tasks that they
+    have not learnt are far from all others.
     """
     found: dict[str, list[tuple[float, float]]] = {}
-    for group in groups.values():
+    for name, group in groups.items():
+        inputs = ("base", *name.partition(",")[0].split("+"))
         if reference not in group:
             continue
         origin = [fmean(group[reference][quantity]) for quantity in ("general", "losses")]
         for label, line in group.items():
-            if label != "base":
+            if label not in inputs:
                 general, loss = (fmean(line[quantity]) for quantity in ("general", "losses"))
                 found.setdefault(label, []).append((general - origin[0], loss - origin[1]))
     return found

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from tests.benchmarks.report import sentence
+from tests.evidence.differences import Group, mean_of, over_runs, spread
+from tests.evidence.front import README, put, tables
 from tests.evidence.hypervolume import gains
 from tests.evidence.intervals import paired
 from tests.evidence.plots import draw
@@ -26,9 +28,6 @@ REFERENCES = {
 
 BEFORE = ("base",)
 """Models that are not compared: they have not learnt."""
-
-Group = dict[str, Line]
-"""Label → the line of the test split, of one run or pair."""
 
 _HEAD = """# Results
 
@@ -61,6 +60,12 @@ def page(folder: Path = RESULTS) -> str:
                 if settings := grouped(lines.values(), PART):
                     parts.append(swept(title, settings))
     return "\n".join(parts)
+
+
+def front_page(folder: Path = RESULTS) -> str:
+    """Return the tables of README.md."""
+    found = [grouped(Store(study, "small", folder).lines().values()) for study in REFERENCES]
+    return tables(*found)
 
 
 def grouped(lines: Any, wanted: str = "test") -> dict[str, Group]:
@@ -106,11 +111,11 @@ def summary(study: str, groups: Mapping[str, Group]) -> str:
             cells += _over_runs(groups, label, reference)
         for quantity in ("exact", "general"):
             apart = [
-                _mean(group[label], quantity) - _mean(group[references[0]], quantity)
+                mean_of(group[label], quantity) - mean_of(group[references[0]], quantity)
                 for group in groups.values()
                 if label in group and references[0] in group
             ]
-            cells.append(_spread(apart))
+            cells.append(spread(apart))
         if any(volumes.values()):
             pairs = [(one.get(label), one.get(references[0])) for one in volumes.values()]
             more = [
@@ -118,7 +123,7 @@ def summary(study: str, groups: Mapping[str, Group]) -> str:
             ]
             count = f"{sum(value > 0 for value in more)} of {len(more)}"
             same = label == references[0] or not more
-            cells += ["", ""] if same else [_spread(more), count]
+            cells += ["", ""] if same else [spread(more), count]
         rows.append(cells)
     return _markdown(head, rows, "Means over runs ± their standard deviation.")
 
@@ -132,8 +137,10 @@ def swept(title: str, groups: Mapping[str, Group]) -> str:
         both = [group for group in groups.values() if label in group and reference in group]
         cells = [label, str(len(both))]
         for quantity in ("losses", "exact", "general"):
-            apart = [_mean(one[label], quantity) - _mean(one[reference], quantity) for one in both]
-            cells.append("" if label == reference else _spread(apart))
+            apart = [
+                mean_of(one[label], quantity) - mean_of(one[reference], quantity) for one in both
+            ]
+            cells.append("" if label == reference else spread(apart))
         rows.append([*cells[:3], _over_runs(groups, label, reference)[1], *cells[3:]])
     head = ["one setting changed", "runs", "loss", "lower / surely lower / surely higher"]
     before = (
@@ -144,20 +151,14 @@ def swept(title: str, groups: Mapping[str, Group]) -> str:
 
 
 def _over_runs(groups: Mapping[str, Group], label: str, reference: str) -> list[str]:
-    if label == reference:
-        return ["", ""]
-    found = [
-        paired(group[label]["losses"], group[reference]["losses"])
-        for group in groups.values()
-        if label in group and reference in group
-    ]
+    found = [] if label == reference else over_runs(groups, label, reference)
     if not found:
         return ["", ""]
     lower = sum(one.mean < 0 for one in found)
     surely = sum(one.high < 0 for one in found)
     higher = sum(one.low > 0 for one in found)
     counts = f"{lower} / {surely} / {higher} of {len(found)}"
-    return [_spread([one.mean for one in found]), counts]
+    return [spread([one.mean for one in found]), counts]
 
 
 def _table(study: str, name: str, group: Group) -> str:
@@ -205,18 +206,6 @@ def _settings(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items() if name not in hidden)
 
 
-def _mean(line: Line, quantity: str) -> float:
-    values = line[quantity]
-    return fmean(map(float, values))
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{fmean(values):+.3f}{spread}"
-
-
 def _regime(size: Size, lines: Mapping[str, Line]) -> str:
     machines = {sentence(line["machine"]) for line in lines.values()}
     return (
@@ -234,8 +223,9 @@ def _markdown(head: list[str], rows: list[list[str]], before: str = "") -> str:
 
 
 def main() -> None:
-    """Write the page, and a picture for every study that has runs."""
+    """Write the page, README's tables, and a picture for every study that has runs."""
     PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(put(front_page()), encoding="utf-8")
     for study, (reference, _) in REFERENCES.items():
         for size in SIZES:
             groups = grouped(Store(study, size).lines().values())

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import pytest
 
-from tests.evidence.hypervolume import gains
+from tests.evidence.differences import mean_of
+from tests.evidence.front import README, larger_volume, put
 from tests.evidence.intervals import paired
 from tests.evidence.plots import distances, draw
-from tests.evidence.tables import PAGE, grouped, page, summary, swept
+from tests.evidence.tables import PAGE, front_page, grouped, page, summary, swept
 from tests.evidence.units import Line, Store
-from tests.support.paths import ROOT
 
 
 def line(label: str, losses: list[float], *, about: str = "reverse", data: str = "d") -> Line:
@@ -85,66 +86,62 @@ def test_without_lines_there_is_a_page(tmp_path: Path) -> None:
     assert page(tmp_path).startswith("# Results")
 
 
-def first_seed(study: str) -> dict[str, dict[str, Line]]:
-    """Label → task or pair → its test line, of seed 0 at size small."""
-    found: dict[str, dict[str, Line]] = {}
-    for one in Store(study, "small").lines().values():
-        _, _, about, seed, part, label = one["unit"].split("/", 5)
-        if (seed, part) == ("0", "test") and about.count("+") < 2:
-            found.setdefault(label, {})[about] = one
-    return found
+def runs(study: str) -> dict[str, dict[str, Line]]:
+    """Run, or pair and seed → label → its test line, at size small."""
+    found = grouped(Store(study, "small").lines().values())
+    return {name: group for name, group in found.items() if name.count("+") < 2}
 
 
-def said(begin: str) -> str:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return text.partition(begin)[2].partition("\n")[0]
+def apart(study: str, label: str, reference: str, quantity: str = "losses") -> list[float]:
+    """Of every run that has both: how much more the first has."""
+    return [
+        mean_of(group[label], quantity) - mean_of(group[reference], quantity)
+        for group in runs(study).values()
+        if label in group and reference in group
+    ]
 
 
-def mean(found: dict[str, dict[str, Line]], label: str, quantity: str) -> float:
-    return float(np.mean([np.mean(one[quantity]) for one in found[label].values()]))
-
-
-def lower(found: dict[str, dict[str, Line]], label: str, than: str) -> int:
-    pairs = [(found[label][about], found[than][about]) for about in found[label]]
-    return sum(np.mean(one["losses"]) < np.mean(other["losses"]) for one, other in pairs)
+def test_the_front_page_has_the_tables_of_the_lines() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert text == put(front_page()), "run python -m tests.evidence.tables"
 
 
 def test_the_front_page_says_what_the_lines_say_of_streams() -> None:
-    found = first_seed("streams")
-    linear, turned = "linear to early", "arm to early, general text, ρ = -0.4"
-    retaining = "arm to early, task_stats, κ = 0.3"
-    labels = ["base", "100 %", linear, turned, retaining]
-    assert {len(found[label]) for label in labels} == {4}
-    text = said("**Early checkpoints of a fine-tune")
-    general = [mean(found, label, "general") for label in labels]
-    assert re.findall(r"\d\.\d\d", text) == [f"{value:.2f}" for value in general]
-    counts = [
-        lower(found, "early", "100 %"),
-        lower(found, linear, turned),
-        lower(found, retaining, linear),
-    ]
-    assert re.findall(r"(\d) of 4", text) == [str(count) for count in counts]
+    turned, random = "arm to early, general text, ρ = -0.4", "arm to early, random, ρ = -0.4"
+    linear, retaining = "linear to early", "arm to early, task_stats, κ = 0.3"
+    assert len(runs("streams")) == 12
+
+    def mean(label: str, quantity: str = "losses", reference: str = linear) -> float:
+        found = apart("streams", label, reference, quantity)
+        assert len(found) == 12
+        return fmean(found)
+
+    # "pass a converged model that has overfitted, and forget less"
+    assert mean(linear, reference="100 %") < 0
+    assert mean(linear, "general", "100 %") < 0
+    # "stopping early does as well on the task, and forgets more"
+    assert mean("best checkpoint") < 0.02
+    assert mean("best checkpoint", "general") > 0.02
+    # "keeps the linear merge's loss and forgets less, which random subspaces do not"
+    assert abs(mean(turned)) < 0.02
+    assert mean(turned, "general") < -0.1
+    assert abs(mean(random, "general")) < 0.02
+    # "forgets least and learns least"
+    assert mean(retaining) > max(mean(turned), mean(random), 0)
+    assert mean(retaining, "general") < mean(turned, "general") - 0.05
 
 
 def test_the_front_page_says_what_the_lines_say_of_specialists() -> None:
-    found = first_seed("specialists")
     tuned, informed = "task_arithmetic", "aim_task_arithmetic"
-    whole, protected = "task_arithmetic, weights 1", "aim, weights 1, ω = 0"
-    assert {len(found[label]) for label in (tuned, informed, whole, protected, "regmean")} == {4}
-    text = said("**Two specialists merged**")
-    general = [mean(found, label, "general") for label in ("regmean", tuned)]
-    assert re.findall(r"\d\.\d\d", text) == [f"{value:.2f}" for value in general]
-    volumes = [
-        gains(
-            {label: lines[pair] for label, lines in found.items() if pair in lines}, pair.split("+")
-        )
-        for pair in found[tuned]
+    assert len(apart("specialists", "regmean", tuned)) == len(runs("specialists"))
+    assert fmean(apart("specialists", "regmean", tuned)) < -0.02
+    assert fmean(apart("specialists", "regmean", tuned, "general")) < -0.02
+    assert fmean(apart("specialists", informed, tuned)) > 0
+    assert larger_volume(runs("specialists"), informed) > f"{len(runs('specialists')) // 2}"
+    text = README.read_text(encoding="utf-8").partition("At weights of 1")[2].partition("\n")[0]
+    whole = [
+        apart("specialists", "aim, weights 1, ω = 0", than)
+        for than in ("task_arithmetic, weights 1", "aim, weights 1, even")
     ]
-    counts = [
-        lower(found, "regmean", tuned),
-        lower(found, informed, tuned),
-        sum(volume[informed] > volume[tuned] for volume in volumes),
-        lower(found, protected, whole),
-        lower(found, protected, "aim, weights 1, even"),
-    ]
-    assert re.findall(r"(\d) of 4", text) == [str(count) for count in counts]
+    counts = [(sum(one < 0 for one in found), len(found)) for found in whole]
+    assert re.findall(r"(\d+) of (\d+)", text) == [(str(a), str(b)) for a, b in counts]
