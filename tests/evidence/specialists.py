@@ -27,8 +27,7 @@ GENERAL = Statistics("general")
 OWN = Statistics("own", each=True)
 DENSITY = {"density": 0.5}
 OMEGAS = (0.0, 0.4)
-"""What AIM tries: half of its budget each, with the upper half of the weights."""
-
+"""What AIM tries: half of its budget each, with three of the weights."""
 
 CALIBRATION_TOKENS = tuple(2**power for power in range(9, 16))
 """On how many tokens of general text AIM's importance is measured, where that is the question."""
@@ -44,6 +43,7 @@ def recipes(size: Size, tasks: tuple[str, ...]) -> dict[str, list[Recipe]]:
         return Recipe(method, method, tasks, grid)
 
     def informed(method: str, strength: str = "weight", **settings: object) -> Recipe:
+        """AIM shrinks a merge, so that larger weights may suit it: the upper half of them."""
         upper = strengths[strength][len(size.weights) // 2 :]
         grid = tuple(
             {strength: value, "omega": omega, "activation_stats": GENERAL, **settings}
@@ -51,6 +51,17 @@ def recipes(size: Size, tasks: tuple[str, ...]) -> dict[str, list[Recipe]]:
             for value in upper
         )
         return Recipe(f"aim_{method}", f"aim_{method}", tasks, grid)
+
+    def lighter() -> Recipe:
+        """The upper half was best where it begins: from the weight where task arithmetic is."""
+        weights = size.weights[1 : 1 + len(size.weights) // 2]
+        grid = tuple(
+            {"weight": weight, "omega": omega, "activation_stats": GENERAL}
+            for omega in OMEGAS
+            for weight in weights
+        )
+        label = f"aim_task_arithmetic, weights from {weights[0]}"
+        return Recipe(label, "aim_task_arithmetic", tasks, grid)
 
     def whole(label: str, **settings: object) -> Recipe:
         """As in AIM's paper: nothing is tuned."""
@@ -65,6 +76,7 @@ def recipes(size: Size, tasks: tuple[str, ...]) -> dict[str, list[Recipe]]:
         "core": [
             tuned("task_arithmetic"),
             informed("task_arithmetic"),
+            lighter(),
             regmean(),
             whole("task_arithmetic, weights 1"),
             whole("aim, weights 1, ω = 0", omega=0.0, activation_stats=GENERAL),
