@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("reasoning_gym", reason="pip install -e '.[evidence]'")
 
+from mergekit_arm.statistics.read import Statistics as Reader
 from tests.evidence import specialists
 from tests.evidence.__main__ import main
 from tests.evidence.bases import load
@@ -248,6 +249,10 @@ def test_settings_are_changed_one_at_a_time(stream: Stream, folder: Path) -> Non
     fewer_columns(3)(stream.run.statistics("task"), folder / "three")
     three = load_file(folder / "three" / "model.safetensors")
     assert torch.equal(three[f"{site}.basis"], whole[:, :3])
+    assert all(one.shape[-1] <= 3 for name, one in three.items() if name.endswith(".basis"))
+    opened = Reader("three", folder / "three")
+    for name in opened.names:
+        opened.stored(name)
     assert torch.equal(three[f"{site}.eigenvalues"], files["task"][f"{site}.eigenvalues"][:3])
     assert not files["task~diagonal"][f"{site}.eigenvalues"].any()
     assert torch.equal(files["task~diagonal"][f"{site}.basis"], whole)

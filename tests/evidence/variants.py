@@ -135,6 +135,10 @@ def _changed(
     replace(tensors, torch.Generator().manual_seed(SEED))
     save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
     metadata = json.loads((beside / "activation_stats.json").read_text(encoding="utf-8"))
+    for site, record in metadata["sites"].items():
+        if (kept := tensors.get(f"{site}.eigenvalues")) is not None and record.get("subspace"):
+            record["subspace"] = len(kept)
+            record["energy"] = float(kept.double().sum() / tensors[f"{site}.trace"])
     # The directory says of itself that it is whole; what is changed on purpose says nothing.
     metadata.pop("digest", None)
     metadata.pop("digests", None)
