@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from mergekit_arm.cli.main import COMMANDS, cli, main
+from tests.support import forks
 
 COMMAND = [sys.executable, "-m", "mergekit_arm"]
 
@@ -223,9 +224,5 @@ def test_quiet_commands_draw_no_moving_sign() -> None:
 
 
 def test_verbose_may_stand_behind_a_command() -> None:
-    done = subprocess.run(
-        [*COMMAND, "calibrate", "a", "b", "--part", "9/2", "--verbose"],
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run("mergekit-arm", "calibrate", "a", "b", "--part", "9/2", "--verbose")
     assert "Traceback" in done.stderr
