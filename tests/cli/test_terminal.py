@@ -96,6 +96,7 @@ def interrupted(*arguments: str) -> str:
     program = (
         "import importlib, os, signal, sys\n"
         "from mergekit_arm.cli.main import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background shells ignore it
         f"importlib.import_module('mergekit_arm.cli.' + {arguments[0]!r}).command.callback = "
         f"lambda **_: os.kill(os.getpid(), {signal.SIGINT.value})\n"
         f"sys.argv = ['mergekit-arm', *{arguments!r}]\n"

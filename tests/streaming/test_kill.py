@@ -105,7 +105,7 @@ def kill_at_changes(
 def test_killed_between_changes_to_the_disk(scene: Any, tmp_path: Path) -> None:
     changes = scene[2]
     generator = random.Random(0)
-    kill_at_changes(scene, tmp_path, generator.sample(range(1, changes), 4))
+    kill_at_changes(scene, tmp_path, generator.sample(range(1, changes), 3))
 
 
 @pytest.mark.long
@@ -134,7 +134,7 @@ def test_killed_again_and_again(scene: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "kills",
-    [pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.long)],
+    [pytest.param(3, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.long)],
 )
 def test_killed_at_random_moments(scene: Any, tmp_path: Path, kills: int) -> None:
     document, whole, _ = scene

@@ -62,8 +62,31 @@ class State:
     global_step = 2
 
 
-def test_a_failing_stream_does_not_end_training(tmp_path: Path) -> None:
-    callback = StreamCallback({**config(tmp_path), "base_model": "./nowhere"}, tmp_path / "out")
+class Child:
+    """A stream that is over before it began."""
+
+    def __init__(self, command: list[str], **options: Any) -> None:
+        self.stdin = None
+
+    def poll(self) -> int:
+        return 0
+
+    def wait(self, timeout: float) -> int:
+        return 0
+
+
+def test_a_failing_stream_does_not_end_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(Child):
+        def poll(self) -> int:
+            return 2
+
+        def wait(self, timeout: float) -> int:
+            return 2
+
+    monkeypatch.setattr(callback_module.subprocess, "Popen", Refusing)
+    callback = StreamCallback(config(tmp_path), tmp_path / "out")
 
     class Arguments:
         output_dir = str(tmp_path / "run")
@@ -100,19 +123,6 @@ def test_a_checkpoint_that_cannot_be_taken_does_not_end_training(
     assert "checkpoint-2 cannot be streamed" in caplog.text
     children[0].kill()
     assert children[0].wait(timeout=20) == -signal.SIGKILL
-
-
-class Child:
-    """A stream that is over before it began."""
-
-    def __init__(self, command: list[str], **options: Any) -> None:
-        self.stdin = None
-
-    def poll(self) -> int:
-        return 0
-
-    def wait(self, timeout: float) -> int:
-        return 0
 
 
 def begin(
