@@ -36,7 +36,7 @@ from mergekit_arm.judging.heldout import load_heldout
 from mergekit_arm.judging.sets import HeldOutSet
 from tests.support import forks
 
-CHARACTERS = 60_000
+CHARACTERS = 120_000
 TRIALS = 2
 
 
