@@ -22,7 +22,15 @@ _THREADS = max(1, (os.cpu_count() or 1) // _WORKERS)
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))))
 
 
-LONGEST_FIRST = ("tests/real/", "tests/streaming/test_kill.py", "tests/calibration/test_process")
+LONGEST_FIRST = (
+    "tests/calibration/test_processes.py",
+    "tests/real/",
+    "tests/streaming/test_kill.py",
+    "tests/tuning/test_tune.py",
+    "tests/demo/",
+    "tests/calibration/test_process_matrix.py",
+    "tests/test_installation.py",
+)
 """Begun last, they would keep one process busy while the other has nothing left."""
 
 

@@ -51,13 +51,28 @@ def install(python: Path, kind: str, scratch: Path) -> None:
     succeed(*PIP, "--python", python, "install", "--ignore-installed", *options, *what)
 
 
+def files(environment: Path) -> set[Path]:
+    return set(environment.rglob("*"))
+
+
+Installed = tuple[Path, set[Path]]
+"""The python of an environment that the package is installed in, and what files that had before."""
+
+
 @pytest.fixture(scope="module", params=["wheel", "editable"])
-def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The python of an environment that the package is installed in."""
+def installed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Installed:
     directory = tmp_path_factory.mktemp(request.param)
     python = make_environment(directory / "environment")
+    before = files(directory / "environment")
     install(python, request.param, directory / "wheels")
-    return python
+    return python, before
+
+
+@pytest.fixture
+def python(installed: Installed) -> Path:
+    return installed[0]
 
 
 def test_commands_and_python_know_our_methods(python: Path) -> None:
@@ -89,16 +104,12 @@ def test_switched_off_mergekit_does_not_know_them(python: Path) -> None:
     assert "Unimplemented merge method aim" in done.stderr
 
 
-@pytest.mark.parametrize("kind", ["wheel", "editable"])
-def test_uninstall_leaves_nothing(kind: str, tmp_path: Path) -> None:
-    def files() -> set[Path]:
-        return set(environment.rglob("*"))
-
-    environment = tmp_path / "environment"
-    python = make_environment(environment)
-    before = files()
-    install(python, kind, tmp_path / "wheels")
-    installed = {path.name for path in files() - before if path.parent.name == "site-packages"}
-    assert {"mergekit_arm.pth", "mergekit_arm.start"} <= installed
+def test_uninstall_leaves_nothing(installed: Installed) -> None:
+    """The last test of an environment: it is as it was before."""
+    python, before = installed
+    environment = python.parents[1]
+    new = files(environment) - before
+    added = {path.name for path in new if path.parent.name == "site-packages"}
+    assert {"mergekit_arm.pth", "mergekit_arm.start"} <= added
     succeed(*PIP, "--python", python, "uninstall", "--quiet", "--yes", "mergekit-arm")
-    assert files() == before
+    assert files(environment) == before

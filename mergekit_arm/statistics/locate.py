@@ -10,7 +10,6 @@ from typing import Any
 
 import huggingface_hub.errors
 import pydantic
-from mergekit.io.tasks import LoaderCache
 from safetensors import safe_open
 from torch import Tensor
 
@@ -209,6 +208,9 @@ def _hub_path(reference: str) -> str:
     name, at, revision = reference.partition("@")
     if at and not re.fullmatch(r"[^@+\s]+", revision):
         raise OSError("expected org/name or org/name@revision")
+    # Not earlier: mergekit takes seconds, and what lies here is read without it.
+    from mergekit.io.tasks import LoaderCache
+
     # mergekit's own download lists the repository first, which fails without a network even
     # where everything is cached.
     return huggingface_hub.snapshot_download(

@@ -51,6 +51,9 @@ def launch_here(
     }
 
 
+APART = ("processes", "authors-script")
+
+
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     return Workshop(tmp_path_factory.mktemp("benchmarks"), launch_here, quick=True, rounds=1)
@@ -59,8 +62,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 @pytest.mark.parametrize(
     "name",
     [
-        # torchrun's processes cannot be stood in for.
-        pytest.param(name, marks=pytest.mark.slow if name == "processes" else ())
+        # What runs as a user would start it cannot be stood in for.
+        pytest.param(name, marks=pytest.mark.long if name in APART else ())
         for name in BENCHMARKS
     ],
 )
@@ -78,13 +81,21 @@ def test_every_benchmark_runs(name: str, shop: Workshop, tmp_path: Path) -> None
     assert [row["benchmark"] for row in document["rows"]] == [row.benchmark for row in rows]
 
 
-@pytest.mark.slow
-def test_the_command_measures_in_fresh_processes_and_keeps_what_exists(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("start-up", "the import"),
+        pytest.param("kernel", "arm_step", marks=pytest.mark.long),
+    ],
+)
+def test_the_command_measures_in_fresh_processes_and_keeps_what_exists(
+    name: str, label: str, tmp_path: Path
+) -> None:
     out = tmp_path / "results.json"
-    arguments = ["kernel", "--quick", "--out", str(out)]
+    arguments = [name, "--quick", "--out", str(out)]
     first = CliRunner().invoke(main, arguments)
     assert first.exit_code == 0, first.output
-    assert "arm_step" in first.output
+    assert label in first.output
     before = out.read_text()
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 2

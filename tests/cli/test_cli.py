@@ -15,6 +15,7 @@ from mergekit_arm.calibration.options import CalibrationOptions
 from mergekit_arm.cli import main as cli_module
 from mergekit_arm.cli.calibrate import command as calibrate_command
 from mergekit_arm.cli.stream import command as stream_command
+from tests.support import forks
 
 COMMAND = [sys.executable, "-m", "mergekit_arm"]
 
@@ -67,14 +68,13 @@ def test_unknown_commands_and_options_name_the_nearest() -> None:
     assert "--samples" in done.stderr
 
 
-@pytest.mark.slow
 def test_errors_are_one_line_unless_verbose(tmp_path: Path) -> None:
     wrong = ("calibrate", str(tmp_path), str(tmp_path / "out"), "--dataset", "./nowhere.jsonl")
-    done = run(*wrong)
+    done = forks.run("mergekit-arm", *wrong)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("Error: ")]) == 1
-    assert "Traceback" in run("--verbose", *wrong).stderr
+    assert "Traceback" in forks.run("mergekit-arm", "--verbose", *wrong).stderr
 
 
 def test_defaults_of_the_command_and_of_the_library_agree() -> None:
@@ -93,8 +93,8 @@ def test_defaults_of_the_command_and_of_the_library_agree() -> None:
 
 
 def test_calibrate_prints_a_table(family: Path, token_file: Path, tmp_path: Path) -> None:
-    done = run(
-        "calibrate", str(family / "base"), str(tmp_path / "stats"), "--dataset", str(token_file)
+    done = forks.run(
+        "mergekit-arm", "calibrate", family / "base", tmp_path / "stats", "--dataset", token_file
     )
     assert done.returncode == 0, done.stderr
     assert "12 sequences, not 256" in done.stderr.replace("\n", " ")

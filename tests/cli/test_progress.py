@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from mergekit_arm.cli.progress import EVERY, Display
+from tests.support import forks
 
 
 class Clock:
@@ -62,13 +61,10 @@ def test_what_an_earlier_run_has_done_is_not_counted_as_speed() -> None:
 def test_redirected_output_says_from_the_start_what_is_under_way(
     family: Path, token_file: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "mergekit_arm", "calibrate", str(family / "base")]
-    done = subprocess.run(
-        [*command, str(tmp_path / "s"), "--dataset", str(token_file)],
-        capture_output=True,
-        text=True,
-        check=True,
+    done = forks.run(
+        "mergekit-arm", "calibrate", family / "base", tmp_path / "s", "--dataset", token_file
     )
+    assert done.returncode == 0, done.stderr
     stages = [line for line in done.stderr.splitlines() if line.endswith(" …")]
     assert stages == [
         "Loading libraries …",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from mergekit_arm.streaming.config import load_config
 from mergekit_arm.streaming.forecast import check_disk, disk_needed, forecast_stream
 from mergekit_arm.streaming.plan.plan import make_plan
 from mergekit_arm.streaming.state import StepRecord
+from tests.support import forks
 from tests.support.models import perturbed
 from tests.support.streams import config, digest, write_run, write_tokens
 
@@ -76,12 +75,8 @@ def test_a_dry_run_names_everything_that_is_wrong(run: Path, tmp_path: Path) -> 
 
 
 def test_the_command_streams_and_tells_of_every_step(run: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "mergekit_arm", "stream", run / "stream.yml", tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = forks.run("mergekit-arm", "stream", run / "stream.yml", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
     for piece in ("step 1", "step 2", "step 3", "checkpoint-30"):
         assert piece in done.stderr
     assert "The stream has ended" in done.stdout

@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from mergekit_arm.cli.main import COMMANDS, cli, main
+from tests.support import forks
 
 COMMAND = [sys.executable, "-m", "mergekit_arm"]
 
@@ -95,6 +96,7 @@ def interrupted(*arguments: str) -> str:
     program = (
         "import importlib, os, signal, sys\n"
         "from mergekit_arm.cli.main import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background shells ignore it
         f"importlib.import_module('mergekit_arm.cli.' + {arguments[0]!r}).command.callback = "
         f"lambda **_: os.kill(os.getpid(), {signal.SIGINT.value})\n"
         f"sys.argv = ['mergekit-arm', *{arguments!r}]\n"
@@ -223,9 +225,5 @@ def test_quiet_commands_draw_no_moving_sign() -> None:
 
 
 def test_verbose_may_stand_behind_a_command() -> None:
-    done = subprocess.run(
-        [*COMMAND, "calibrate", "a", "b", "--part", "9/2", "--verbose"],
-        capture_output=True,
-        text=True,
-    )
+    done = forks.run("mergekit-arm", "calibrate", "a", "b", "--part", "9/2", "--verbose")
     assert "Traceback" in done.stderr

@@ -6,8 +6,6 @@ import bz2
 import gzip
 import json
 import lzma
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import datasets
 import pytest
 import zstandard
 from click.testing import CliRunner
+from huggingface_hub.utils import are_progress_bars_disabled
 
 from mergekit_arm.cli.calibrate import command
 from mergekit_arm.data import files
@@ -23,6 +22,7 @@ from mergekit_arm.data.blocks import build_corpus
 from mergekit_arm.data.rows import in_order, load_rows
 from mergekit_arm.data.settings import DEFAULT_DATASET
 from mergekit_arm.errors import InputError
+from tests.support import forks
 from tests.support.byte_tokenizer import byte_tokenizer
 
 TEXTS = [f"text number {number}" for number in range(20)]
@@ -203,22 +203,18 @@ def test_bars_of_downloads_stay(tmp_path: Path) -> None:
     assert not datasets.are_progress_bars_disabled()
 
 
+def calibrate_and_look(arguments: list[str]) -> None:
+    command(arguments, standalone_mode=False)
+    print(are_progress_bars_disabled(), datasets.are_progress_bars_disabled())  # noqa: T201
+
+
 @pytest.mark.parametrize("quiet", [False, True])
 def test_bars_of_downloads_stay_unless_quiet(quiet: bool, family: Path, token_file: Path) -> None:
     """In a process of its own, since the switches are the libraries' own."""
-    script = (
-        "import sys, huggingface_hub.utils as hub, datasets; "
-        "from mergekit_arm.cli.calibrate import command; "
-        "command(sys.argv[1:], standalone_mode=False); "
-        "print(hub.are_progress_bars_disabled(), datasets.are_progress_bars_disabled())"
-    )
     arguments = [str(family / "base"), str(family / "unwritten"), "--dataset", str(token_file)]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *arguments, "--dry-run", *(["--quiet"] if quiet else [])],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = forks.Running(
+        calibrate_and_look, [*arguments, "--dry-run", *(["--quiet"] if quiet else [])]
+    ).end()
     assert done.stdout.split() == [str(quiet)] * 2, done.stderr
 
 

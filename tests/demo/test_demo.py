@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from mergekit_arm.cli.main import cli
 from mergekit_arm.cli.tables.demo import closing, loss_table
 from mergekit_arm.demo import demo as demo_module
+from mergekit_arm.demo import merges
 from mergekit_arm.demo.demo import DemoOptions, run_demo
 from mergekit_arm.demo.merges import merged_models, tune_configs
 from mergekit_arm.demo.stream import early_steps
@@ -33,8 +34,10 @@ from mergekit_arm.demo.train import new_model, save, token_blocks, train, train_
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.judging.heldout import load_heldout
 from mergekit_arm.judging.sets import HeldOutSet
+from tests.support import forks
 
 CHARACTERS = 120_000
+TRIALS = 2
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +52,13 @@ def blocks(corpora: dict[str, DomainText]) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, demo_module.LossTable, str]:
-    """A run with hardly any training: where it lies, what it returned and what it printed."""
+    """A run with hardly any training or tuning: where it lies, its return value, its output."""
     out = tmp_path_factory.mktemp("demo") / "out"
     console = Console(file=io.StringIO(), width=120)
     options = DemoOptions(out, base_steps=4, specialist_steps=2, characters=CHARACTERS)
-    losses = run_demo(options, Console(quiet=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merges, "TRIALS", TRIALS)
+        losses = run_demo(options, Console(quiet=True))
     for one in (loss_table(losses), closing(out, losses, 1.0)):
         console.print(one, highlight=False, soft_wrap=True)
     return out, losses, console.file.getvalue()  # type: ignore[attr-defined]
@@ -122,7 +127,7 @@ def plain_loss(model: LlamaForCausalLM, blocks: Iterable[torch.Tensor]) -> float
 
 def test_training_learns_and_repeats(corpora: dict[str, DomainText], blocks: torch.Tensor) -> None:
     tokenizer = train_tokenizer(corpora["code"].train)
-    untrained = plain_loss(new_model(seed=7), blocks[:64])
+    untrained = plain_loss(new_model(seed=7), blocks[:16])
     models = []
     for seed in (7, 7, 8):
         model = new_model(seed=7)
@@ -137,7 +142,7 @@ def test_training_learns_and_repeats(corpora: dict[str, DomainText], blocks: tor
             on_step=seen.append,
         )
         assert seen == list(range(1, 31))
-        assert plain_loss(model, blocks[:64]) < untrained - 1
+        assert plain_loss(model, blocks[:16]) < untrained - 1
         models.append(model.state_dict())
     first, again, other = models
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -233,7 +238,8 @@ def test_printed_commands_repeat_the_demo(demo: tuple[Path, demo_module.LossTabl
     before = digest(out)
     for line in lines:
         program, *arguments = line.split()
-        subprocess.run([Path(sys.executable).parent / program, *arguments], cwd=out, check=True)
+        ended = forks.run(program, *arguments, cwd=out)
+        assert ended.returncode == 0, ended.stderr
     assert [line.split()[0] for line in lines] == ["mergekit-arm", "mergekit-yaml"]
     assert digest(out) == before
 

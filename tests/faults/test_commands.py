@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import multiprocessing
 import os
 import re
 import resource
@@ -30,6 +29,7 @@ import yaml
 from mergekit_arm.cli.main import main
 from tests.support import streams, tuning
 from tests.support.calibrations import files
+from tests.support.forks import server
 
 pytestmark = pytest.mark.slow
 
@@ -76,22 +76,15 @@ def live(folder: str, arguments: list[str], fault: Callable[[], None], sender: A
             sender.send((end.code, said.getvalue()))
 
 
-@pytest.fixture(scope="module")
-def server() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "tests.streaming.test_kill"])
-    return context
-
-
 def run(
-    server: Any, folder: Path, arguments: list[str], out: str, *faults: Callable[[], None]
+    folder: Path, arguments: list[str], out: str, *faults: Callable[[], None]
 ) -> list[tuple[int, str]]:
     """Run a command as often as there are faults, all at once; return status and output of each."""
     started = []
     for fault in faults or (no_fault,):
-        receive, send = server.Pipe(duplex=False)
+        receive, send = server().Pipe(duplex=False)
         given = [out if one == "OUT" else one for one in arguments]
-        child = server.Process(target=live, args=(str(folder), given, fault, send))
+        child = server().Process(target=live, args=(str(folder), given, fault, send))
         child.start()
         send.close()
         started.append((child, receive))
@@ -141,20 +134,18 @@ def content(arguments: list[str], out: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def whole(server: Any, place: Path) -> dict[str, Any]:
+def whole(place: Path) -> dict[str, Any]:
     """What each command makes where nothing goes wrong."""
     found = {}
     for arguments in COMMANDS:
         out = f"{arguments[0]}-whole"
-        assert run(server, place, arguments, out)[0][0] == 0
+        assert run(place, arguments, out)[0][0] == 0
         found[arguments[0]] = content(arguments, place / out)
     return found
 
 
-def ends_the_same(
-    server: Any, place: Path, arguments: list[str], out: str, whole: dict[str, Any]
-) -> None:
-    ((code, said),) = run(server, place, arguments, out)
+def ends_the_same(place: Path, arguments: list[str], out: str, whole: dict[str, Any]) -> None:
+    ((code, said),) = run(place, arguments, out)
     done = arguments is CALIBRATE and code == 2 and "exists; add --force" in said
     assert code == 0 or done, said
     assert content(arguments, place / out) == whole[arguments[0]]
@@ -164,10 +155,10 @@ each_command = pytest.mark.parametrize("arguments", COMMANDS, ids=[one[0] for on
 
 
 @each_command
-def test_no_room(arguments: list[str], server: Any, place: Path, whole: dict[str, Any]) -> None:
+def test_no_room(arguments: list[str], place: Path, whole: dict[str, Any]) -> None:
     out = f"{arguments[0]}-full"
     for limit in (5_000, 20_000, 60_000):
-        ((code, said),) = run(server, place, arguments, out, partial(small_disk, limit))
+        ((code, said),) = run(place, arguments, out, partial(small_disk, limit))
         if code == 0:  # there was room for what was left
             break
         assert code == 1, said
@@ -175,7 +166,7 @@ def test_no_room(arguments: list[str], server: Any, place: Path, whole: dict[str
         assert "File too large" in line or "disk" in line, line
     else:
         assert limit == 60_000
-    ends_the_same(server, place, arguments, out, whole)
+    ends_the_same(place, arguments, out, whole)
 
 
 @pytest.fixture
@@ -197,13 +188,13 @@ def small_disk_at(place: Path) -> Iterator[Path]:
 @pytest.mark.long
 @each_command
 def test_a_full_disk(
-    arguments: list[str], server: Any, place: Path, whole: dict[str, Any], small_disk_at: Path
+    arguments: list[str], place: Path, whole: dict[str, Any], small_disk_at: Path
 ) -> None:
     """Somebody else's file leaves nothing, or enough to begin; then it goes, and there is room."""
     out, met, ballast = f"disk/{arguments[0]}", 0, small_disk_at / "ballast"
     for left in (0, 8_192, 40_960, 122_880, 204_800, 409_600):
         ballast.write_bytes(bytes(shutil.disk_usage(small_disk_at).free - left))
-        ((code, said),) = run(server, place, arguments, out)
+        ((code, said),) = run(place, arguments, out)
         ballast.unlink()
         if code == 0:
             break
@@ -214,39 +205,37 @@ def test_a_full_disk(
         assert re.search("No space left|of disk|no room on the disk", line), line
         assert "another OUT" in line or "elsewhere" in line or "same command" in line, line
     assert met > 1
-    ends_the_same(server, place, arguments, out, whole)
+    ends_the_same(place, arguments, out, whole)
 
 
 @each_command
-def test_two_at_once(arguments: list[str], server: Any, place: Path, whole: dict[str, Any]) -> None:
+def test_two_at_once(arguments: list[str], place: Path, whole: dict[str, Any]) -> None:
     """They share the work, or one of them says that the other is at it."""
     out = f"{arguments[0]}-twice"
-    results = run(server, place, arguments, out, no_fault, no_fault)
+    results = run(place, arguments, out, no_fault, no_fault)
     assert 0 in [code for code, _ in results], results
     for code, said in results:
         if code:
             assert_one_line(said)
-    ends_the_same(server, place, arguments, out, whole)
+    ends_the_same(place, arguments, out, whole)
 
 
 @pytest.mark.long
 @each_command
-def test_signals(arguments: list[str], server: Any, place: Path, whole: dict[str, Any]) -> None:
+def test_signals(arguments: list[str], place: Path, whole: dict[str, Any]) -> None:
     out = f"{arguments[0]}-signalled"
     for number, seconds in ((signal.SIGTERM, 0.3), (signal.SIGINT, 0.7), (signal.SIGTERM, 1.2)):
-        ((code, said),) = run(server, place, arguments, out, partial(signalled, number, seconds))
+        ((code, said),) = run(place, arguments, out, partial(signalled, number, seconds))
         assert "Traceback" not in said
         if code not in (0, -1):
             assert "SIG" in said or "Stopped" in said or "exists" in said, said
-    ends_the_same(server, place, arguments, out, whole)
+    ends_the_same(place, arguments, out, whole)
 
 
 @pytest.mark.long
 @each_command
-def test_a_clock_that_goes_back(
-    arguments: list[str], server: Any, place: Path, whole: dict[str, Any]
-) -> None:
+def test_a_clock_that_goes_back(arguments: list[str], place: Path, whole: dict[str, Any]) -> None:
     out = f"{arguments[0]}-back"
-    ((code, said),) = run(server, place, arguments, out, clock_goes_back)
+    ((code, said),) = run(place, arguments, out, clock_goes_back)
     assert code == 0, said
     assert content(arguments, place / out) == whole[arguments[0]]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +9,12 @@ import yaml
 from click.testing import CliRunner
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
+from tests.support import forks
+
 
 def call(program: str, *arguments: object) -> None:
-    """Run a command of this environment; its error output is the failure's message."""
-    command = [str(Path(sys.executable).parent / program), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    """Run a command in a process of its own; its error output is the failure's message."""
+    done = forks.run(program, *arguments, limit=3600)
     assert done.returncode == 0, done.stderr
 
 

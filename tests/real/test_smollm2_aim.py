@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mergekit_arm.demo.text import DomainText
@@ -17,10 +16,11 @@ from mergekit_arm.demo.train import token_blocks
 from mergekit_arm.judging.heldout import whole_text
 from mergekit_arm.judging.loss import mean_loss
 from tests.real.commands import call, merge
+from tests.real.formula import assert_relaxed, mean_magnitudes
 from tests.real.smollm2 import LENGTH, capital_of_france
 from tests.support.merges import weights
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.long]
 
 OMEGA = 0.4
 BLOCKS = 16
@@ -61,50 +61,11 @@ def merges(
     return {name: folder / name for name in ("plain", "aim")}
 
 
-@pytest.fixture(scope="module")
-def importance(base: Path, text: str) -> dict[str, Tensor]:
-    """Mean |x| of what every weight of the base reads, by the weight's name, recorded here."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    ids = tokenizer(text)["input_ids"]
+def test_every_weight_is_the_formula(base: Path, merges: dict[str, Path], text: str) -> None:
+    ids = AutoTokenizer.from_pretrained(base)(text)["input_ids"]
     blocks = torch.tensor(ids[: BLOCKS * LENGTH]).view(BLOCKS, LENGTH)
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    sums: dict[str, Tensor] = {}
-
-    def record(name: str, x: Tensor) -> None:
-        total = x.double().abs().flatten(0, -2).sum(0)
-        sums[name] = sums.get(name, torch.zeros_like(total)) + total
-
-    for name, module in model.model.named_modules(prefix="model"):
-        if isinstance(module, nn.Linear) or "norm" in name:
-            module.register_forward_pre_hook(
-                lambda _, inputs, name=f"{name}.weight": record(name, inputs[0])
-            )
-    # The embeddings are tied: as lm_head, their matrix reads what the final norm writes.
-    model.model.norm.register_forward_hook(
-        lambda _, inputs, output: record("model.embed_tokens.weight", output)
-    )
-    with torch.inference_mode():
-        for block in blocks:
-            model.model(input_ids=block[None])
-    return {name: total / blocks.numel() for name, total in sums.items()}
-
-
-def test_every_weight_is_the_formula(
-    base: Path, merges: dict[str, Path], importance: dict[str, Tensor]
-) -> None:
-    before, merged, found = map(weights, (base, merges["plain"], merges["aim"]))
-    assert set(before) == set(merged) == set(found) == set(importance)
-    for name, start in before.items():
-        start, plain = start.double(), merged[name].double()
-        keep = 1 - (1 - OMEGA) * importance[name] / importance[name].max()
-        wanted = start + (plain - start) * keep
-        # An error in the update must not hide behind a weight that is much larger than it.
-        tolerance = 1e-4 * float((plain - start).abs().max()) + 1e-7 * float(plain.abs().max())
-        torch.testing.assert_close(
-            found[name].double(), wanted, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
-        relaxed = float((found[name] - merged[name]).abs().max())
-        assert relaxed > 10 * tolerance, f"{name} was left as merged"
+    plain = weights(merges["plain"])
+    assert_relaxed(base, plain, merges["aim"], OMEGA, mean_magnitudes(base, blocks))
 
 
 def test_merges_load_speak_and_know_both_texts(

@@ -24,7 +24,7 @@ from tests.real.commands import call, merge
 from tests.real.smollm2 import EVERY, LENGTH, capital_of_france
 from tests.support.merges import weights
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.long]
 
 BLOCKS = 16
 RATE = 0.7

@@ -19,7 +19,7 @@ from tests.real.commands import call, merge
 from tests.real.smollm2 import LENGTH
 from tests.support.merges import weights
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.long]
 
 METHODS = ["task_arithmetic", "aim", "arm"]
 SEQUENCES = 2

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from mergekit_arm.data.blocks import build_corpus
 from mergekit_arm.errors import InputError
 from mergekit_arm.statistics.combine import combine
 from mergekit_arm.statistics.read import Statistics
+from tests.support import forks
 from tests.support.byte_tokenizer import TEMPLATE, byte_tokenizer
 from tests.support.edits import edit
 from tests.support.equality import assert_same_statistics, load_statistics
@@ -243,15 +242,11 @@ def test_an_existing_directory(part: Calibrate, tmp_path: Path) -> None:
 
 def test_the_command(part: Calibrate, tmp_path: Path) -> None:
     a, b = part("a", slice(0, 6)), part("b", slice(6, 12))
-    command = [sys.executable, "-m", "mergekit_arm", "combine", str(a), str(b)]
-    done = subprocess.run(
-        [*command, str(tmp_path / "sum")], capture_output=True, text=True, check=False
-    )
+    command = ("mergekit-arm", "combine", a, b, tmp_path / "sum")
+    done = forks.run(*command)
     assert done.returncode == 0, done.stderr
     assert "12 sequences, 384 tokens" in " ".join(done.stdout.split())
-    done = subprocess.run(
-        [*command, str(tmp_path / "sum")], capture_output=True, text=True, check=False
-    )
+    done = forks.run(*command)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 

@@ -7,7 +7,6 @@ operation that changes the disk.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 
 from mergekit_arm.streaming import StreamOptions, stream
+from tests.support.forks import server
 from tests.support.streams import config, digest, write_run, write_tokens
 
 _CHANGING = ("rename", "replace", "unlink", "rmdir", "mkdir", "link", "open")
@@ -48,25 +48,8 @@ def live(document: dict[str, Any], out: str, dies_at: int | None, report: Any) -
 
 
 @pytest.fixture(scope="module")
-def server() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            "tests.streaming.test_kill",
-            "mergekit_arm.streaming.stream",
-            # What the libraries themselves import only when it is needed.
-            "datasets",
-            "matplotlib.backends.backend_agg",
-            "transformers.models.llama.modeling_llama",
-            "transformers.models.llama.tokenization_llama",
-        ]
-    )
-    return context
-
-
-@pytest.fixture(scope="module")
 def scene(
-    tmp_path_factory: pytest.TempPathFactory, server: Any
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[dict[str, Any], Path, int]:
     """A stream with everything in it, its uninterrupted result, and how often it touched disk."""
     folder = tmp_path_factory.mktemp("scene")
@@ -82,16 +65,16 @@ def scene(
         },
         dtype="bfloat16",
     )
-    receive, send = server.Pipe(duplex=False)
-    child = server.Process(target=live, args=(document, str(folder / "whole"), None, send))
+    receive, send = server().Pipe(duplex=False)
+    child = server().Process(target=live, args=(document, str(folder / "whole"), None, send))
     child.start()
     child.join()
     assert child.exitcode == 0
     return document, folder / "whole", receive.recv()
 
 
-def finish(server: Any, document: dict[str, Any], out: Path) -> None:
-    child = server.Process(target=live, args=(document, str(out), None, None))
+def finish(document: dict[str, Any], out: Path) -> None:
+    child = server().Process(target=live, args=(document, str(out), None, None))
     child.start()
     child.join()
     assert child.exitcode == 0
@@ -106,65 +89,65 @@ def same(whole: Path, out: Path) -> None:
 
 
 def kill_at_changes(
-    server: Any, scene: tuple[dict[str, Any], Path, int], tmp_path: Path, moments: list[int]
+    scene: tuple[dict[str, Any], Path, int], tmp_path: Path, moments: list[int]
 ) -> None:
     document, whole, _ = scene
     for moment in moments:
         out = tmp_path / f"killed-{moment}"
-        child = server.Process(target=live, args=(document, str(out), moment, None))
+        child = server().Process(target=live, args=(document, str(out), moment, None))
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL, moment
-        finish(server, document, out)
+        finish(document, out)
         same(whole, out)
 
 
-def test_killed_between_changes_to_the_disk(server: Any, scene: Any, tmp_path: Path) -> None:
+def test_killed_between_changes_to_the_disk(scene: Any, tmp_path: Path) -> None:
     changes = scene[2]
     generator = random.Random(0)
-    kill_at_changes(server, scene, tmp_path, generator.sample(range(1, changes), 4))
+    kill_at_changes(scene, tmp_path, generator.sample(range(1, changes), 3))
 
 
 @pytest.mark.long
-def test_killed_before_every_change_to_the_disk(server: Any, scene: Any, tmp_path: Path) -> None:
-    kill_at_changes(server, scene, tmp_path, list(range(1, scene[2] + 1)))
+def test_killed_before_every_change_to_the_disk(scene: Any, tmp_path: Path) -> None:
+    kill_at_changes(scene, tmp_path, list(range(1, scene[2] + 1)))
 
 
-def kill_at_random(server: Any, scene: Any, tmp_path: Path, kills: int, seed: int) -> None:
+def kill_at_random(scene: Any, tmp_path: Path, kills: int, seed: int) -> None:
     """Kill one stream again and again, each life getting a little further, then let it end."""
     document, whole, _ = scene
     generator = random.Random(seed)
     out = tmp_path / "out"
     for _ in range(kills):
-        child = server.Process(target=live, args=(document, str(out), None, None))
+        child = server().Process(target=live, args=(document, str(out), None, None))
         child.start()
         time.sleep(generator.uniform(0.05, 1.5))
         child.kill()
         child.join()
-    finish(server, document, out)
+    finish(document, out)
     same(whole, out)
 
 
-def test_killed_again_and_again(server: Any, scene: Any, tmp_path: Path) -> None:
-    kill_at_random(server, scene, tmp_path, kills=4, seed=1)
+def test_killed_again_and_again(scene: Any, tmp_path: Path) -> None:
+    kill_at_random(scene, tmp_path, kills=4, seed=1)
 
 
 @pytest.mark.parametrize(
     "kills",
-    [pytest.param(5, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.long)],
+    [pytest.param(3, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.long)],
 )
-def test_killed_at_random_moments(server: Any, scene: Any, tmp_path: Path, kills: int) -> None:
+def test_killed_at_random_moments(scene: Any, tmp_path: Path, kills: int) -> None:
     document, whole, _ = scene
     generator = random.Random(2)
     begun = time.monotonic()
-    finish(server, document, tmp_path / "timed")
+    finish(document, tmp_path / "timed")
     life = time.monotonic() - begun
     for number in range(kills):
         out = tmp_path / f"out-{number}"
-        child = server.Process(target=live, args=(document, str(out), None, None))
+        child = server().Process(target=live, args=(document, str(out), None, None))
         child.start()
         time.sleep(generator.uniform(0, life))
         child.kill()
         child.join()
-        finish(server, document, out)
+        finish(document, out)
         same(whole, out)

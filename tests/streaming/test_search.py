@@ -39,9 +39,9 @@ def quadratic(folder: Path, run: Path, optimum: float) -> dict[str, Any]:
     """
     script = folder / "score.py"
     script.write_text(
-        "import sys\nfrom safetensors.torch import load_file\n"
+        "import sys\nfrom safetensors.numpy import load_file\n"
         "a, b, c = (load_file(p + '/model.safetensors')"
-        f"['{UP}'].double() for p in sys.argv[1:])\n"
+        f"['{UP}'].astype(float) for p in sys.argv[1:])\n"
         f"print(float((((c - a) * (b - a)).sum() / ((b - a) ** 2).sum() - {optimum}) ** 2))\n"
     )
     command = f"{sys.executable} {script} {run}/base {run}/run/checkpoint-1 {{model}}"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import re
 import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,11 @@ import torch
 from mergekit_arm.calibration import heartbeat, processes
 from mergekit_arm.calibration.running.session import Session
 from mergekit_arm.cli.main import main
+from tests.support.forks import server
 
 LIMIT = 120.0
 """Seconds after which a job hangs; a machine with other work on it is slow."""
 
-_WHAT_A_CALIBRATION_IMPORTS = (
-    "datasets",
-    "mergekit_arm.cli.calibrate",
-    "mergekit_arm.calibration.calibrate",
-    "transformers.models.llama.modeling_llama",
-)
 _TORCH = re.compile(r"^(\[rank\d+\]:)?(\[W|frame #).*\n?", re.M)
 
 
@@ -64,29 +58,33 @@ class Ended:
 
 
 def run_ranks(
-    commands: Sequence[Sequence[str]], folder: Path, death: Death | None = None
+    commands: Sequence[Sequence[str]],
+    folder: Path,
+    death: Death | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> list[Ended]:
     """Run one ``mergekit-arm`` command in each process of a job."""
-    return run_jobs([commands], folder, death)[0]
+    return run_jobs([commands], folder, death, prepare)[0]
 
 
 def run_jobs(
-    jobs: Sequence[Sequence[Sequence[str]]], folder: Path, death: Death | None = None
+    jobs: Sequence[Sequence[Sequence[str]]],
+    folder: Path,
+    death: Death | None = None,
+    prepare: Callable[[], None] | None = None,
 ) -> list[list[Ended]]:
     """Run jobs one after the other, each a command for every one of its processes.
 
     All within ``LIMIT``. The processes are the same ones for all jobs, which saves starting
-    them; a job ends when its processes have.
+    them; a job ends when its processes have. Each process calls ``prepare`` first.
     """
-    # Forked from a server that has imported everything, a process starts at once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *_WHAT_A_CALIBRATION_IMPORTS])
+    context = server()
     logs = {
         (job, rank): folder / f"job-{job}-rank-{rank}.log"
         for job, commands in enumerate(jobs)
         for rank in range(len(commands))
     }
-    ports = [_free_port() for _ in jobs]
+    ports = [free_port() for _ in jobs]
     started = []
     for rank in range(max(map(len, jobs))):
         tasks = [
@@ -103,7 +101,7 @@ def run_jobs(
             for job, commands in enumerate(jobs)
             if rank < len(commands)
         ]
-        started.append(context.Process(target=_take_part, args=(tasks, death)))
+        started.append(context.Process(target=_take_part, args=(tasks, death, prepare)))
     for process in started:
         process.start()
     until = time.monotonic() + LIMIT
@@ -146,7 +144,11 @@ def _of_job(job: int, outputs: Mapping[tuple[int, int], str | None]) -> list[str
     return [output for (number, _), output in sorted(outputs.items()) if number == job]
 
 
-def _take_part(tasks: Sequence[_Task], death: Death | None) -> None:
+def _take_part(
+    tasks: Sequence[_Task], death: Death | None, prepare: Callable[[], None] | None
+) -> None:
+    if prepare:
+        prepare()
     # Nobody wants to wait a minute for a test.
     torch.set_num_threads(1)  # several processes share the cores
     faulthandler.dump_traceback_later(LIMIT - 5, file=2)  # where one that hangs does
@@ -181,7 +183,7 @@ def _take_part(tasks: Sequence[_Task], death: Death | None) -> None:
             os.write(2, f"\nSTATUS {end.code or 0}\n".encode())
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

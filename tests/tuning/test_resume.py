@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import pytest
 import yaml
 
 from mergekit_arm.tuning.run import remove_orphans
-from tests.support.paths import ROOT
+from tests.support import forks
 from tests.support.tuning import config, lines, tensors, write_family
 
 _KEPT = ("study", "number", "outcome", "method", "values", "scores")
@@ -35,19 +33,13 @@ def write_config(family: Path, folder: Path, **tuning: Any) -> Path:
     return file
 
 
-def start(file: Path, out: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "mergekit_arm", "tune", str(file), str(out), "--quiet"],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(file: Path, out: Path) -> forks.Running:
+    return forks.start("mergekit-arm", "tune", file, out, "--quiet")
 
 
-def finished(process: subprocess.Popen[str]) -> str:
-    _, said = process.communicate(timeout=400)
-    assert process.returncode == 0, said
-    return said
+def finished(process: forks.Running) -> None:
+    ended = process.end()
+    assert ended.returncode == 0, ended.stderr
 
 
 def trials(out: Path) -> list[dict[str, Any]]:
@@ -70,12 +62,10 @@ def test_a_killed_search_ends_as_one_that_was_not(family: Path, tmp_path: Path) 
         process = start(file, killed)
         for _ in range(2400):
             done = len(lines(killed)) if (killed / "trials.jsonl").exists() else 0
-            if done >= lived or process.poll() is not None:
+            if done >= lived or not process.alive():
                 break
-            time.sleep(0.05)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        deaths += process.returncode == -signal.SIGKILL
+            time.sleep(0.02)
+        deaths += process.kill() == -signal.SIGKILL
     assert deaths
     finished(start(file, killed))
     for one, other in pairs(killed, whole):
@@ -98,7 +88,6 @@ def test_killed_at_twenty_random_moments(family: Path, tmp_path: Path) -> None:
         process = start(file, killed)
         time.sleep(generator.uniform(0, life))
         process.kill()
-        process.wait()
     finished(start(file, killed))
     for one, other in pairs(killed, whole):
         assert {**one, "number": other["number"]} == other
@@ -133,12 +122,11 @@ def test_processes_share_a_search(family: Path, tmp_path: Path) -> None:
 def test_one_of_two_dies_and_the_other_takes_its_trial(family: Path, tmp_path: Path) -> None:
     file, out = write_config(family, tmp_path, trials=10, sampler="random"), tmp_path / "out"
     first = start(file, out)
-    while first.poll() is None and not (out / "trials.jsonl").exists():
-        time.sleep(0.05)
+    while first.alive() and not (out / "trials.jsonl").exists():
+        time.sleep(0.02)
     second = start(file, out)
-    time.sleep(1)
-    os.kill(first.pid, signal.SIGKILL)
-    first.wait()
+    time.sleep(0.5)
+    first.kill()
     finished(second)
     found = [one for one in lines(out) if one["study"] == "tune"]
     assert [one["outcome"] for one in found] == ["complete"] * 10

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
 import threading
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from mergekit_arm.errors import InputError
 from mergekit_arm.tuning.grid import grid
 from mergekit_arm.tuning.search import Candidates, Search, open_storage
 from mergekit_arm.tuning.space import Domain
-from tests.support.paths import ROOT
+from tests.support import forks
 
 TWO = Candidates(
     {"ties": {"w": Domain(0, 1)}, "slerp": {"t": Domain(0, 1), "n": Domain(1, 3, integer=True)}}
@@ -69,19 +68,17 @@ def test_a_failed_trial_uses_the_budget_and_says_why(tmp_path: Path) -> None:
     assert trial.user_attrs["reason"] == "because"
 
 
+def take_two_and_die(folder: Path) -> None:
+    search = Search(folder, "tune", ONE, seed=1)
+    taken = [search.take(3) for _ in range(2)]
+    print([dict(one.values) for one in taken if one], flush=True)  # noqa: T201
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_what_a_dead_process_had_is_taken_again(tmp_path: Path) -> None:
     search = Search(tmp_path, "tune", ONE, seed=1)
     search.enqueue([("ties", {"w": 0.125, "m": "y"})])
-    program = (
-        "import os, sys; from pathlib import Path\n"
-        "from tests.tuning.test_search import ONE, Search\n"
-        "search = Search(Path(sys.argv[1]), 'tune', ONE, seed=1)\n"
-        "print([dict(search.take(3).values) for _ in range(2)], flush=True)\n"
-        "os.kill(os.getpid(), 9)\n"
-    )
-    died = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, cwd=ROOT
-    )
+    died = forks.Running(take_two_and_die, tmp_path).end()
     assert died.returncode == -9, died.stderr
     values = eval(died.stdout)
     found = run_through(search, 3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import random
 import shutil
@@ -23,6 +22,7 @@ from mergekit_arm.calibration.running import progress as progress_module
 from mergekit_arm.calibration.running.progress import SavedProgress
 from mergekit_arm.errors import Failure, InputError
 from tests.support.calibrations import WAYS, Killed, files, kill_at, options, undisturbed
+from tests.support.forks import server
 
 
 def die_at(given: CalibrationOptions, number: int) -> None:
@@ -55,11 +55,8 @@ def test_after_kill_9_the_same_command_continues(
     low_memory: bool, family: Path, token_file: Path, tmp_path: Path, whole: list[Path]
 ) -> None:
     given = options(family, tmp_path / "s", token_file, low_memory=low_memory)
-    # Forked from a server that has imported everything, a process starts at once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama"])
     for batches in (4, 3):
-        process = context.Process(target=die_at, args=(given, batches))
+        process = server().Process(target=die_at, args=(given, batches))
         process.start()
         process.join(120)
         assert process.exitcode == -signal.SIGKILL
@@ -80,13 +77,11 @@ def test_killed_at_random_moments(
     whole: list[Path],
 ) -> None:
     """Each of so many runs is killed once, somewhere in its life, and then ends."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "transformers.models.llama.modeling_llama"])
     generator = random.Random(3)
     begun = time.monotonic()
     for number in range(kills + 1):
         given = options(family, tmp_path / str(number) / "s", token_file, low_memory=low_memory)
-        process = context.Process(target=calibrate, args=(given,))
+        process = server().Process(target=calibrate, args=(given,))
         process.start()
         if number == 0:  # the first lives, and says how long a life is
             process.join()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +31,7 @@ from mergekit_arm.statistics.kinds.base import (
 from mergekit_arm.statistics.read import Statistics, open_statistics
 from tests.support.calibrations import WAYS, Killed, kill_at, options
 from tests.support.models import VOCABULARY
-from tests.support.paths import ROOT
+from tests.support.ranks import run_ranks
 
 
 class LargestObserver(Observer):
@@ -182,32 +179,21 @@ def test_a_run_that_was_killed_goes_on(
     check(tmp_path / "s", family / "base", token_file)
 
 
+def register_largest() -> None:
+    register(LARGEST)
+
+
 @pytest.mark.parametrize("low_memory", WAYS)
 def test_processes_take_the_largest_of_what_each_saw(
     low_memory: bool, family: Path, token_file: Path, tmp_path: Path
 ) -> None:
-    script = tmp_path / "command.py"
-    script.write_text(
-        "from mergekit_arm.cli.main import main\n"
-        "from mergekit_arm.statistics.kinds import register\n"
-        f"from {__name__} import LARGEST\n"
-        "register(LARGEST)\n"
-        "main()\n"
-    )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = ["calibrate", str(family / "base"), str(tmp_path / "s"), f"--dataset={token_file}"]
-    flags = ["--statistics=importance,largest", "--batch-size=2", "--device=cpu"]
+    command = ["calibrate", str(family / "base"), str(tmp_path / "s"), f"--dataset={token_file}"]
+    command += ["--statistics=importance,largest", "--batch-size=2", "--device=cpu"]
     if low_memory:
-        flags.append("--low-memory")
-    done = subprocess.run(
-        [*launcher, str(script), *run, *flags],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+        command.append("--low-memory")
+    ended = run_ranks([command] * 2, tmp_path, prepare=register_largest)
+    assert [one.status for one in ended] == [0, 0], ended
+    assert all(one.batches for one in ended)
     check(tmp_path / "s", family / "base", token_file)
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from transformers import LlamaForCausalLM
 
+from mergekit_arm.cli.main import main
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.streaming import StreamCallback, stream
 from mergekit_arm.streaming.training import callback as callback_module
 from mergekit_arm.streaming.training.watch import take
+from tests.support import forks
 from tests.support.models import tiny_llama
+from tests.support.ranks import free_port
 from tests.support.streams import config, weights, write_run, write_tokens
 
 
@@ -57,8 +62,31 @@ class State:
     global_step = 2
 
 
-def test_a_failing_stream_does_not_end_training(tmp_path: Path) -> None:
-    callback = StreamCallback({**config(tmp_path), "base_model": "./nowhere"}, tmp_path / "out")
+class Child:
+    """A stream that is over before it began."""
+
+    def __init__(self, command: list[str], **options: Any) -> None:
+        self.stdin = None
+
+    def poll(self) -> int:
+        return 0
+
+    def wait(self, timeout: float) -> int:
+        return 0
+
+
+def test_a_failing_stream_does_not_end_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(Child):
+        def poll(self) -> int:
+            return 2
+
+        def wait(self, timeout: float) -> int:
+            return 2
+
+    monkeypatch.setattr(callback_module.subprocess, "Popen", Refusing)
+    callback = StreamCallback(config(tmp_path), tmp_path / "out")
 
     class Arguments:
         output_dir = str(tmp_path / "run")
@@ -95,19 +123,6 @@ def test_a_checkpoint_that_cannot_be_taken_does_not_end_training(
     assert "checkpoint-2 cannot be streamed" in caplog.text
     children[0].kill()
     assert children[0].wait(timeout=20) == -signal.SIGKILL
-
-
-class Child:
-    """A stream that is over before it began."""
-
-    def __init__(self, command: list[str], **options: Any) -> None:
-        self.stdin = None
-
-    def poll(self) -> int:
-        return 0
-
-    def wait(self, timeout: float) -> int:
-        return 0
 
 
 def begin(
@@ -177,77 +192,77 @@ def test_a_stream_that_still_runs_is_not_joined(
         begin(tmp_path, monkeypatch, 0)
 
 
+def fed(pipe: Path) -> None:
+    """Stream ``stream.yml`` as a training's stream, whose standard input is ``pipe``."""
+    os.dup2(os.open(pipe, os.O_RDONLY), 0)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.argv = ["mergekit-arm", "stream", "stream.yml", "out", "--watch", "--fed", "--poll", "0.1"]
+    main()
+
+
 @pytest.mark.slow
 def test_a_stream_ends_with_the_training_that_feeds_it(tmp_path: Path) -> None:
     """Also where that is killed, and nothing of it can say so."""
     write_run(tmp_path, (2,))
     (tmp_path / "stream.yml").write_text(yaml.safe_dump(config(tmp_path)))
-    command = [sys.executable, "-m", "mergekit_arm", "stream", "stream.yml", "out", "--watch"]
-    child = subprocess.Popen(
-        [*command, "--fed", "--poll", "0.1"],
-        cwd=tmp_path,
-        stdin=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "COLUMNS": "300"},
-    )
-    assert child.stdin is not None
-    assert child.stderr is not None
-    # It takes nothing itself: what lies there may be another training's.
-    assert any(b"waiting for the first checkpoint" in line for line in child.stderr)
-    child.stdin.close()
-    assert child.wait(timeout=120) == -signal.SIGTERM
+    os.mkfifo(tmp_path / "pipe")
+    child = forks.Running(fed, tmp_path / "pipe", cwd=tmp_path, environment={"COLUMNS": "300"})
+    with (tmp_path / "pipe").open("w"):
+        # It takes nothing itself: what lies there may be another training's.
+        until = time.monotonic() + forks.LIMIT
+        while "waiting for the first checkpoint" not in child.said():
+            assert child.alive(), child.said()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    assert child.end().returncode == -signal.SIGTERM
     # One that has an end of its own does not wait to be told.
     document = config(tmp_path, learning_rate=[0.5])
     (tmp_path / "stream.yml").write_text(yaml.safe_dump(document))
     take(tmp_path / "run" / "checkpoint-2", tmp_path / "out" / "incoming")
-    child = subprocess.Popen([*command, "--fed"], cwd=tmp_path, stdin=subprocess.PIPE)
-    assert child.wait(timeout=300) == 0
-    assert child.stdin is not None
-    child.stdin.close()
+    child = forks.Running(fed, tmp_path / "pipe", cwd=tmp_path)
+    with (tmp_path / "pipe").open("w"):
+        assert child.end().returncode == 0
 
 
-_TRAINING = """
-import sys
-from datasets import Dataset
-from transformers import LlamaForCausalLM, Trainer, TrainingArguments
-from mergekit_arm.streaming import StreamCallback
+def training(folder: Path) -> None:
+    """What each process of a training does; a file for each says what it learnt in the end."""
+    from transformers import Trainer, TrainingArguments
 
-folder = sys.argv[1]
-rows = Dataset.from_list([{"input_ids": [i, 1, 2, 3], "labels": [i, 1, 2, 3]} for i in range(16)])
-arguments = TrainingArguments(
-    output_dir=f"{folder}/run", max_steps=2, save_steps=1, per_device_train_batch_size=2,
-    report_to=[], use_cpu=True, disable_tqdm=True,
-)
-document = {
-    "merge_method": "aim",
-    "base_model": f"{folder}/base",
-    "calibration": {"dataset": f"{folder}/tokens.jsonl", "device": "cpu"},
-}
-callback = StreamCallback(document, f"{folder}/out", ["--poll", "0.1", "--quiet"])
-model = LlamaForCausalLM.from_pretrained(f"{folder}/base")
-Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback]).train()
-# A file for each process: what they print would mix.
-with open(f"{folder}/model-of-{arguments.process_index}", "w") as said:
-    said.write(str(callback.check()))
-"""
+    rows = [{"input_ids": [i, 1, 2, 3], "labels": [i, 1, 2, 3]} for i in range(16)]
+    arguments = TrainingArguments(
+        output_dir=str(folder / "run"),
+        max_steps=2,
+        save_steps=1,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    document = {
+        "merge_method": "aim",
+        "base_model": str(folder / "base"),
+        "calibration": {"dataset": str(folder / "tokens.jsonl"), "device": "cpu"},
+    }
+    callback = StreamCallback(document, folder / "out", ["--poll", "0.1", "--quiet"])
+    model = LlamaForCausalLM.from_pretrained(folder / "base")
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback]).train()  # type: ignore[arg-type]
+    (folder / f"model-of-{arguments.process_index}").write_text(str(callback.check()))
 
 
 @pytest.mark.slow
 def test_every_process_of_a_training_learns_how_the_stream_ended(tmp_path: Path) -> None:
     tiny_llama(0).save_pretrained(tmp_path / "base")
     write_tokens(tmp_path / "tokens.jsonl", 6)
-    (tmp_path / "training.py").write_text(_TRAINING)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    # With torchrun's variables the stream's calibration would wait for ever for other processes.
-    done = subprocess.run(
-        [*launcher, "--standalone", tmp_path / "training.py", tmp_path],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    for process in (0, 1):
+    # As torchrun sets them. With these variables the stream's calibration would wait for ever for
+    # other processes.
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    started = [
+        forks.Running(training, tmp_path, environment={**job, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]
+    for process, one in enumerate(started):
+        ended = one.end()
+        assert ended.returncode == 0, ended.stderr
         said = (tmp_path / f"model-of-{process}").read_text()
         assert said == f"{tmp_path}/out/model"
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
