@@ -58,7 +58,7 @@ class ArmMerge(StatisticsMethod):
     parameters = (
         number(
             "learning_rate",
-            0.5,
+            1.0,
             *(0, 2),
             "η: how far to step along this model's task vector",
             scope=ParameterScope.NON_BASE,

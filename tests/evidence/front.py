@@ -13,25 +13,29 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- evidence: python -m tests.evidence.tables -->\n", "<!-- /evidence -->\n"
 
 STREAMS = {
-    "best checkpoint": "the best single checkpoint",
-    "linear to early": "linear merge",
-    "arm to early, random, ρ = -0.4": "`arm`, random subspaces",
-    "arm to early, general text, ρ = -0.4": "`arm`",
-    "arm to early, task_stats, κ = 0.3": "`arm` with `task_stats`",
+    "best checkpoint": "best single checkpoint",
+    "linear to early": "linear, early",
+    "arm to early, general text, ρ = -0.4": "`arm`, early",
+    "arm to early, task_stats, κ = 0.3": "`arm`, `task_stats`, early",
+    "linear to late": "linear, late",
+    "arm to late, general text, ρ = -0.7": "`arm`, late",
+    "arm to late, task_stats, κ = 0.3": "`arm`, `task_stats`, late",
 }
-SPECIALISTS = {"aim_task_arithmetic": "`aim`", "regmean": "`regmean`"}
+SPECIALISTS = {
+    "aim_task_arithmetic, weights from 0.4": "`aim`",
+    "regmean": "`regmean`",
+}
 """Label → what it is called there."""
 
 
 def tables(streams: Mapping[str, Group], specialists: Mapping[str, Group]) -> str:
     """Return both tables as Markdown."""
-    head = ["loss", "surely lower / higher", "exact matches", "general text"]
-    apart = [f"early checkpoints, less the converged model, {len(streams)} runs", *head]
+    head = ["loss", "surely lower / higher", "exact", "general text"]
+    apart = ["merged checkpoints, less the converged model", *head]
     rows = [_cells(streams, label, "100 %", name) for label, name in STREAMS.items()]
     text = _markdown(apart, rows)
     pairs = {name: group for name, group in specialists.items() if name.count("+") == 1}
-    apart = [f"two specialists, less task arithmetic, {len(pairs)} pairs", *head]
-    apart += ["hypervolume larger"]
+    apart = ["two specialists, less task arithmetic", *head, "hypervolume larger"]
     rows = [
         [*_cells(pairs, label, "task_arithmetic", name), larger_volume(pairs, label)]
         for label, name in SPECIALISTS.items()
