@@ -92,7 +92,7 @@ def recipes(size: Size, tasks: tuple[str, ...]) -> dict[str, list[Recipe]]:
         "moments": [
             regmean(", general text", Statistics("own-general", each=True)),
             regmean(", no data", Statistics("own-free", each=True)),
-            regmean(", κ = 0.1", retain=0.1),
+            regmean(", κ = 1", retain=1.0),
             informed("regmean", "scale", activation_stats=OWN),
         ],
         "calibration": [

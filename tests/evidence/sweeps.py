@@ -55,7 +55,7 @@ def regressions(tasks: tuple[str, ...]) -> list[Recipe]:
     return [
         merged("as it is: α = 0.9, κ = 0, whole bases"),
         *(merged(f"α = {alpha}", alpha=alpha) for alpha in (0.0, 0.5, 1.0)),
-        *(merged(f"κ = {retain}", retain=retain) for retain in (0.1, 1.0)),
+        *(merged(f"κ = {retain}", retain=retain) for retain in (0.1, 1.0, 3.0, 10.0)),
         merged("16 columns a basis", "16"),
         merged("64 columns a basis", "64"),
     ]
