@@ -16,7 +16,7 @@ from mergekit_arm.merging.documents import FINAL_DTYPES, check_chat_template
 from mergekit_arm.merging.options import decisive_options
 from mergekit_arm.methods.arm import TASK
 from mergekit_arm.methods.base import STATS
-from mergekit_arm.models.contents import Contents, describe
+from mergekit_arm.models.contents import Contents, describe, shortened
 from mergekit_arm.models.loading import choose_device
 from mergekit_arm.models.references import absolute_reference
 from mergekit_arm.models.tokenizer import load_own_tokenizer
@@ -34,10 +34,10 @@ from mergekit_arm.streaming.plan.checks import (
 )
 from mergekit_arm.streaming.plan.document import TOKENS
 from mergekit_arm.streaming.plan.method import StepMethod, fit_method
-from mergekit_arm.streaming.plan.prefix import check_prefix, list_checkpoints, same_shapes
+from mergekit_arm.streaming.plan.prefix import check_prefix, same_shapes
 from mergekit_arm.streaming.rates import LineSearch, Rate, Rates, rates_at
 from mergekit_arm.streaming.state import State
-from mergekit_arm.streaming.training.checkpoints import Group
+from mergekit_arm.streaming.training.checkpoints import Group, list_checkpoints
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,8 @@ def _dtype_of(reference: str, merge: MergeOptions) -> str:
 
 def _fingerprint(config: StreamConfig, merge: MergeOptions, base: Contents) -> dict[str, str]:
     """Return what a step depends on beside the checkpoints and their rates, which it records."""
-    found = {"merge_method": config.merge_method, "base_model's content": base.fingerprint[:16]}
+    found = {"merge_method": config.merge_method}
+    found["base_model's content"] = shortened(base.fingerprint)
     if isinstance(config.checkpoints, str):
         found["checkpoints"] = absolute_reference(config.checkpoints)
     for key in ("parameters", *TOKENS):

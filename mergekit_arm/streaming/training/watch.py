@@ -24,9 +24,9 @@ from mergekit_arm.streaming.options import WatchOptions
 from mergekit_arm.streaming.training.checkpoints import (
     TRAINER_STATE,
     RunCheckpoint,
+    checkpoint_at,
     is_last,
     numbered_checkpoints,
-    trained_checkpoint,
 )
 
 OVER = "over"
@@ -108,7 +108,7 @@ class Watch:
                 raise Failure(f"{self.incoming}: {self._problem}; run again") from self._problem
             taken = [path for n, path in numbered_checkpoints(self.incoming).items() if n > after]
             if taken:
-                return trained_checkpoint(taken[0], self.base_model)
+                return checkpoint_at(taken[0].name, str(taken[0]), self.base_model)
             if ended or (time.monotonic() > deadline and not self.options.fed):
                 self._tell_left_out(after)
                 timeout = f"no new checkpoint in {self.options.timeout:g} s"
