@@ -13,7 +13,7 @@ from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.models.references import absolute_reference, plain_path
 from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.config import StreamConfig
-from mergekit_arm.streaming.plan.document import StepStatistics, check_document, step_document
+from mergekit_arm.streaming.plan.document import check_document, step_document
 from mergekit_arm.streaming.plan.method import StepMethod
 from mergekit_arm.streaming.rates import (
     DEFAULT_LEARNING_RATE,
@@ -131,7 +131,6 @@ def check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | No
         current=config.base_model,
         checkpoints=["checkpoint"],
         rates=first,
-        statistics=StepStatistics(),
     )
     check_document(document)
     specs = {spec.name: spec for spec in merge_methods.get(method.name).spec.parameters}
