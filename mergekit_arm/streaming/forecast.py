@@ -112,7 +112,7 @@ def look_ahead(
     needs = None
     if not check.problems:
         needs = room_in(out, disk_needed(plan, options.keep), _memory(plan, merge))
-        if watched or plan.left(state):
+        if watched or plan.steps(state):
             check.run(lambda: check_disk(plan, out, options.keep))
     return Forecast(plan, merge, state, judge, needs, check.problems)
 

@@ -226,19 +226,16 @@ class _Loop:
     def _next(self) -> PlannedStep | str:
         """Return the next step, or why there is none."""
         plan, state = self.place.plan, self.place.state
-        step, position = len(state.steps) + 1, state.position
         if self.watch is None:
-            steps = plan.left(state)
+            steps = plan.steps(state)
             return steps[0] if steps else "all checkpoints are merged"
-        if plan.planned(step, position, ()) is None:
+        if plan.length is not None and state.position >= plan.length:
             return "the list of learning rates is used up"
         found = self.watch.next(reached(state))
         state.last = self.watch.last
         if isinstance(found, str):
             return found
-        planned = plan.planned(step, position, (found,))
-        assert planned is not None  # it has a learning rate, as was just seen
-        return planned
+        return plan.planned(len(state.steps) + 1, state.position, (found,))
 
     def _reason_to_stop(self) -> str | None:
         evaluation, state = self.place.plan.config.evaluation, self.place.state

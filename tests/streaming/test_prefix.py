@@ -337,7 +337,7 @@ def test_a_dry_run_shows_what_is_done_and_what_comes(models: Path, tmp_path: Pat
     assert found.state is not None
     assert not found.problems
     assert [one.checkpoint for one in found.state.handled] == ["checkpoint-1", "checkpoint-2"]
-    (coming,) = found.plan.steps(len(found.state.skipped), found.state.position)
+    (coming,) = found.plan.steps(found.state)
     assert (coming.step, coming.name) == (2, "checkpoint-3")
     assert found.seconds is not None
     assert not math.isnan(found.seconds)

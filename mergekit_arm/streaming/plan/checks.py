@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from mergekit import merge_methods
 from pydantic import ValidationError
 
 from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.models.contents import ADAPTER_CONFIG, Contents
 from mergekit_arm.models.references import absolute_reference, plain_path
 from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.config import StreamConfig
@@ -23,8 +25,9 @@ from mergekit_arm.streaming.rates import (
     check_rates,
     rates_at,
 )
-from mergekit_arm.streaming.training.checkpoints import RunCheckpoint, trained_on
+from mergekit_arm.streaming.training.checkpoints import RunCheckpoint
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -34,10 +37,10 @@ class Checks:
     def __init__(self) -> None:
         self.problems: list[str] = []
 
-    def run(self, check: Callable[[], T]) -> T | None:
+    def run(self, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Return what ``check`` returns, None where it refuses."""
         try:
-            return check()
+            return check(*args, **kwargs)
         except InputError as error:
             self.problems.append(error.message)
         return None
@@ -144,8 +147,33 @@ def check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | No
                 ) from error
 
 
-def adapter_note(checkpoint: RunCheckpoint, config: StreamConfig) -> list[str]:
-    base = trained_on(checkpoint.reference)
-    if base is None or absolute_reference(base) == config.base_model:
+def adapter_notes(checkpoint: RunCheckpoint, config: StreamConfig) -> list[str]:
+    """Say of a local adapter whether its own configuration names another base."""
+    _, plus, adapter = checkpoint.reference.partition("+")
+    file = Path(adapter) / ADAPTER_CONFIG
+    if not plus or not file.is_file():
+        return []
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base or absolute_reference(str(base)) == config.base_model:
         return []
     return [f"{checkpoint.name} is an adapter trained on {base}, merged into {config.base_model}"]
+
+
+def same_shapes(checkpoint: RunCheckpoint, contents: Contents, base: Contents) -> None:
+    """Refuse a checkpoint whose tensors have other shapes than the base's.
+
+    Raises:
+        InputError: naming the tensor.
+    """
+    common = [name for name in base.shapes if name in contents.shapes]
+    if base.shapes and contents.shapes and not common:
+        raise InputError(
+            f"{checkpoint.name}: no tensor has a name that base_model's have: another architecture"
+        )
+    for name in common:
+        if base.shapes[name] != contents.shapes[name]:
+            raise InputError(
+                f"{checkpoint.name}: {name} has shape {list(contents.shapes[name])}, base_model's "
+                f"has {list(base.shapes[name])}: another model, or added tokens "
+                "(then set tokenizer_source: base or union)"
+            )

@@ -24,18 +24,19 @@ from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.plan.checks import (
     Checks,
-    adapter_note,
+    adapter_notes,
     check_parameters,
     check_tokenizer,
     check_watched,
     choose_calibration,
     choose_rates,
     leaves,
+    same_shapes,
 )
 from mergekit_arm.streaming.plan.document import TOKENS
 from mergekit_arm.streaming.plan.method import StepMethod, fit_method
-from mergekit_arm.streaming.plan.prefix import check_prefix, same_shapes
-from mergekit_arm.streaming.rates import LineSearch, Rate, Rates, rates_at
+from mergekit_arm.streaming.plan.prefix import check_prefix
+from mergekit_arm.streaming.rates import LineSearch, Rate, Rates, entries, rates_at
 from mergekit_arm.streaming.state import State
 from mergekit_arm.streaming.training.checkpoints import Group, list_checkpoints
 
@@ -100,41 +101,34 @@ class StreamPlan:
     def length(self) -> int | None:
         """The number of checkpoints to be merged, None where it is not known."""
         if self.checkpoints is None:
-            return None
+            return entries(self.rates)
         return len(self.checkpoints) * self.config.passes
 
-    def planned(self, step: int, position: int, checkpoints: Group) -> PlannedStep | None:
-        """Return step ``step`` (from 1), None past the end of a list of learning rates."""
+    def planned(self, step: int, position: int, checkpoints: Group) -> PlannedStep:
+        """Return step ``step`` (from 1), which merges ``checkpoints`` at their ``position``."""
         search = self.rates.search if isinstance(self.rates, LineSearch) else []
         rates = None
         if self.rates is not None and not search:
             rates = rates_at(self.rates, position, self.length, len(checkpoints))
-            if rates is None:
-                return None
-        count = len(self.checkpoints) if self.checkpoints else 0
         measures = self.calibration is not None and self.calibration.due(step)
         return PlannedStep(
             step,
             position,
-            position // count + 1 if count else 1,
+            1 + position // len(self.checkpoints) if self.checkpoints else 1,
             checkpoints,
             rates,
             search,
             measures and not (step == 1 and self.published),
         )
 
-    def steps(self, skipped: int = 0, position: int = 0) -> list[PlannedStep]:
-        """Return the steps from ``position`` on, where ``skipped`` before them were none."""
+    def steps(self, state: State | None = None) -> list[PlannedStep]:
+        """Return the steps that ``state`` does not hold yet, by default all."""
         groups = (self.checkpoints or []) * self.config.passes
-        planned = [
-            self.planned(place + 1 - skipped, place, group)
-            for place, group in list(enumerate(groups))[position:]
+        skipped, done = (len(state.skipped), state.position) if state else (0, 0)
+        return [
+            self.planned(position + 1 - skipped, position, groups[position])
+            for position in range(done, len(groups))
         ]
-        return [step for step in planned if step is not None]
-
-    def left(self, state: State | None) -> list[PlannedStep]:
-        """Return the steps that ``state`` does not hold yet."""
-        return self.steps(len(state.skipped), state.position) if state else self.steps()
 
 
 def make_plan(
@@ -152,48 +146,44 @@ def make_plan(
     """
     check = Checks()
     notes: list[str] = []
-    config = check.run(lambda: _with_absolute_base(config)) or config
+    config = check.run(_with_absolute_base, config) or config
     retains = TASK in config.parameters or bool(config.calibration and config.calibration.task)
     together = config.checkpoints if isinstance(config.checkpoints, list) else []
     most = max((len(one) for one in together if isinstance(one, list)), default=1)
-    method = check.run(lambda: fit_method(config.merge_method, config.parameters, retains, most))
-    base = check.run(lambda: describe(config.base_model))
-    dtype = check.run(lambda: config.dtype or _dtype_of(config.base_model, merge))
+    method = check.run(fit_method, config.merge_method, config.parameters, retains, most)
+    base = check.run(describe, config.base_model)
+    dtype = check.run(_final_dtype, config, merge)
     checkpoints = None
     if watched:
-        check.run(lambda: check_watched(config))
+        check.run(check_watched, config)
     else:
-        checkpoints = check.run(lambda: list_checkpoints(config, state, notes.append))
+        checkpoints = check.run(list_checkpoints, config, state, notes.append)
     if method is None or base is None or dtype is None or (not watched and checkpoints is None):
         return None, check.problems
     begun = len(state.handled) if state else 0
-    for group in (checkpoints or [])[begun:]:
-        for one in group:
-            contents = check.run(lambda it=one: describe(it.reference))  # type: ignore[misc]
-            if contents is None and begun:
-                notes.append(f"{one.name} will be skipped: {check.problems.pop()}")
-            if contents is not None and not config.changes_tokens:
-                check.run(lambda it=one, has=contents: same_shapes(it, has, base))  # type: ignore[misc]
-            notes.extend(check.run(lambda it=one: adapter_note(it, config)) or [])  # type: ignore[misc]
+    for one in (one for group in (checkpoints or [])[begun:] for one in group):
+        contents = check.run(describe, one.reference)
+        if contents is None and begun:
+            notes.append(f"{one.name} will be skipped: {check.problems.pop()}")
+        elif contents is not None and not config.changes_tokens:
+            check.run(same_shapes, one, contents, base)
+        notes += check.run(adapter_notes, one, config) or []
     steps = len(checkpoints) * config.passes if checkpoints is not None else None
-    rates = check.run(lambda: choose_rates(config, method, steps))
-    published = {
-        key: value
-        for key in (STATS, TASK)
-        if method.statistics and (value := config.parameters.get(key)) is not None
-    }
-    calibration = (
-        check.run(lambda: choose_calibration(config, method)) if method.statistics else None
-    )
-    if config.calibration is not None and not method.statistics:
+    rates = check.run(choose_rates, config, method, steps)
+    calibration, published = None, dict[str, str]()
+    if method.statistics:
+        calibration = check.run(choose_calibration, config, method)
+        given = {key: config.parameters.get(key) for key in (STATS, TASK)}
+        published = {key: value for key, value in given.items() if value is not None}
+    elif config.calibration is not None:
         notes.append(f"calibration is not used: {method.name} reads no statistics")
     if config.evaluation is None:
         notes.append("no evaluation: the last step becomes the model, however good it is")
     aligns = any(value != 0 for value in leaves(config.parameters.get("alignment", 0)))
-    check.run(lambda: check_tokenizer(config))
-    check.run(lambda: check_parameters(config, method, rates))
-    check.run(lambda: check_chat_template(config.chat_template))
-    check.run(lambda: choose_device(merge.device or "cpu"))
+    check.run(check_tokenizer, config)
+    check.run(check_parameters, config, method, rates)
+    check.run(check_chat_template, config.chat_template)
+    check.run(choose_device, merge.device or "cpu")
     plan = StreamPlan(
         config=config,
         method=method,
@@ -202,7 +192,7 @@ def make_plan(
         published=published,
         aligns=aligns and bool(method.only_subspaces),
         checkpoints=checkpoints,
-        fingerprint=check.run(lambda: _fingerprint(config, merge, base)) or {},
+        fingerprint=check.run(_fingerprint, config, merge, base) or {},
         base=base,
         final_dtype=dtype,
         has_tokenizer=load_own_tokenizer(config.base_model, merge.trust_remote_code) is not None,
@@ -217,14 +207,17 @@ def _with_absolute_base(config: StreamConfig) -> StreamConfig:
     return config.model_copy(update={"base_model": absolute_reference(config.base_model)})
 
 
-def _dtype_of(reference: str, merge: MergeOptions) -> str:
+def _final_dtype(config: StreamConfig, merge: MergeOptions) -> str:
+    if config.dtype is not None:
+        return config.dtype
+    base = ModelReference.parse(config.base_model)
     try:
-        found = ModelReference.parse(reference).config(trust_remote_code=merge.trust_remote_code)
+        found = base.config(trust_remote_code=merge.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise InputError(f"base_model {reference}: {first_line(error)}") from error
+        raise InputError(f"base_model {base}: {first_line(error)}") from error
     dtype = str(getattr(found, "dtype", None) or "float32").removeprefix("torch.")
     if dtype not in FINAL_DTYPES:
-        raise InputError(f"base_model {reference} is in {dtype}: say dtype: bfloat16 or another")
+        raise InputError(f"base_model {base} is in {dtype}: say dtype: bfloat16 or another")
     return dtype
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.models.contents import Contents, describe, shortened
+from mergekit_arm.models.contents import describe, shortened
 from mergekit_arm.outputs import difference
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.rates import Schedule
@@ -80,23 +80,3 @@ def _told(merged: Sequence[MergedCheckpoint | RunCheckpoint], listed: bool) -> s
     Of a reference its adapter, where it has one: an adapter that is gone has lost its base.
     """
     return " + ".join(one.reference.rpartition("+")[2] if listed else one.name for one in merged)
-
-
-def same_shapes(checkpoint: RunCheckpoint, contents: Contents, base: Contents) -> None:
-    """Refuse a checkpoint whose tensors have other shapes than the base's.
-
-    Raises:
-        InputError: naming the tensor.
-    """
-    common = [name for name in base.shapes if name in contents.shapes]
-    if base.shapes and contents.shapes and not common:
-        raise InputError(
-            f"{checkpoint.name}: no tensor has a name that base_model's have: another architecture"
-        )
-    for name in common:
-        if base.shapes[name] != contents.shapes[name]:
-            raise InputError(
-                f"{checkpoint.name}: {name} has shape {list(contents.shapes[name])}, base_model's "
-                f"has {list(base.shapes[name])}: another model, or added tokens "
-                "(then set tokenizer_source: base or union)"
-            )

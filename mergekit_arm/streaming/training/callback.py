@@ -25,7 +25,6 @@ from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove
 from mergekit_arm.models.references import plain_path
 from mergekit_arm.outputs import alone
-from mergekit_arm.sections import read_mapping
 from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.layout import INCOMING, LOCK_FILE, MODEL
 from mergekit_arm.streaming.state import read_state
@@ -86,8 +85,7 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         Raises:
             InputError: the configuration is wrong.
         """
-        self._document = _document(config)
-        load_config({"checkpoints": "unknown yet", **self._document})
+        self._config = load_config(config, checkpoints="not known yet")
         self.out = Path(plain_path(out))
         self._arguments = list(arguments)
         self._wait = wait
@@ -118,7 +116,8 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
             if number > state.global_step:  # another training's: this one has not made it yet
                 remove(path)
         file = Path(self._scratch.name) / "stream.yml"
-        file.write_text(yaml.safe_dump({**self._document, "checkpoints": str(run)}), "utf-8")
+        document = {**self._config.document(), "checkpoints": str(run)}
+        file.write_text(yaml.safe_dump(document), encoding="utf-8")
         command = [sys.executable, "-m", "mergekit_arm", "stream", str(file), str(self.out)]
         # It ends when this pipe does, by whatever signal this process dies.
         self._child = subprocess.Popen(
@@ -213,11 +212,3 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
             self._failed = True
             LOG.error("the stream in %s ended with status %s; training goes on", self.out, status)
         return status is not None
-
-
-def _document(config: StreamConfig | Mapping[str, Any] | str | Path) -> dict[str, Any]:
-    if isinstance(config, StreamConfig):
-        return config.document()
-    if isinstance(config, Mapping):
-        return dict(config)
-    return read_mapping(Path(config))

@@ -180,16 +180,6 @@ def checkpoint_at(name: str, reference: str, base_model: str) -> RunCheckpoint:
     return RunCheckpoint(name, f"{base}+{reference}")
 
 
-def trained_on(reference: str) -> str | None:
-    """Return the base that a local adapter names in its configuration."""
-    _, plus, adapter = reference.partition("+")
-    file = Path(adapter) / "adapter_config.json"
-    if not plus or not file.is_file():
-        return None
-    name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    return str(name) if name else None
-
-
 def is_last(path: Path) -> bool:
     """Say whether a Trainer's checkpoint is the one of its final training step."""
     try:
