@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import json
+
 from mergekit_arm.errors import InputError
 from mergekit_arm.models.contents import describe
 from mergekit_arm.outputs import difference
+from mergekit_arm.streaming.plan.plan import StreamPlan, content_of
 from mergekit_arm.streaming.step.workplace import Workplace
 
 
-def score_again(place: Workplace, judge: dict[str, str]) -> None:
-    """Bring all scores of the state to those of ``judge``, and the best step with them.
+def _judged_by(plan: StreamPlan) -> dict[str, str]:
+    """Return what every score of a stream depends on."""
+    evaluation = plan.config.evaluation
+    if evaluation is None:
+        return {}
+    found = {"device and dtype": f"{evaluation.device} {evaluation.dtype}"}
+    for name, one in evaluation.sets.items():
+        left_out = {"weight", "at_most", "batch_size", "goal", "timeout"}
+        found[name] = json.dumps(one.model_dump(mode="json", exclude=left_out), sort_keys=True)
+        content = content_of(getattr(one, "dataset", None))
+        if content:
+            found[f"content of the {name} data"] = content
+    return found
+
+
+def score_again(place: Workplace) -> None:
+    """Bring all scores of the state to those of the plan's judge, and the best step with them.
 
     Models whose weights are gone have no score any more, and cannot be the best; it is said.
     """
-    state = place.state
+    state, judge = place.state, _judged_by(place.plan)
     changed = difference(state.judge, judge) if state.base is not None else None
     state.judge = judge
     if changed:

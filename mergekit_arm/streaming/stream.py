@@ -22,10 +22,9 @@ from mergekit_arm.judging.judge import Progress, Scores
 from mergekit_arm.merging.options import LORA_CACHE
 from mergekit_arm.models.references import plain_path
 from mergekit_arm.outputs import alone
-from mergekit_arm.streaming.config import StreamConfig, load_config
+from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.ending import finish
-from mergekit_arm.streaming.forecast import look_ahead, seconds_left
-from mergekit_arm.streaming.judge import judged_by
+from mergekit_arm.streaming.forecast import forecast_stream, seconds_left
 from mergekit_arm.streaming.layout import INCOMING, LOCK_FILE, MODEL, PLOT, left_behind
 from mergekit_arm.streaming.options import StreamOptions
 from mergekit_arm.streaming.plan.plan import PlannedStep
@@ -89,9 +88,7 @@ def stream(
     """
     options = options or StreamOptions()
     say = say or (lambda note: None)
-    place, settings = Path(plain_path(out)), load_config(config)
-    shown = say if options.merge.verbosity > 0 else None  # else it is in metric.log
-    known = look_ahead(settings, place, options, say=shown, progress=evaluating)
+    place, known = Path(plain_path(out)), forecast_stream(config, out, options, reads_data=False)
     plan, state = known.plan, known.state
     if plan is None or known.problems:
         first, *others = known.problems
@@ -99,6 +96,9 @@ def stream(
         raise InputError(first + more)
     for note in plan.notes:
         say(note)
+    if known.judge is not None:
+        known.judge.progress = evaluating
+        known.judge.say = say if options.merge.verbosity else None  # else it is in metric.log
     with alone(place / LOCK_FILE, f"{place}: another process runs this stream; wait for it"):
         for left in left_behind(place):  # before anything needs room, as `remove` does
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -108,8 +108,7 @@ def stream(
         work = Workplace(place, plan, known.merge, options.keep, state, known.judge, say, progress)
         watch = None
         if options.watch is not None:
-            run = Path(plain_path(str(settings.checkpoints)))
-            base = plan.config.base_model
+            run, base = Path(plain_path(str(plan.config.checkpoints))), plan.config.base_model
             watch = Watch(run, place / INCOMING, base, options.watch, say, last=state.last)
         with watch or nullcontext():
             return _Loop(work, watch, options, on_step or (lambda record: None)).complete()
@@ -131,7 +130,7 @@ class _Loop:
         # What was skipped at the very end may have become whole, and has its place there.
         last = max((one.position for one in state.steps), default=-1)
         state.skipped = [one for one in state.skipped if one.position < last]
-        score_again(place, judged_by(place.plan))
+        score_again(place)
         state.save(place.out)
         if state.chosen is None:  # what a finished stream kept was asked for
             place.prune()

@@ -7,9 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 from mergekit.config import MergeConfiguration
-from pydantic import ValidationError
 
-from mergekit_arm.errors import InputError, did_you_mean, first_line
+from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.merging.documents import accepted
 from mergekit_arm.merging.keys import dotted, unread_keys
 from mergekit_arm.methods.base import STATS
 from mergekit_arm.streaming.config import StreamConfig
@@ -85,15 +85,7 @@ def check_document(document: Mapping[str, Any]) -> None:
     Raises:
         InputError: it does not parse, or holds a key that mergekit does not know.
     """
-    try:
-        MergeConfiguration.model_validate(dict(document))
-    except (ValidationError, RuntimeError) as error:
-        detail = (
-            f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
-            if isinstance(error, ValidationError)
-            else first_line(error)
-        )
-        raise InputError(f"mergekit does not accept the step's configuration: {detail}") from error
+    accepted(document)
     for place, key, known in unread_keys(MergeConfiguration, dict(document), ()):
         where = dotted(place) or "configuration"
         raise InputError(

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit import merge_methods
 from mergekit.merge_methods import BasePolicy, MergeMethod, ParameterScope
 
 from mergekit_arm.errors import InputError, did_you_mean
-from mergekit_arm.methods import register_all
+from mergekit_arm.methods import find_method
 from mergekit_arm.methods.arm import TASK, together
 from mergekit_arm.methods.base import STATS, StatisticsMethod
 from mergekit_arm.methods.parameters import MEASURED_ON
@@ -53,16 +52,8 @@ def fit_method(
         InputError: no such method, not one for a base and so many models, or parameters that it
             does not have, lacks, or that the stream itself sets.
     """
-    register_all()
-    known = [method.spec.name for method in merge_methods.registered_methods()]
-    try:
-        method = merge_methods.get(name)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"merge_method: no method {name!r}{did_you_mean(name, known)}; "
-            f"there are: {', '.join(known)}"
-        ) from error
-    inner = _inner(method)
+    method = find_method(name)
+    inner = getattr(method, "inner", method)  # whose update AIM relaxes
     _check_inputs(method, inner, models)
     rate_parameter, shared = _rate_parameter(inner)
     fixed = _fixed(inner, parameters) if rate_parameter == "weight" else {}
@@ -96,11 +87,6 @@ def fit_method(
             if key in specs or (retains and TASK in specs)
         )
     return StepMethod(name, rate_parameter, shared, statistics, fixed)
-
-
-def _inner(method: MergeMethod) -> MergeMethod:
-    """Return the method whose update AIM relaxes, or the method itself."""
-    return getattr(method, "inner", method)
 
 
 def _check_inputs(method: MergeMethod, inner: MergeMethod, models: int) -> None:

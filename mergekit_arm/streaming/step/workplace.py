@@ -21,8 +21,8 @@ from mergekit_arm.streaming.layout import (
     MODEL,
     SCRATCH,
     STEP_STATISTICS,
-    STEPS,
     TASK_STATISTICS,
+    step_folder,
 )
 from mergekit_arm.streaming.options import Keep
 from mergekit_arm.streaming.plan.plan import StreamPlan
@@ -57,7 +57,7 @@ class Workplace:
 
     def folder(self, step: int) -> Path:
         """Return the directory of a step (from 1)."""
-        return self.out / STEPS / f"{step:03d}"
+        return step_folder(self.out, step)
 
     def model_of(self, step: int) -> str:
         """Return the reference of the model after ``step``; 0 is the base."""
