@@ -101,6 +101,15 @@ def fresh_directory(path: Path) -> Path:
     return path
 
 
+@contextmanager
+def scratch_at(folder: Path) -> Iterator[Path]:
+    """Give ``folder`` as an empty directory for the duration of the block."""
+    try:
+        yield fresh_directory(folder)
+    finally:
+        remove(folder)
+
+
 def remove(path: Path) -> None:
     """Remove a file, link or directory, if it exists.
 

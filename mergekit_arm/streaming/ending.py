@@ -6,6 +6,7 @@ import json
 
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove, write_text
+from mergekit_arm.judging.judge import Scores
 from mergekit_arm.merging.adapters import merge_adapter
 from mergekit_arm.merging.documents import to_yaml
 from mergekit_arm.merging.merge import forgetting, merge
@@ -81,30 +82,35 @@ def _average(place: Workplace) -> None:
     state = place.state
     if state.average is not None and state.average.steps == len(state.steps):
         return
-    merged = [one for record in state.steps for one in record.merged]
-    references = list(dict.fromkeys(one.reference for one in merged))
     state.average = AverageScores(steps=len(state.steps))
-    if len(references) < 2 or place.plan.config.changes_tokens:
-        single = "a single checkpoint was merged"
-        state.average.missing = single if len(references) < 2 else "the merges change the tokens"
-        return
+    merged = [one.reference for record in state.steps for one in record.merged]
     try:
-        for reference in references:
-            describe(reference)
-            merge_adapter(reference, place.merge)
-    except InputError:
-        state.average.missing = "not all of the checkpoints are there any more"
-        place.say(f"the uniform average is not scored: {state.average.missing}")
-        return
-    model = place.out / AVERAGE
-    document = average_document(references)
-    options = place.merge.model_copy(update={"copy_tokenizer": place.plan.has_tokenizer})
-    try:
-        with forgetting([*references, str(model)]):
-            merge(document, to_yaml(document), model, options)
-        state.average.scores = place.score_aside(str(model))
+        state.average.scores = _score_average(place, list(dict.fromkeys(merged)))
     except Failure as error:  # it is there to be looked at: the stream does not depend on it
         state.average.missing = error.message
         place.say(f"the uniform average is not scored: {error.message}")
     finally:
-        remove(model)
+        remove(place.out / AVERAGE)
+
+
+def _score_average(place: Workplace, references: list[str]) -> Scores:
+    """Merge and score the average of these models.
+
+    Raises:
+        Failure: it cannot be had.
+    """
+    if len(references) < 2:
+        raise Failure("a single checkpoint was merged")
+    if place.plan.config.changes_tokens:
+        raise Failure("the merges change the tokens")
+    try:
+        for reference in references:
+            describe(reference)
+            merge_adapter(reference, place.merge)
+    except InputError as error:
+        raise Failure("not all of the checkpoints are there any more") from error
+    document, model = average_document(references), place.out / AVERAGE
+    options = place.merge.model_copy(update={"copy_tokenizer": place.plan.has_tokenizer})
+    with forgetting([*references, str(model)]):
+        merge(document, to_yaml(document), model, options)
+    return place.score_aside(str(model))

@@ -163,28 +163,22 @@ def rule_at(setting: Rate | Schedule, index: int, steps: int | None) -> Rate:
     return setting.peak + (final - setting.peak) * progress
 
 
-def scaled(rate: Rate, factor: float) -> Rate:
-    """Return ``rate`` times ``factor``, under every filter."""
-    if not isinstance(rate, list):
-        return rate * factor
-    return [{**one, "value": _times(one["value"], factor)} for one in rate]
+def scaled(rate: Any, factor: float) -> Any:
+    """Return a rate, or a list of rates, times ``factor``, under every filter."""
+    if isinstance(rate, list):
+        return [scaled(one, factor) for one in rate]
+    if isinstance(rate, dict):
+        return {**rate, "value": scaled(rate["value"], factor)}
+    return rate * factor
 
 
 def rate_text(rate: Any) -> str:
-    """Return a rate, or a list with one for each run, for tables: ``0.5``, ``mlp 0.3, 0.5``."""
-    if not isinstance(rate, list):
-        return "" if rate is None else f"{rate:.4g}"
-    parts = []
-    for one in rate:
-        if isinstance(one, dict):
-            parts.append(f"{one.get('filter', '')} {rate_text(one['value'])}".strip())
-        else:
-            parts.append(rate_text(one))
-    return ", ".join(parts)
-
-
-def _times(value: Any, factor: float) -> Any:
-    return [one * factor for one in value] if isinstance(value, list) else value * factor
+    """Return a rate, or a list of rates, for tables: ``0.5``, ``mlp 0.3, 0.5``."""
+    if isinstance(rate, list):
+        return ", ".join(map(rate_text, rate))
+    if isinstance(rate, dict):
+        return f"{rate.get('filter', '')} {rate_text(rate['value'])}".strip()
+    return "" if rate is None else f"{rate:.4g}"
 
 
 def _is_filters(value: Any) -> bool:

@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove
 from mergekit_arm.judging.judge import Progress, Scores
-from mergekit_arm.merging.options import LORA_CACHE
 from mergekit_arm.models.references import plain_path
 from mergekit_arm.outputs import alone
 from mergekit_arm.streaming.config import StreamConfig
@@ -251,8 +250,6 @@ class _Loop:
         place = self.place
         place.prune()
         place.write_journal()
-        if place.merge.lora_merge_cache == str(place.out / LORA_CACHE):
-            remove(place.out / LORA_CACHE)
         if time.monotonic() - self.drawn > _DRAW_EVERY:
             draw_stream(place.state, place.plan.config.evaluation, place.out / PLOT)
             self.drawn = time.monotonic()

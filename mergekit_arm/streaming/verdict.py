@@ -41,13 +41,13 @@ class Evaluation(Section):
     def _collect(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             raise ValueError("must be a mapping such as {dataset: ./heldout.jsonl}")
-        own = {key: given[key] for key in cls.model_fields if key in given}
-        named = {key: value for key, value in given.items() if isinstance(value, Mapping)}
-        rest = {key: value for key, value in given.items() if key not in (*own, *named)}
-        sets = _named(named, rest) if named else _unnamed(rest)
-        unknown = {key: value for key, value in rest.items() if not _known(key, bool(named))}
+        rest = dict(given)
+        own = {key: rest.pop(key) for key in _OWN if key in rest}
+        data = {key: rest.pop(key) for key in _OF_DATA if key in rest}
+        named = {key: rest.pop(key) for key in list(rest) if isinstance(rest[key], Mapping)}
+        sets = _named(named, data) if named else _unnamed(data, rest)
         try:
-            return {**own, **unknown, SETS: read_sets(sets, "")}
+            return {**own, **rest, SETS: read_sets(sets, "")}
         except InputError as error:
             raise ValueError(_told(error.message)) from error
 
@@ -115,7 +115,8 @@ class Evaluation(Section):
         return sum(one.weight * better[one.goal] * change for one, change in changes)
 
 
-EVALUATION_KEYS = [*_OF_DATA, *METRIC_KEYS, *(k for k in Evaluation.model_fields if k != SETS)]
+_OWN = [key for key in Evaluation.model_fields if key != SETS]
+EVALUATION_KEYS = [*_OF_DATA, *METRIC_KEYS, *_OWN]
 """What the section may hold, where it names no sets."""
 
 
@@ -124,30 +125,23 @@ def bound_of(one: EvaluationSet) -> float | None:
     return one.at_most if isinstance(one, HeldOutSet) else None
 
 
-def _known(key: str, named: bool) -> bool:
-    return key in _OF_DATA or (not named and key in METRIC_KEYS)
-
-
-def _named(named: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """Give every set the settings that stand beside the sets."""
-    shared = {key: value for key, value in rest.items() if key in _OF_DATA}
+def _named(named: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Give every set of data the settings that stand beside the sets."""
     return {
         name: dict(one) if "metric_command" in one else {**shared, **one}
         for name, one in named.items()
     }
 
 
-def _unnamed(given: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if given.get("dataset") is not None:
-        found[LOSS] = {key: given[key] for key in _OF_DATA if key in given}
-    command, goal = given.get("metric_command"), given.get("metric_goal")
-    if (command is None) != (goal is None):
+def _unnamed(data: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    """Return the sets that are not named, and take what they are made of from ``rest``."""
+    found = {} if data.get("dataset") is None else {LOSS: data}
+    given = {field: rest.pop(key, None) for key, field in METRIC_KEYS.items()}
+    metric = {field: value for field, value in given.items() if value is not None}
+    if ("metric_command" in metric) != ("goal" in metric):
         raise ValueError("metric_command and metric_goal (minimize or maximize) belong together")
-    if command is not None:
-        found[METRIC] = {
-            field: given[key] for key, field in METRIC_KEYS.items() if given.get(key) is not None
-        }
+    if "metric_command" in metric:
+        found[METRIC] = metric
     if not found:
         raise ValueError("needs a dataset, a metric_command, or both; or named sets of such")
     return found

@@ -205,7 +205,7 @@ def _choose(step: _Step) -> Attempt | None:
         proposals = [[rate] * len(planned.checkpoints) for rate in planned.search]
     elif backtrack:
         assert planned.rates is not None  # the plan refuses to backtrack without one
-        proposals += [[scaled(r, 0.5**n) for r in planned.rates] for n in range(1, HALVINGS + 1)]
+        proposals += [scaled(planned.rates, 0.5**n) for n in range(1, HALVINGS + 1)]
     best: Attempt | None = None  # a step of 0, which stays where the model is
     for number, rates in enumerate(proposals):
         if number == len(state.tried):

@@ -11,9 +11,10 @@ from pathlib import Path
 from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import Failure, InputError
-from mergekit_arm.files import fresh_directory, remove, write_text
+from mergekit_arm.files import remove, scratch_at, write_text
 from mergekit_arm.judging.judge import Judge, Scores
 from mergekit_arm.merging.adapters import merge_adapter
+from mergekit_arm.merging.options import LORA_CACHE
 from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.streaming.layout import (
     CHECKPOINT_STATISTICS,
@@ -104,11 +105,8 @@ class Workplace:
         if self.judge is None:
             return {}
         model = merge_adapter(reference, self.merge)
-        scratch = fresh_directory(self.out / SCRATCH)
-        try:
+        with scratch_at(self.out / SCRATCH) as scratch:
             found = self.judge.score(model, scratch, run_commands=run_commands)
-        finally:
-            remove(scratch)
         for name, score in found.items():
             if not math.isfinite(score):
                 raise Failure(
@@ -143,17 +141,21 @@ class Workplace:
                 remove(folder / MODEL)
             for name in (STEP_STATISTICS, TASK_STATISTICS, CHECKPOINT_STATISTICS):
                 remove(folder / f"{name}.partial")  # of a calibration killed at its very end
-            if self.keep != "all":
-                self._prune_statistics(record, folder)
+            if self.keep == "all":
+                continue
+            for path in folder.glob(f"{CHECKPOINT_STATISTICS}*"):
+                remove(path)
+            if record.step != self._serving():
+                remove(folder / STEP_STATISTICS)
+                remove(folder / TASK_STATISTICS)
+        remove(self.out / LORA_CACHE)  # where the user names no other
 
-    def _prune_statistics(self, record: StepRecord, folder: Path) -> None:
-        done, calibration = self.state.steps[-1], self.plan.calibration
-        serves = calibration is not None and not calibration.due(done.step + 1)
-        if not (serves and record.step == done.statistics_from):
-            remove(folder / STEP_STATISTICS)
-            remove(folder / TASK_STATISTICS)
-        for path in folder.glob(f"{CHECKPOINT_STATISTICS}*"):
-            remove(path)
+    def _serving(self) -> int | None:
+        """Return the step whose statistics the next one will read."""
+        calibration, done = self.plan.calibration, self.state.steps[-1]
+        if calibration is None or calibration.due(done.step + 1):
+            return None
+        return done.statistics_from
 
     def write_journal(self) -> None:
         """Write ``stream.jsonl`` anew: a line for every step, and for what was skipped."""
