@@ -27,7 +27,7 @@ from mergekit_arm.streaming.layout import (
 )
 from mergekit_arm.streaming.options import Keep
 from mergekit_arm.streaming.plan.plan import StreamPlan
-from mergekit_arm.streaming.state import State, StepRecord
+from mergekit_arm.streaming.state import State
 
 
 @dataclass
