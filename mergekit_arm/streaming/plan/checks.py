@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from mergekit import merge_methods
+from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
 from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.merging.documents import accepted
+from mergekit_arm.merging.keys import dotted, unread_keys
 from mergekit_arm.models.contents import ADAPTER_CONFIG, Contents
 from mergekit_arm.models.references import absolute_reference, plain_path
 from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.config import StreamConfig
-from mergekit_arm.streaming.plan.document import check_document, step_document
+from mergekit_arm.streaming.plan.document import step_document
 from mergekit_arm.streaming.plan.method import StepMethod
 from mergekit_arm.streaming.rates import (
     DEFAULT_LEARNING_RATE,
@@ -107,10 +109,9 @@ def choose_rates(config: StreamConfig, method: StepMethod, steps: int | None) ->
 def choose_calibration(config: StreamConfig, method: StepMethod) -> Calibration:
     """Return how the steps measure: subspaces hold the energy that the merge will ask for."""
     calibration = config.calibration or Calibration.model_validate({})
-    specs = {spec.name: spec for spec in merge_methods.get(method.name).spec.parameters}
-    if "energy" not in specs or calibration.task is not None:
+    if "energy" not in method.specs or calibration.task is not None:
         return calibration
-    wanted = leaves(config.parameters.get("energy", specs["energy"].default))
+    wanted = leaves(config.parameters.get("energy", method.specs["energy"].default))
     needed = max(float(one) for one in wanted if isinstance(one, (int, float)))
     measured = calibration.settings["energy"]
     if measured >= needed:
@@ -124,23 +125,25 @@ def choose_calibration(config: StreamConfig, method: StepMethod) -> Calibration:
 
 
 def check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | None) -> None:
+    """Let mergekit parse a step, and refuse keys that it would ignore and values that it would."""
     first = None
     if rates is not None:
         many = len(rates.runs) if isinstance(rates, PerRun) else 1
         first = rates.search[:1] if isinstance(rates, LineSearch) else rates_at(rates, 0, 1, many)
     document = step_document(
-        config,
-        method,
-        current=config.base_model,
-        checkpoints=["checkpoint"],
-        rates=first,
+        config, method, current=config.base_model, checkpoints=["checkpoint"], rates=first
     )
-    check_document(document)
-    specs = {spec.name: spec for spec in merge_methods.get(method.name).spec.parameters}
+    accepted(document)
+    for place, unread, known in unread_keys(MergeConfiguration, document, ()):
+        where = dotted(place) or "configuration"
+        raise InputError(
+            f"{where}: mergekit knows no key {unread!r} here{did_you_mean(str(unread), known)}; "
+            f"there are: {', '.join(known)}"
+        )
     for key, setting in config.parameters.items():
         for value in leaves(setting):
             try:
-                specs[key].validate(value)
+                method.specs[key].validate(value)
             except ValidationError as error:
                 raise InputError(
                     f"parameters: {key}: {value!r}: {error.errors()[0]['msg']}"

@@ -6,11 +6,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from mergekit.config import MergeConfiguration
-
-from mergekit_arm.errors import InputError, did_you_mean
-from mergekit_arm.merging.documents import accepted
-from mergekit_arm.merging.keys import dotted, unread_keys
 from mergekit_arm.methods.base import STATS
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.plan.method import StepMethod
@@ -77,18 +72,3 @@ def average_document(models: Sequence[str]) -> dict[str, Any]:
 def cast_document(model: str, dtype: str) -> dict[str, Any]:
     """Return the mergekit configuration that copies ``model`` in another dtype."""
     return {"merge_method": "passthrough", "models": [{"model": model}], "out_dtype": dtype}
-
-
-def check_document(document: Mapping[str, Any]) -> None:
-    """Let mergekit parse a configuration, and refuse the keys that it would ignore.
-
-    Raises:
-        InputError: it does not parse, or holds a key that mergekit does not know.
-    """
-    accepted(document)
-    for place, key, known in unread_keys(MergeConfiguration, dict(document), ()):
-        where = dotted(place) or "configuration"
-        raise InputError(
-            f"{where}: mergekit knows no key {key!r} here{did_you_mean(str(key), known)}; "
-            f"there are: {', '.join(known)}"
-        )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit.merge_methods import BasePolicy, MergeMethod, ParameterScope
+from mergekit.merge_methods.base import ParameterSpec
 
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.methods import find_method
@@ -33,6 +34,8 @@ class StepMethod:
     """The statistics it reads; empty: none."""
     fixed: Mapping[str, Any]
     """Parameters without whose value the learning rate would mean nothing."""
+    specs: Mapping[str, ParameterSpec]
+    """What it declares, by parameter."""
 
     @property
     def only_subspaces(self) -> tuple[str, ...]:
@@ -76,7 +79,7 @@ def fit_method(
                 f"parameters: {name} has no parameter {key!r}{did_you_mean(key, own)}; "
                 f"there are: {', '.join(own) or 'none'}"
             )
-    for spec in specs.values():
+    for spec in method.spec.parameters:
         if spec.required and spec.name not in (*parameters, rate_parameter, STATS):
             raise InputError(f"parameters: {name} needs {spec.name}; add it")
     statistics: tuple[str, ...] = ()
@@ -86,7 +89,7 @@ def fit_method(
             for key, kind in _STATISTICS_OF.items()
             if key in specs or (retains and TASK in specs)
         )
-    return StepMethod(name, rate_parameter, shared, statistics, fixed)
+    return StepMethod(name, rate_parameter, shared, statistics, fixed, specs)
 
 
 def _check_inputs(method: MergeMethod, inner: MergeMethod, models: int) -> None:
