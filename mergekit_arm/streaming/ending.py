@@ -34,8 +34,8 @@ def finish(place: Workplace, reason: str) -> int:
     if chosen == 0:
         place.say("no step was better than the base: the final model is the base")
     _make_model(place, chosen)
-    evaluation, compare = place.plan.config.evaluation, place.plan.config.compare
-    if compare.average and evaluation and (evaluation.has_data or compare.commands):
+    judge, compare = place.judge, place.plan.config.compare
+    if compare.average and judge and (judge.has_data or compare.commands):
         _average(place)
     # A finished model is published as it lies there: nothing half-written goes into it.
     facts = place.folder(chosen or len(state.steps)) / PROVENANCE
@@ -61,7 +61,7 @@ def _make_model(place: Workplace, chosen: int) -> None:
     made = f"{to_yaml(document)}{options.out_shard_size} {options.safe_serialization}"
     if model.is_dir() and state.final == made:
         return
-    place.needed(chosen, "of which the final model would be made")
+    place.needed(chosen)
     if state.final is not None and model.is_dir():
         place.say(f"{model} is replaced: it becomes step {chosen} in {place.plan.final_dtype}")
     merge_adapter(source, options)

@@ -93,7 +93,7 @@ def forecast_stream(
         return Forecast(None, merge, state, None, None, check.problems)
     judge = _judge(plan, merge, out, state)
     if reads_data or (state is None and not check.problems):
-        check.run(_check_writable, out)
+        check.run(try_writing, out / STATE_FILE)
         check.run(_check_calibration, plan, merge)
         check.run(_check_evaluation, plan, judge)
     needs = None
@@ -164,13 +164,6 @@ def _judge(plan: StreamPlan, merge: MergeOptions, out: Path, state: State | None
         named=evaluation.named,
         log=out / METRIC_LOG,
     )
-
-
-def _check_writable(out: Path) -> None:
-    try:
-        try_writing(out / STATE_FILE)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}; give another OUT") from error
 
 
 def _check_calibration(plan: StreamPlan, merge: MergeOptions) -> None:

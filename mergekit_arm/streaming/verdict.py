@@ -63,7 +63,7 @@ class Evaluation(Section):
         found = [
             name
             for name, one in self.sets.items()
-            if bound_of(one) is None or "weight" in one.model_fields_set
+            if one.at_most is None or "weight" in one.model_fields_set
         ]
         return found or list(self.sets)
 
@@ -71,11 +71,6 @@ class Evaluation(Section):
     def named(self) -> bool:
         """Whether the file names its sets."""
         return not set(self.sets) <= {LOSS, METRIC}
-
-    @property
-    def has_data(self) -> bool:
-        """Whether a set is data, and not a command."""
-        return any(isinstance(one, HeldOutSet) for one in self.sets.values())
 
     def standing(self, scores: Scores, base: Scores) -> tuple[bool, float] | None:
         """Return how good a model is beside the base, to be compared; None where it is not known.
@@ -85,16 +80,11 @@ class Evaluation(Section):
         """
         if any(name not in scores or name not in base for name in self.sets):
             return None
-        return not self.exceeded(scores, base), self._gain(self.deciding, scores, base)
-
-    def exceeded(self, scores: Scores, base: Scores) -> list[str]:
-        """Return the sets whose loss has risen over the base's by more than their ``at_most``."""
-        bounds = {name: bound_of(one) for name, one in self.sets.items()}
-        return [
-            name
-            for name, bound in bounds.items()
-            if bound is not None and name in scores and scores[name] > base[name] + bound
-        ]
+        kept = all(
+            one.at_most is None or scores[name] <= base[name] + one.at_most
+            for name, one in self.sets.items()
+        )
+        return kept, self._gain(self.deciding, scores, base)
 
     def better(self, scores: Scores, other: Scores, base: Scores) -> bool:
         """Say whether ``scores`` are better than ``other``; equal is not."""
@@ -118,11 +108,6 @@ class Evaluation(Section):
 _OWN = [key for key in Evaluation.model_fields if key != SETS]
 EVALUATION_KEYS = [*_OF_DATA, *METRIC_KEYS, *_OWN]
 """What the section may hold, where it names no sets."""
-
-
-def bound_of(one: EvaluationSet) -> float | None:
-    """Return how much a set's loss may rise over the base's."""
-    return one.at_most if isinstance(one, HeldOutSet) else None
 
 
 def _named(named: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:

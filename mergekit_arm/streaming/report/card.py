@@ -13,7 +13,7 @@ from mergekit_arm.merging.card import front_matter, name_of, numbers, table, wit
 from mergekit_arm.streaming.plan.plan import StreamPlan
 from mergekit_arm.streaming.rates import rate_text
 from mergekit_arm.streaming.state import State
-from mergekit_arm.streaming.verdict import Evaluation, bound_of
+from mergekit_arm.streaming.verdict import Evaluation
 
 _TEMPLATE = """---
 {front}---
@@ -93,7 +93,7 @@ def _comparison(evaluation: Evaluation | None, state: State, chosen: int) -> Ite
         if data is None:
             yield f"- {name}: a command's number, to {judged.goal}"
         else:
-            bound = bound_of(judged)
+            bound = judged.at_most
             kept = "" if bound is None else f"; a step may raise it by {bound:g}"
             source = name_of(str(getattr(judged, "dataset", "")))
             yield (

@@ -82,7 +82,7 @@ def _measure(
     out, method = place.folder(step) / name, place.plan.method
     if not (out / METADATA_FILE).is_file():
         # Of a stream whose statistics are gone, the model that was measured may be there.
-        model = checkpoint or place.started_from(step)
+        model = checkpoint or place.needed(place.state.before(step))
         merge_adapter(model, place.merge)
         options = CalibrationOptions(
             model=model,

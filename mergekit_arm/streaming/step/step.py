@@ -16,7 +16,7 @@ from typing import Any
 
 from mergekit.options import MergeOptions
 
-from mergekit_arm.errors import Failure, InputError
+from mergekit_arm.errors import Failure
 from mergekit_arm.files import remove, size_of, write_text
 from mergekit_arm.judging.judge import Scores
 from mergekit_arm.merging.adapters import merge_adapter
@@ -151,7 +151,7 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
     Leaves the step's weights in its directory where the step was accepted.
     """
     state, folder, clock = place.state, place.folder(planned.step), _Clock()
-    current = place.started_from(planned.step)
+    current = place.needed(state.before(planned.step))
     folder.mkdir(parents=True, exist_ok=True)
     with clock.time("calibrate"):
         measured = measure_step(place, planned)
@@ -241,10 +241,7 @@ def _options_of(place: Workplace, step: int) -> MergeOptions:
 def _describe(place: Workplace, one: RunCheckpoint) -> MergedCheckpoint:
     """Return a checkpoint's record; scored once, however often the stream passes over it."""
     merge_adapter(one.reference, place.merge)
-    try:
-        content = describe(one.reference).fingerprint
-    except InputError:
-        content = None
+    content = describe(one.reference).fingerprint
     scores: Scores = {}
     if place.plan.config.compare.checkpoints:
         earlier = [known for record in place.state.steps for known in record.merged]

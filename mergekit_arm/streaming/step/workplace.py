@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,24 +63,16 @@ class Workplace:
         """Return the reference of the model after ``step``; 0 is the base."""
         return str(self.folder(step) / MODEL) if step else self.plan.config.base_model
 
-    def started_from(self, step: int) -> str:
-        """Return the reference of the model from which ``step`` started.
+    def needed(self, step: int) -> str:
+        """Return :meth:`model_of` a step without whose weights the stream cannot go on.
 
         Raises:
-            InputError: its weights are not there any more.
-        """
-        return self.needed(self.state.before(step), "from which the stream would go on")
-
-    def needed(self, step: int, purpose: str) -> str:
-        """Return :meth:`model_of` a step whose weights must be there, ``purpose`` says for what.
-
-        Raises:
-            InputError: they are not.
+            InputError: they are not there any more.
         """
         if not self.has(step):
             raise InputError(
-                f"{self.out}: the float32 weights of step {step} are gone, {purpose}; keep them "
-                "with --keep last or --keep all"
+                f"{self.out}: the float32 weights of step {step} are gone, with which the stream "
+                "would go on; keep them with --keep last or --keep all"
             )
         return self.model_of(step)
 
@@ -159,5 +150,5 @@ class Workplace:
 
     def write_journal(self) -> None:
         """Write ``stream.jsonl`` anew: a line for every step, and for what was skipped."""
-        lines = (json.dumps(one.model_dump(mode="json")) for one in self.state.handled)
-        write_text(self.out / JOURNAL, "".join(f"{line}\n" for line in lines))
+        lines = (f"{one.model_dump_json()}\n" for one in self.state.handled)
+        write_text(self.out / JOURNAL, "".join(lines))

@@ -227,7 +227,5 @@ def _files_of(folder: Path) -> _Files:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or one without links; or it is gone, as this finds
         shutil.copy2(source, target)
