@@ -7,7 +7,6 @@ the state, tidies up and draws, until a reason to stop is found; ``ending`` make
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,10 +23,9 @@ from mergekit_arm.outputs import alone
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.ending import finish
 from mergekit_arm.streaming.forecast import forecast_stream, seconds_left
-from mergekit_arm.streaming.layout import INCOMING, LOCK_FILE, MODEL, PLOT, left_behind
+from mergekit_arm.streaming.layout import INCOMING, LOCK_FILE, MODEL, left_behind
 from mergekit_arm.streaming.options import StreamOptions
 from mergekit_arm.streaming.plan.plan import PlannedStep
-from mergekit_arm.streaming.report.plot import draw_stream
 from mergekit_arm.streaming.rescoring import score_again
 from mergekit_arm.streaming.state import Skipped, State, StepRecord, read_state
 from mergekit_arm.streaming.step.step import take_step
@@ -35,8 +33,6 @@ from mergekit_arm.streaming.step.workplace import Workplace
 from mergekit_arm.streaming.training.checkpoints import problem_of, reached
 from mergekit_arm.streaming.training.watch import Watch
 from mergekit_arm.units import duration_text
-
-_DRAW_EVERY = 30.0  # seconds: drawing must not cost more than a small model's steps
 
 
 @dataclass(frozen=True)
@@ -121,7 +117,6 @@ class _Loop:
     watch: Watch | None
     options: StreamOptions
     on_step: Callable[[StepRecord], None]
-    drawn: float = float("-inf")
 
     def complete(self) -> StreamResult:
         """Do every step that is still to do, then the final model."""
@@ -178,7 +173,8 @@ class _Loop:
         state.tried = []
         state.chosen = state.stopped = None
         state.save(place.out)
-        self._tidy()
+        place.prune()
+        place.write_journal()
         self.on_step(record)
         left = seconds_left(place.plan, state)
         if len(state.steps) == 1 and left is not None and left >= 60:
@@ -192,8 +188,7 @@ class _Loop:
         if place.judge is not None:
             place.judge.add_reference(references[0])
         if state.base is None:
-            if state.chat_template is None and place.plan.has_tokenizer:
-                state.chat_template = place.borrow_template(references)
+            state.chat_template = place.borrow_template(references)
             state.base = place.score(place.plan.config.base_model)
             state.data = place.judge.data() if place.judge is not None else {}
             state.save(place.out)
@@ -245,11 +240,3 @@ class _Loop:
         if since < evaluation.patience:
             return None
         return f"no step was better for {since} steps (patience)"
-
-    def _tidy(self) -> None:
-        place = self.place
-        place.prune()
-        place.write_journal()
-        if time.monotonic() - self.drawn > _DRAW_EVERY:
-            draw_stream(place.state, place.plan.config.evaluation, place.out / PLOT)
-            self.drawn = time.monotonic()

@@ -45,11 +45,16 @@ class Evaluation(Section):
         own = {key: rest.pop(key) for key in _OWN if key in rest}
         data = {key: rest.pop(key) for key in _OF_DATA if key in rest}
         named = {key: rest.pop(key) for key in list(rest) if isinstance(rest[key], Mapping)}
-        sets = _named(named, data) if named else _unnamed(data, rest)
+        sets = {
+            name: dict(one) if "metric_command" in one else {**data, **one}
+            for name, one in named.items()
+        } or _unnamed(data, rest)
         try:
             return {**own, **rest, SETS: read_sets(sets, "")}
         except InputError as error:
-            raise ValueError(_told(error.message)) from error
+            place, _, said = error.message.removeprefix(".").partition(": ")
+            # Without names that the file does not have.
+            raise ValueError(said if place in (LOSS, METRIC) else f"{place}: {said}") from error
 
     @property
     def deciding(self) -> list[str]:
@@ -110,14 +115,6 @@ EVALUATION_KEYS = [*_OF_DATA, *METRIC_KEYS, *_OWN]
 """What the section may hold, where it names no sets."""
 
 
-def _named(named: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
-    """Give every set of data the settings that stand beside the sets."""
-    return {
-        name: dict(one) if "metric_command" in one else {**shared, **one}
-        for name, one in named.items()
-    }
-
-
 def _unnamed(data: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
     """Return the sets that are not named, and take what they are made of from ``rest``."""
     found = {} if data.get("dataset") is None else {LOSS: data}
@@ -130,9 +127,3 @@ def _unnamed(data: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
     if not found:
         raise ValueError("needs a dataset, a metric_command, or both; or named sets of such")
     return found
-
-
-def _told(message: str) -> str:
-    """Return what ``read_sets`` refused, without names that the file does not have."""
-    place, _, rest = message.removeprefix(".").partition(": ")
-    return rest if place in (LOSS, METRIC) else f"{place}: {rest}" if rest else message

@@ -46,21 +46,16 @@ def step_document(
         if own_statistics:
             incoming[STATS] = own_statistics[index]
         models.append({"model": checkpoint, **({"parameters": incoming} if incoming else {})})
-    document: dict[str, Any] = {
+    kept = {key: getattr(config, key) for key in TOKENS}
+    kept["chat_template"] = chat_template or config.chat_template
+    return {
         "merge_method": method.name,
         "base_model": current,
         "models": models,
         "dtype": STEP_DTYPE,
+        **({"parameters": shared} if shared else {}),
+        **{key: value for key, value in kept.items() if value is not None},
     }
-    if shared:
-        document["parameters"] = shared
-    for key in TOKENS:
-        value = getattr(config, key)
-        if value is not None:
-            document[key] = value
-    if chat_template is not None:
-        document["chat_template"] = chat_template
-    return document
 
 
 def average_document(models: Sequence[str]) -> dict[str, Any]:

@@ -59,8 +59,14 @@ def fit_method(
     inner = getattr(method, "inner", method)  # whose update AIM relaxes
     _check_inputs(method, inner, models)
     rate_parameter, shared = _rate_parameter(inner)
-    fixed = _fixed(inner, parameters) if rate_parameter == "weight" else {}
-    specs = {spec.name: spec for spec in method.spec.parameters}
+    specs, fixed = {spec.name: spec for spec in method.spec.parameters}, {}
+    if rate_parameter == "weight" and "normalize" in specs:
+        fixed = {"normalize": False}  # else a single weight is divided by itself
+        if parameters.get("normalize") not in (None, False):
+            raise InputError(
+                "parameters: normalize divides the learning rate by itself when a step merges one "
+                "model; remove it"
+            )
     if retains and TASK not in specs:
         raise InputError(
             f"calibration.task: {name} has no use for it; name the dataset under calibration itself"
@@ -121,16 +127,3 @@ def _rate_parameter(method: MergeMethod) -> tuple[str | None, bool]:
     if method.spec.name == "slerp":
         return "t", True
     return None, False
-
-
-def _fixed(method: MergeMethod, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``normalize: false`` where the method would divide a single weight by itself."""
-    specs = {spec.name: spec for spec in method.spec.parameters}
-    if "normalize" not in specs:
-        return {}
-    if parameters.get("normalize") not in (None, False):
-        raise InputError(
-            "parameters: normalize divides the learning rate by itself when a step merges one "
-            "model; remove it"
-        )
-    return {"normalize": False}

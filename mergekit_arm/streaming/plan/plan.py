@@ -146,7 +146,8 @@ def make_plan(
     """
     check = Checks()
     notes: list[str] = []
-    config = check.run(_with_absolute_base, config) or config
+    absolute = check.run(absolute_reference, config.base_model) or config.base_model
+    config = config.model_copy(update={"base_model": absolute})
     retains = TASK in config.parameters or bool(config.calibration and config.calibration.task)
     together = config.checkpoints if isinstance(config.checkpoints, list) else []
     most = max((len(one) for one in together if isinstance(one, list)), default=1)
@@ -201,10 +202,6 @@ def make_plan(
     if state is not None and not check.problems:
         check.run(lambda: check_prefix(plan.fingerprint, plan.steps(), config, state))
     return plan, check.problems
-
-
-def _with_absolute_base(config: StreamConfig) -> StreamConfig:
-    return config.model_copy(update={"base_model": absolute_reference(config.base_model)})
 
 
 def _final_dtype(config: StreamConfig, merge: MergeOptions) -> str:
