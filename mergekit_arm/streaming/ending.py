@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 
-from mergekit_arm.errors import Failure, InputError
+from mergekit_arm.errors import Failure
 from mergekit_arm.files import remove, write_text
 from mergekit_arm.judging.judge import Scores
 from mergekit_arm.merging.adapters import merge_adapter
 from mergekit_arm.merging.documents import to_yaml
 from mergekit_arm.merging.merge import forgetting, merge
 from mergekit_arm.merging.options import LORA_CACHE
-from mergekit_arm.models.contents import describe
+from mergekit_arm.models.contents import is_there
 from mergekit_arm.streaming.layout import (
     AVERAGE,
     CARD,
@@ -53,26 +53,22 @@ def finish(place: Workplace, reason: str) -> int:
 
 
 def _make_model(place: Workplace, chosen: int) -> None:
-    state, model = place.state, place.out / MODEL
-    source, options = place.model_of(chosen), place.merge
+    state, model, source = place.state, place.out / MODEL, place.model_of(chosen)
+    copies = place.merge.copy_tokenizer and place.plan.has_tokenizer
+    options = place.merge.model_copy(update={"copy_tokenizer": copies})
     document = cast_document(source, place.plan.final_dtype)
     if state.chat_template is not None:
         document["chat_template"] = state.chat_template
-    made = f"{to_yaml(document)}{options.out_shard_size} {options.safe_serialization}"
+    text = to_yaml(document)
+    made = f"{text}{options.out_shard_size} {options.safe_serialization}"
     if model.is_dir() and state.final == made:
         return
     place.needed(chosen)
     if state.final is not None and model.is_dir():
         place.say(f"{model} is replaced: it becomes step {chosen} in {place.plan.final_dtype}")
     merge_adapter(source, options)
-    copies = options.copy_tokenizer and place.plan.has_tokenizer
     with forgetting([source]):
-        merge(
-            document,
-            to_yaml(document),
-            model,
-            options.model_copy(update={"copy_tokenizer": copies}),
-        )
+        merge(document, text, model, options)
     state.final = made
     state.save(place.out)
 
@@ -103,12 +99,10 @@ def _score_average(place: Workplace, references: list[str]) -> Scores:
         raise Failure("a single checkpoint was merged")
     if place.plan.config.changes_tokens:
         raise Failure("the merges change the tokens")
-    try:
-        for reference in references:
-            describe(reference)
-            merge_adapter(reference, place.merge)
-    except InputError as error:
-        raise Failure("not all of the checkpoints are there any more") from error
+    if not all(map(is_there, references)):
+        raise Failure("not all of the checkpoints are there any more")
+    for reference in references:
+        merge_adapter(reference, place.merge)
     document, model = average_document(references), place.out / AVERAGE
     options = place.merge.model_copy(update={"copy_tokenizer": place.plan.has_tokenizer})
     with forgetting([*references, str(model)]):

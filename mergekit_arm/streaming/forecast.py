@@ -83,25 +83,23 @@ def forecast_stream(
     state = check.run(read_state, out)
     watched = options.watch is not None
     plan, problems = make_plan(config, merge, watched=watched, state=state)
-    check.problems += problems
+    check += problems
     check.run(check_choice, "keep", options.keep, get_args(Keep))
     if options.keep == "best" and config.evaluation is None:
-        check.problems.append(
-            "--keep best: without evaluation no step is the best; use all or last"
-        )
+        check.append("--keep best: without evaluation no step is the best; use all or last")
     if plan is None:
-        return Forecast(None, merge, state, None, None, check.problems)
+        return Forecast(None, merge, state, None, None, check)
     judge = _judge(plan, merge, out, state)
-    if reads_data or (state is None and not check.problems):
+    if reads_data or (state is None and not check):
         check.run(try_writing, out / STATE_FILE)
         check.run(_check_calibration, plan, merge)
         check.run(_check_evaluation, plan, judge)
     needs = None
-    if not check.problems:
+    if not check:
         needs = room_in(out, disk_needed(plan, options.keep), _memory(plan, merge))
         if watched or plan.steps(state):
             check.run(check_disk, needs, out)
-    return Forecast(plan, merge, state, judge, needs, check.problems)
+    return Forecast(plan, merge, state, judge, needs, check)
 
 
 def seconds_left(plan: StreamPlan, state: State | None) -> float | None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 
-from mergekit_arm.errors import InputError
-from mergekit_arm.models.contents import describe
+from mergekit_arm.models.contents import is_there
 from mergekit_arm.outputs import difference
 from mergekit_arm.streaming.plan.plan import StreamPlan, content_of
 from mergekit_arm.streaming.step.workplace import Workplace
@@ -42,7 +41,7 @@ def score_again(place: Workplace) -> None:
         for record in state.steps:
             record.base = state.base
             for one in record.merged:
-                there = place.plan.config.compare.checkpoints and _is_there(one.reference)
+                there = place.plan.config.compare.checkpoints and is_there(one.reference)
                 one.scores = place.score_aside(one.reference) if there else {}
             if not record.accepted:
                 record.current = state.scores_of(state.before(record.step))
@@ -58,11 +57,3 @@ def score_again(place: Workplace) -> None:
         if record.accepted and place.better(record.current, state.scores_of(best)):
             best = record.step
         record.best_step = best
-
-
-def _is_there(reference: str) -> bool:
-    try:
-        describe(reference)
-    except InputError:
-        return False
-    return True

@@ -1,7 +1,7 @@
 """The stream: one merge after another, each judged, each committed before the next begins.
 
-What can be refused is refused first (``forecast``); then the loop takes a step, saves
-the state, tidies up and draws, until a reason to stop is found; ``ending`` makes ``OUT/model``.
+What can be refused is refused first (``forecast``); then the loop takes a step, saves the state
+and tidies up, until a reason to stop is found; ``ending`` makes ``OUT/model``.
 """
 
 from __future__ import annotations

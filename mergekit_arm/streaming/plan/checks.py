@@ -33,18 +33,15 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Checks:
-    """Runs checks and collects what they refuse, so that a dry run names everything at once."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
+class Checks(list[str]):
+    """What the checks that it runs refuse, so that a dry run names everything at once."""
 
     def run(self, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Return what ``check`` returns, None where it refuses."""
         try:
             return check(*args, **kwargs)
         except InputError as error:
-            self.problems.append(error.message)
+            self.append(error.message)
         return None
 
 

@@ -37,11 +37,6 @@ class StepMethod:
     specs: Mapping[str, ParameterSpec]
     """What it declares, by parameter."""
 
-    @property
-    def only_subspaces(self) -> tuple[str, ...]:
-        """The statistics that are read of a checkpoint, where ``alignment`` asks for them."""
-        return tuple(kind for kind in self.statistics if kind == SUBSPACE.name)
-
 
 def fit_method(
     name: str, parameters: Mapping[str, Any], retains: bool = False, models: int = 1

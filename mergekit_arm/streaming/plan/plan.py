@@ -20,6 +20,7 @@ from mergekit_arm.models.contents import Contents, describe, shortened
 from mergekit_arm.models.loading import choose_device
 from mergekit_arm.models.references import absolute_reference
 from mergekit_arm.models.tokenizer import load_own_tokenizer
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.plan.checks import (
@@ -160,12 +161,12 @@ def make_plan(
     else:
         checkpoints = check.run(list_checkpoints, config, state, notes.append)
     if method is None or base is None or dtype is None or (not watched and checkpoints is None):
-        return None, check.problems
+        return None, check
     begun = len(state.handled) if state else 0
     for one in (one for group in (checkpoints or [])[begun:] for one in group):
         contents = check.run(describe, one.reference)
         if contents is None and begun:
-            notes.append(f"{one.name} will be skipped: {check.problems.pop()}")
+            notes.append(f"{one.name} will be skipped: {check.pop()}")
         elif contents is not None and not config.changes_tokens:
             check.run(same_shapes, one, contents, base)
         notes += check.run(adapter_notes, one, config) or []
@@ -191,7 +192,7 @@ def make_plan(
         rates=rates,
         calibration=calibration,
         published=published,
-        aligns=aligns and bool(method.only_subspaces),
+        aligns=aligns and SUBSPACE.name in method.statistics,
         checkpoints=checkpoints,
         fingerprint=check.run(_fingerprint, config, merge, base) or {},
         base=base,
@@ -199,18 +200,18 @@ def make_plan(
         has_tokenizer=load_own_tokenizer(config.base_model, merge.trust_remote_code) is not None,
         notes=notes,
     )
-    if state is not None and not check.problems:
-        check.run(lambda: check_prefix(plan.fingerprint, plan.steps(), config, state))
-    return plan, check.problems
+    if state is not None and not check:
+        check.run(check_prefix, plan, state)
+    return plan, check
 
 
 def _final_dtype(config: StreamConfig, merge: MergeOptions) -> str:
     if config.dtype is not None:
         return config.dtype
-    base = ModelReference.parse(config.base_model)
+    base = config.base_model
     try:
-        found = base.config(trust_remote_code=merge.trust_remote_code)
-    except (OSError, ValueError) as error:
+        found = ModelReference.parse(base).config(trust_remote_code=merge.trust_remote_code)
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"base_model {base}: {first_line(error)}") from error
     dtype = str(getattr(found, "dtype", None) or "float32").removeprefix("torch.")
     if dtype not in FINAL_DTYPES:

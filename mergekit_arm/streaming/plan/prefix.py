@@ -7,7 +7,7 @@ judged, stopped and kept may change. What may not change is what the steps were 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -20,26 +20,19 @@ from mergekit_arm.streaming.state import MergedCheckpoint, Skipped, State, StepR
 from mergekit_arm.streaming.training.checkpoints import RunCheckpoint
 
 if TYPE_CHECKING:
-    from mergekit_arm.streaming.plan.plan import PlannedStep
+    from mergekit_arm.streaming.plan.plan import PlannedStep, StreamPlan
 
 
-def check_prefix(
-    fingerprint: Mapping[str, str],
-    planned: Sequence[PlannedStep],
-    config: StreamConfig,
-    state: State,
-) -> None:
-    """Refuse a configuration of which ``state`` is not the beginning.
-
-    ``planned``: all steps from the first on; empty under ``--watch``, where they are not known.
+def check_prefix(plan: StreamPlan, state: State) -> None:
+    """Refuse a plan of which ``state`` is not the beginning.
 
     Raises:
         InputError: the first difference, and what to do.
     """
-    old, new = dict(state.fingerprint), dict(fingerprint)
-    for one in state.handled if planned else ():
+    old, new, planned = dict(state.fingerprint), dict(plan.fingerprint), plan.steps()
+    for one in state.handled if planned else ():  # which --watch does not know yet
         if one.position < len(planned):
-            _add_facts(old, new, one, planned[one.position], config)
+            _add_facts(old, new, one, planned[one.position], plan.config)
         else:
             old[one.checkpoint], new[one.checkpoint] = "among the checkpoints", "gone from them"
     change = difference(old, new)

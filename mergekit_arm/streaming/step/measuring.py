@@ -15,6 +15,7 @@ from mergekit_arm.methods.base import STATS
 from mergekit_arm.methods.parameters import MEASURED_ON
 from mergekit_arm.sections import section
 from mergekit_arm.statistics.format import METADATA_FILE, Metadata
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 from mergekit_arm.statistics.locate import locate, read_metadata
 from mergekit_arm.streaming.layout import CHECKPOINT_STATISTICS, STEP_STATISTICS, TASK_STATISTICS
 from mergekit_arm.streaming.plan.plan import PlannedStep
@@ -79,7 +80,7 @@ def _measure(
 
     By default of the model from which the step started. It may have been measured already.
     """
-    out, method = place.folder(step) / name, place.plan.method
+    out = place.folder(step) / name
     if not (out / METADATA_FILE).is_file():
         # Of a stream whose statistics are gone, the model that was measured may be there.
         model = checkpoint or place.needed(place.state.before(step))
@@ -87,7 +88,7 @@ def _measure(
         options = CalibrationOptions(
             model=model,
             out=str(out),
-            statistics=method.only_subspaces if checkpoint else method.statistics,
+            statistics=(SUBSPACE.name,) if checkpoint else place.plan.method.statistics,
             trust_remote_code=place.merge.trust_remote_code,
             lora_merge_cache=place.merge.lora_merge_cache,
             **settings,

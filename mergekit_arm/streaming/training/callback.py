@@ -46,18 +46,17 @@ _OF_A_RANK = re.compile(
 
 
 class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Feeds every checkpoint that a ``Trainer`` saves to a stream, as it is saved.
-
-    The stream is a process of its own, ``mergekit-arm stream … --watch``: training keeps its
-    random numbers, its memory and its speed, as far as the machine has room for both. Where
-    they share an accelerator, say ``device: cpu`` under calibration and evaluation, or see
-    that both fit. Every checkpoint is taken at the moment it is saved, before the trainer can
-    rotate it away; those that wait for a slower stream stay on the disk until it has come to
-    them::
+    """Feeds every checkpoint that a ``Trainer`` saves to a stream, as it is saved::
 
         callback = StreamCallback("stream.yml", "./merged")
         Trainer(..., callbacks=[callback]).train()      # waits for the stream at its end
         model = callback.check()                        # its directory; raises if it failed
+
+    The stream is a process of its own, ``mergekit-arm stream … --watch``: training keeps its
+    random numbers, its memory and its speed, as far as the machine has room for both. Where
+    they share an accelerator, say ``device: cpu`` under calibration and evaluation, or see
+    that both fit. Checkpoints that wait for a slower stream stay on the disk until it has come
+    to them, whatever the trainer rotates away.
 
     It streams the checkpoints of this training only: those that it saves and, where it is
     resumed, those that it had saved before. A stream that fails does not end the training: it is
@@ -110,9 +109,8 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         if self._child is not None and self._child.poll() is None:
             return  # of a training that was interrupted in this process
         run = Path(args.output_dir).absolute()
-        incoming = self.out / INCOMING
         self._check_out(state.global_step)
-        for number, path in numbered_checkpoints(incoming).items():
+        for number, path in numbered_checkpoints(self.out / INCOMING).items():
             if number > state.global_step:  # another training's: this one has not made it yet
                 remove(path)
         file = Path(self._scratch.name) / "stream.yml"

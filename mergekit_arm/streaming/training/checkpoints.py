@@ -114,9 +114,7 @@ def problem_of(reference: str, trust_remote_code: bool) -> str | None:
     part = parsed.lora or parsed.model
     try:
         describe(str(part))
-        folder = Path(part.path)
-        if not folder.is_dir():  # on the Hub
-            folder = Path(ModelReference(model=part).local_path(ignore_lora=True))
+        folder = Path(ModelReference(model=part).local_path())
         for file in weight_files(folder):
             broken = _not_finite(file)
             if broken:
