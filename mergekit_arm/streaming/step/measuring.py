@@ -23,7 +23,7 @@ from mergekit_arm.streaming.step.workplace import Workplace
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepStatistics:
     """A step's statistics, as its merge is told of them."""
 
     shared: dict[str, str] = field(default_factory=dict)
@@ -34,10 +34,10 @@ class Measured:
     step: int | None = None
     """The step whose starting model was measured."""
     tokens: int = 0
-    """Measured for this step; 0 where earlier statistics served."""
+    """StepStatistics for this step; 0 where earlier statistics served."""
 
 
-def measure_step(place: Workplace, planned: PlannedStep) -> Measured:
+def measure_step(place: Workplace, planned: PlannedStep) -> StepStatistics:
     """Return a step's statistics, measured where they are not there yet.
 
     What a killed run had measured is used again. Statistics of an earlier model stay as they
@@ -48,7 +48,7 @@ def measure_step(place: Workplace, planned: PlannedStep) -> Measured:
     """
     calibration, step, shared = place.plan.calibration, planned.step, dict[str, str]()
     if calibration is None:
-        return Measured()
+        return StepStatistics()
     at = step
     if not planned.measures and place.state.steps:
         at = place.state.steps[-1].statistics_from or 1
@@ -66,7 +66,7 @@ def measure_step(place: Workplace, planned: PlannedStep) -> Measured:
     for index, one in enumerate(planned.checkpoints if place.plan.aligns else ()):
         name = f"{CHECKPOINT_STATISTICS}_{index + 1}" if index else CHECKPOINT_STATISTICS
         own.append(_measure(place, step, name, calibration.settings, one.reference))
-    return Measured(shared, own, at, tokens)
+    return StepStatistics(shared, own, at, tokens)
 
 
 def _measure(
@@ -98,7 +98,7 @@ def _measure(
     return str(out)
 
 
-def provenance(measured: Measured) -> str:
+def provenance(measured: StepStatistics) -> str:
     """Return as JSON what the numbers were measured on and with, without the list of weights."""
     found: dict[str, Any] = {"measured_on": f"step {(measured.step or 1) - 1}"}
     told = {"model", "data", "settings", "versions"}

@@ -28,7 +28,7 @@ from mergekit_arm.streaming.plan.document import step_document
 from mergekit_arm.streaming.plan.plan import PlannedStep, one_or_all
 from mergekit_arm.streaming.rates import Rate, rate_text, scaled
 from mergekit_arm.streaming.state import Attempt, MergedCheckpoint, Move, StepRecord
-from mergekit_arm.streaming.step.measuring import Measured, measure_step, provenance
+from mergekit_arm.streaming.step.measuring import StepStatistics, measure_step, provenance
 from mergekit_arm.streaming.step.movement import measure_move
 from mergekit_arm.streaming.step.workplace import Workplace
 from mergekit_arm.streaming.training.checkpoints import RunCheckpoint, problem_of
@@ -63,7 +63,7 @@ class _Step:
     planned: PlannedStep
     current: str
     """Reference of the model that it starts from."""
-    measured: Measured
+    measured: StepStatistics
     options: MergeOptions
     clock: _Clock
 
