@@ -194,8 +194,7 @@ class _Loop:
             state.save(place.out)
 
     def _problem(self, planned: PlannedStep) -> str | None:
-        trust = self.place.merge.trust_remote_code
-        found = (problem_of(one.reference, trust) for one in planned.checkpoints)
+        found = (problem_of(one.reference) for one in planned.checkpoints)
         return next(filter(None, found), None)
 
     def _skip(self, planned: PlannedStep, problem: str) -> None:
@@ -234,9 +233,7 @@ class _Loop:
         evaluation, state = self.place.plan.config.evaluation, self.place.state
         if self.options.finish:
             return "finished early (--finish)"
-        if evaluation is None or evaluation.patience is None:
-            return None
         since = len(state.steps) - state.best
-        if since < evaluation.patience:
-            return None
-        return f"no step was better for {since} steps (patience)"
+        if evaluation is not None and evaluation.patience and since >= evaluation.patience:
+            return f"no step was better for {since} steps (patience)"
+        return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,13 +83,11 @@ class _Step:
             chat_template=self.place.state.chat_template,
         )
 
-    @contextmanager
-    def forgetting(self) -> Iterator[None]:
+    def forgetting(self) -> AbstractContextManager[None]:
         """Forget afterwards what mergekit has opened."""
         references = [one.reference for one in self.planned.checkpoints]
         statistics = [*self.measured.shared.values(), *self.measured.own]
-        with forgetting([self.current, self.merged, *references], statistics):
-            yield
+        return forgetting([self.current, self.merged, *references], statistics)
 
     def merge(self, rates: list[Rate] | None) -> None:
         """Merge into the step's directory, unless this very merge lies there already."""
@@ -138,7 +136,7 @@ class _Step:
             if not math.isfinite(move.update_norm or 0.0):
                 problem = f"{self.merged}: a weight is no finite number"
         else:
-            problem = problem_of(self.merged, False)
+            problem = problem_of(self.merged)
         if problem:
             raise Failure(f"{problem}; try a lower learning_rate")
         return move

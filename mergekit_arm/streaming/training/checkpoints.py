@@ -105,7 +105,7 @@ def reached(state: State | None) -> int:
     return max((number_of(one.checkpoint) for one in (state.handled if state else [])), default=-1)
 
 
-def problem_of(reference: str, trust_remote_code: bool) -> str | None:
+def problem_of(reference: str) -> str | None:
     """Say why a checkpoint cannot be merged: it is gone, unreadable, or holds no number somewhere.
 
     Reads all of its weights, which the merge then finds in memory.
