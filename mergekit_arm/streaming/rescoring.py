@@ -6,7 +6,7 @@ import json
 
 from mergekit_arm.models.contents import is_there
 from mergekit_arm.outputs import difference
-from mergekit_arm.streaming.plan.plan import StreamPlan, content_of
+from mergekit_arm.streaming.plan.plan import StreamPlan, contents_of
 from mergekit_arm.streaming.step.workplace import Workplace
 
 
@@ -16,13 +16,11 @@ def _judged_by(plan: StreamPlan) -> dict[str, str]:
     if evaluation is None:
         return {}
     found = {"device and dtype": f"{evaluation.device} {evaluation.dtype}"}
+    left_out = {"weight", "at_most", "batch_size", "goal", "timeout"}
     for name, one in evaluation.sets.items():
-        left_out = {"weight", "at_most", "batch_size", "goal", "timeout"}
         found[name] = json.dumps(one.model_dump(mode="json", exclude=left_out), sort_keys=True)
-        content = content_of(getattr(one, "dataset", None))
-        if content:
-            found[f"content of the {name} data"] = content
-    return found
+    sets = evaluation.sets.items()
+    return found | contents_of({name: getattr(one, "dataset", None) for name, one in sets})
 
 
 def score_again(place: Workplace) -> None:

@@ -59,10 +59,9 @@ def leaves(setting: Any) -> Iterator[Any]:
 def check_watched(config: StreamConfig) -> None:
     if isinstance(config.checkpoints, list):
         raise InputError("checkpoints: --watch follows one Trainer output directory, not a list")
-    folder = Path(plain_path(config.checkpoints))
-    if folder.exists() and not folder.is_dir():
+    if Path(plain_path(config.checkpoints)).is_file():
         raise InputError(
-            f"checkpoints: {folder} is a file; --watch follows a Trainer's output directory"
+            f"checkpoints: {config.checkpoints} is a file; --watch follows a Trainer's directory"
         )
     if config.passes > 1:
         raise InputError(

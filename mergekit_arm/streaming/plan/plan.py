@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,15 +233,16 @@ def _fingerprint(config: StreamConfig, merge: MergeOptions, base: Contents) -> d
     if config.calibration is not None:
         found["calibration"] = json.dumps(config.calibration.chosen(), sort_keys=True)
         found["calibration.refresh"] = str(config.calibration.refresh)
-        names = ("calibration", "calibration.task")
-        for name, one in zip(names, config.calibration.passes(), strict=False):
-            content = content_of(one.get("dataset"))
-            if content:
-                found[f"content of the {name} data"] = content
+        texts = zip(("calibration", "calibration.task"), config.calibration.passes(), strict=False)
+        found |= contents_of({name: one.get("dataset") for name, one in texts})
     return found | decisive_options(merge)
 
 
-def content_of(dataset: Any) -> str | None:
-    """Return what recognises a data file here; of others only the names are compared."""
-    file = Path(dataset).expanduser() if isinstance(dataset, str) else None
-    return sampled_hash(file)[:16] if file is not None and file.is_file() else None
+def contents_of(datasets: Mapping[str, Any]) -> dict[str, str]:
+    """Return what recognises data files here; of data elsewhere only the names are compared."""
+    files = {name: Path(one).expanduser() for name, one in datasets.items() if isinstance(one, str)}
+    return {
+        f"content of the {name} data": sampled_hash(file)[:16]
+        for name, file in files.items()
+        if file.is_file()
+    }
