@@ -60,6 +60,7 @@ dtype: bfloat16
         ({"dtype": "bfloat"}, "dtype: 'bfloat' is none of bfloat16"),
         ({"learning_rate": 3}, "learning_rate: must lie in (0, 2], not 3"),
         ({"learning_rate": [0.5, 0]}, "learning_rate: must lie in (0, 2], not 0"),
+        ({"learning_rate": []}, "learning_rate: must lie in (0, 2], not []"),
         ({"learning_rate": "fast"}, "learning_rate: must lie in (0, 2], not 'fast'"),
         ({"learning_rate": {"schedule": "cosin", "peak": 1}}, "learning_rate.schedule: input"),
         (

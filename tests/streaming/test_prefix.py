@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mergekit_arm.errors import Failure, InputError
+from mergekit_arm.models.contents import shortened
 from mergekit_arm.streaming import StreamOptions, StreamResult, stream
 from mergekit_arm.streaming.config import load_config
 from mergekit_arm.streaming.forecast import forecast_stream
@@ -108,6 +109,20 @@ def test_a_list_may_grow_and_what_it_named_may_go(models: Path, tmp_path: Path) 
         stream(config(folder, checkpoints=listed[1:]), tmp_path / "out")
     with pytest.raises(InputError, match="was among the checkpoints and is now gone from them"):
         stream(config(folder, checkpoints=listed[:2]), tmp_path / "out")
+
+
+def test_a_list_is_no_beginning_of_a_directory(models: Path, tmp_path: Path) -> None:
+    folder = scene(models, tmp_path, (1,))
+    listed = [str(add(models, folder, 2))]
+    stream(config(folder, checkpoints=listed), tmp_path / "out")
+    with pytest.raises(InputError, match="checkpoints was not set and is now .*/run; put it back"):
+        stream(config(folder), tmp_path / "out")
+
+
+def test_an_adapter_is_recognised_beside_its_model() -> None:
+    model, one, other = "a" * 64, "b" * 64, "c" * 64
+    assert shortened(model) == model[:16]
+    assert shortened(f"{model}+{one}") != shortened(f"{model}+{other}")
 
 
 def test_more_passes_go_on(models: Path, tmp_path: Path) -> None:
