@@ -29,13 +29,14 @@ def check_prefix(plan: StreamPlan, state: State) -> None:
     Raises:
         InputError: the first difference, and what to do.
     """
-    old, new, planned = dict(state.fingerprint), dict(plan.fingerprint), plan.steps()
-    for one in state.handled if planned else ():  # which --watch does not know yet
+    change, planned = difference(state.fingerprint, plan.fingerprint), plan.steps()
+    old, new = dict[str, str](), dict[str, str]()
+    for one in state.handled if planned and not change else ():  # --watch does not know them yet
         if one.position < len(planned):
             _add_facts(old, new, one, planned[one.position], plan.config)
         else:
             old[one.checkpoint], new[one.checkpoint] = "among the checkpoints", "gone from them"
-    change = difference(old, new)
+    change = change or difference(old, new)
     if change:
         raise InputError(f"OUT holds another stream: {change}; put it back, or give another OUT")
 
