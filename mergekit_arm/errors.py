@@ -8,7 +8,7 @@ they end its commands with one line, the exit status below, and no traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import click
 
@@ -36,6 +36,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest of ``known``, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def check_choice(key: str, value: object, known: Sequence[str]) -> None:
+    """Refuse a value of ``key`` that is none of ``known``.
+
+    Raises:
+        InputError: with what it may be.
+    """
+    if value not in known:
+        meant = did_you_mean(str(value), known)
+        raise InputError(f"{key}: {value!r} is none of {', '.join(known)}{meant}")
 
 
 def visible(text: str) -> str:

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mergekit_arm.errors import InputError
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -72,13 +74,13 @@ def publish(staging: Path, final: Path) -> None:
     flush(final.parent)
 
 
-def try_writing(path: Path) -> None:
+def try_writing(path: Path, remedy: str = "give another OUT") -> None:
     """Write a file beside where ``path`` will be, so that what prevents it shows now.
 
     Directories that this takes are made. Nothing is left behind.
 
     Raises:
-        OSError: nothing can be written there.
+        InputError: nothing can be written there; with ``remedy``.
     """
     parent = path.absolute().parent
     missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
@@ -88,6 +90,8 @@ def try_writing(path: Path) -> None:
             file.write(bytes(4096))
             file.flush()
             os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); {remedy}") from error
     finally:
         for folder in missing:
             with suppress(OSError):  # never made, or of use to somebody else by now
@@ -99,6 +103,15 @@ def fresh_directory(path: Path) -> Path:
     remove(path)
     path.mkdir(parents=True)
     return path
+
+
+@contextmanager
+def scratch_at(folder: Path) -> Iterator[Path]:
+    """Give ``folder`` as an empty directory for the duration of the block."""
+    try:
+        yield fresh_directory(folder)
+    finally:
+        remove(folder)
 
 
 def remove(path: Path) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.files import remove
 
 Saved = TypeVar("Saved", bound=BaseModel)
 
@@ -69,6 +71,18 @@ def read_saved(
         return kind.model_validate(document)
     except (OSError, ValueError, AttributeError, ValidationError) as error:
         raise InputError(f"{file} is damaged ({type(error).__name__}); {damaged}") from error
+
+
+def remove_orphans(paths: Iterable[Path]) -> None:
+    """Remove what dead processes had in hand, or whose names tell of none.
+
+    A name holds its process's number between dots. What bears our own is of an earlier process
+    with that number, for this is called before we have anything in hand.
+    """
+    for path in paths:
+        number = next((int(part) for part in path.name.split(".") if part.isdigit()), 0)
+        if number in (0, os.getpid()) or not psutil.pid_exists(number):
+            remove(path)
 
 
 def difference(old: Mapping[str, str], new: Mapping[str, str]) -> str | None:

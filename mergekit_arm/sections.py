@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mergekit_arm.errors import InputError, did_you_mean
+
+T = TypeVar("T")
 
 _LONGEST = 1_000_000
 """Bytes of a file that may be a configuration."""
@@ -134,3 +136,25 @@ def explain(error: ValidationError, known: Mapping[str, Iterable[str]]) -> str:
     # The names of a union's branches say nothing to the user.
     path = ".".join(part for part in place if "[" not in part and part not in ("str", "int"))
     return f"{path}: {message[:1].lower()}{message[1:]}" if path else message
+
+
+def read_checked(
+    source: Mapping[str, Any] | str | Path,
+    check: Callable[[dict[str, Any]], T],
+    known: Mapping[str, Iterable[str]],
+) -> T:
+    """Return what ``check`` makes of a mapping, or of what the YAML file of this name holds.
+
+    What it refuses, by pydantic too, names the file; ``known`` is for :func:`explain`.
+
+    Raises:
+        InputError: one line: the first thing that is wrong, where, and what to write instead.
+    """
+    where = "configuration" if isinstance(source, Mapping) else str(source)
+    document = dict(source) if isinstance(source, Mapping) else read_mapping(Path(source))
+    try:
+        return check(document)
+    except ValidationError as error:
+        raise InputError(f"{where}: {explain(error, known)}") from error
+    except InputError as error:
+        raise InputError(f"{where}: {error.message}") from error

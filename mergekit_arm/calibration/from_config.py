@@ -24,11 +24,10 @@ from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
 from mergekit_arm.calibration.options import CalibrationOptions
-from mergekit_arm.calibration.reading import read_data
+from mergekit_arm.calibration.reading import check_calibration
 from mergekit_arm.calibration.settings import NOT_IN_FILES, checked_settings
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.files import is_path
-from mergekit_arm.models.loading import choose_device, find_model
 from mergekit_arm.models.tensors import CheckpointTensors
 from mergekit_arm.sections import read_mapping
 from mergekit_arm.statistics.read import open_statistics
@@ -83,7 +82,8 @@ def plan_calibrations(
             continue
         options = _options(path, one, {**default, **section.get(key, {})}, given)
         try:
-            _check(options)
+            check_destination(Path(options.out), options.force)
+            check_calibration(options)
         except InputError as error:
             raise InputError(f"{directory}: {error.message}") from error
         data = options.dataset if isinstance(options.dataset, str) else ", ".join(options.dataset)
@@ -212,18 +212,6 @@ def _options(
     decided = {name: given[name] for name in NOT_IN_FILES if name in given}
     checked = _checked(path, directory, settings)
     return CalibrationOptions(model=wanted.model, out=directory, **{**checked, **decided})
-
-
-def _check(options: CalibrationOptions) -> None:
-    """Refuse what a calibration would refuse before its first forward pass, as far as it is quick.
-
-    The data are read as the calibration will; of base+adapter, the base's configuration.
-    """
-    check_destination(Path(options.out), options.force)
-    choose_device(options.device)
-    model = str(ModelReference.parse(options.model).model)
-    with find_model(model, trust_remote_code=options.trust_remote_code) as source:
-        read_data(options, source, lambda _note: None)
 
 
 def _check_left(directory: str, model: str, say: Callable[[str], None]) -> None:

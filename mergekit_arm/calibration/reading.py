@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mergekit.common import ModelReference
 from transformers import PreTrainedTokenizerBase
 
 from mergekit_arm.calibration.options import CalibrationOptions
@@ -12,7 +13,7 @@ from mergekit_arm.data.chats import read_template
 from mergekit_arm.data.corpus import read_corpus
 from mergekit_arm.data.tokens import NeedsTokenizer
 from mergekit_arm.errors import InputError
-from mergekit_arm.models.loading import Source
+from mergekit_arm.models.loading import Source, choose_device, find_model
 from mergekit_arm.models.tokenizer import load_own_tokenizer
 
 
@@ -51,6 +52,20 @@ def read_data(
         say(f"The first block begins: {corpus.excerpt!r}")
     _check_fit(corpus, source, longest)
     return corpus, tokenizer
+
+
+def check_calibration(options: CalibrationOptions) -> None:
+    """Refuse what a calibration would refuse before its first forward pass, as far as it is quick.
+
+    The data are read as the calibration will; of base+adapter, the base's configuration.
+
+    Raises:
+        InputError: no such device, no such model, or data that cannot be used.
+    """
+    choose_device(options.device)
+    model = str(ModelReference.parse(options.model).model)
+    with find_model(model, trust_remote_code=options.trust_remote_code) as source:
+        read_data(options, source, lambda _note: None)
 
 
 def choose_tokenizer(options: CalibrationOptions) -> PreTrainedTokenizerBase | None:

@@ -125,7 +125,7 @@ def _named(document: Document, message: str) -> Place:
 
     The key that nobody knows, or as much of the place as the document has; of a model, its name.
     """
-    words = re.findall(r"[\w.\[\]]+(?=: )", message.removeprefix("stream configuration: "))[:3]
+    words = re.findall(r"[\w.\[\]]+(?=: )", message.removeprefix("configuration: "))[:3]
     if found := re.search(r"unknown key '(\w+)'(?: in ([\w.]+))?", message):
         words += [found[2] or "", found[1]]
     place: Place = ()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from mergekit import merge_methods
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import MergeMethod
@@ -25,7 +24,7 @@ from mergekit_arm.checking.tensors import TensorCheck
 from mergekit_arm.checking.vocabulary import builds_tokenizer, check_vocabulary
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.merging.room import Room
-from mergekit_arm.methods import register_all
+from mergekit_arm.methods import find_method
 
 
 def check_merge(
@@ -105,16 +104,10 @@ def _method(value: Mapping[str, object], findings: Findings) -> MergeMethod | No
     name = value.get("merge_method")
     if not isinstance(name, str):
         return None  # mergekit's own refusal says so
-    register_all()
-    known = [method.spec.name for method in merge_methods.registered_methods()]
     try:
-        return merge_methods.get(name)
-    except (InputError, KeyError, RuntimeError):
-        # Such as dare-ties: mergekit's names have underscores.
-        meant = did_you_mean(name.replace("-", "_"), known)
-        findings.error(
-            ("merge_method",), f"no method {name!r}{meant}; there are: {', '.join(known)}"
-        )
+        return find_method(name)
+    except InputError as error:
+        findings.error(("merge_method",), error.message.partition(": ")[2])
     return None
 
 

@@ -13,7 +13,6 @@ from mergekit.options import MergeOptions
 from mergekit_arm.checking.findings import Findings
 from mergekit_arm.checking.models import Header, Model
 from mergekit_arm.checking.planning import Planned
-from mergekit_arm.errors import InputError
 from mergekit_arm.files import try_writing
 from mergekit_arm.merging.room import Room, room_in
 
@@ -47,12 +46,7 @@ def estimate(
 
 def check_room(room: Room, out: Path, findings: Findings) -> None:
     """Find too little disk or memory, and a place that cannot be written."""
-    try:
-        try_writing(out / "config.json")
-    except OSError as error:
-        raise InputError(
-            f"{out} cannot be written: {error.strerror}; give another --out"
-        ) from error
+    try_writing(out / "config.json", "give another --out")
     if room.disk > room.disk_free:
         findings.error((), f"{out} has too little disk: {room}; give another directory with --out")
     if room.memory > room.memory_free:

@@ -77,10 +77,7 @@ def import_imatrix(
     """
     file, out = Path(file), Path(out)
     check_destination(out, force)
-    try:
-        try_writing(out)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}") from error
+    try_writing(out)
     matrix = read_imatrix(file)
     with find_model(model, trust_remote_code=trust_remote_code) as source:
         layers = getattr(source.config.get_text_config(), "num_hidden_layers", 0)

@@ -46,6 +46,10 @@ class MetricSet(Section):
     """Seconds after which the command counts as failed."""
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
+    @property
+    def at_most(self) -> None:
+        """Numbers of commands have no bound."""
+
     @model_validator(mode="after")
     def _names_the_model(self) -> MetricSet:
         if "{model}" not in self.metric_command:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import psutil
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import Failure, first_line
 from mergekit_arm.files import fresh_directory, publish, remove
 from mergekit_arm.models.tokenizer import load_own_tokenizer
+from mergekit_arm.outputs import remove_orphans
 
 
 def merge_adapter(reference: str, options: MergeOptions) -> str:
@@ -29,9 +29,7 @@ def merge_adapter(reference: str, options: MergeOptions) -> str:
     final = cache / f"{parsed.model._unique_id()}_{parsed.lora._unique_id()}"
     if final.exists():
         return str(final)
-    for left in cache.glob(".partial.*"):
-        if not psutil.pid_exists(int(left.suffix[1:])):
-            remove(left)
+    remove_orphans(cache.glob(".partial.*"))
     staging = fresh_directory(cache / f".partial.{os.getpid()}")
     try:
         merged = parsed.merged(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,14 @@ def front_matter(models: Iterable[str]) -> str:
     return str(yaml.safe_dump(front, sort_keys=False))
 
 
-def table(rows: Iterable[list[str]]) -> str:
-    """Return a Markdown table, whose second row is the line below the header."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def numbers(scores: Mapping[str, float], names: Iterable[str]) -> list[str]:
+    """Return the scores of these names for a table, empty where there is none."""
+    return [f"{scores[name]:.4f}" if name in scores else "" for name in names]
 
 
 def without_paths(document: Any) -> Any:

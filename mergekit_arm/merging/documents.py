@@ -10,10 +10,12 @@ from typing import Any
 
 import yaml
 from mergekit._data import chat_templates
-from mergekit.config import ConfigYamlDumper
+from mergekit.config import ConfigYamlDumper, MergeConfiguration
 from mergekit.options import MergeOptions
+from pydantic import ValidationError
 
-from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.errors import InputError, check_choice, did_you_mean, first_line
+from mergekit_arm.sections import explain
 
 FINAL_DTYPES = ("bfloat16", "float16", "float32", "float64")
 """What a merged model can be in."""
@@ -25,11 +27,21 @@ def check_dtype(key: str, name: object) -> None:
     Raises:
         InputError: there is no such dtype.
     """
-    if name is not None and name not in FINAL_DTYPES:
-        raise InputError(
-            f"{key}: {name!r} is none of {', '.join(FINAL_DTYPES)}"
-            f"{did_you_mean(str(name), FINAL_DTYPES)}"
-        )
+    if name is not None:
+        check_choice(key, name, FINAL_DTYPES)
+
+
+def accepted(document: Mapping[str, Any]) -> MergeConfiguration:
+    """Return what mergekit makes of a configuration.
+
+    Raises:
+        InputError: it does not parse.
+    """
+    try:
+        return MergeConfiguration.model_validate(dict(document))
+    except (ValidationError, RuntimeError) as error:
+        why = explain(error, {}) if isinstance(error, ValidationError) else first_line(error)
+        raise InputError(f"mergekit does not accept it: {why}") from error
 
 
 def check_chat_template(template: str | None) -> None:

@@ -14,6 +14,10 @@ A new method is one file, and one line in ``METHODS``.
 
 from __future__ import annotations
 
+from mergekit import merge_methods
+from mergekit.merge_methods import MergeMethod
+
+from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.methods.arm import ArmMerge
 from mergekit_arm.methods.base import StatisticsMethod
 from mergekit_arm.methods.registration import register, register_aim
@@ -27,3 +31,21 @@ def register_all() -> None:
     for method in METHODS:
         register(method)
     register_aim()  # last: it wraps what is registered, ours included
+
+
+def find_method(name: str) -> MergeMethod:
+    """Return a merge method, mergekit's or ours.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    register_all()
+    known = [method.spec.name for method in merge_methods.registered_methods()]
+    try:
+        return merge_methods.get(name)
+    except (InputError, KeyError, RuntimeError, ValueError) as error:
+        # Such as dare-ties: mergekit's names have underscores.
+        meant = did_you_mean(str(name).replace("-", "_"), known)
+        raise InputError(
+            f"merge_method: no method {name!r}{meant}; there are: {', '.join(known)}"
+        ) from error

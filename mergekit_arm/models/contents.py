@@ -56,6 +56,20 @@ def describe(reference: str) -> Contents:
     return Contents(model.shapes, model.parameters, f"{model.fingerprint}+{adapter.fingerprint}")
 
 
+def is_there(reference: str) -> bool:
+    """Say whether :func:`describe` finds a model whole."""
+    try:
+        describe(reference)
+    except InputError:
+        return False
+    return True
+
+
+def shortened(fingerprint: str) -> str:
+    """Return the first digits of a fingerprint, of an adapter's model and of the adapter."""
+    return "+".join(part[:16] for part in fingerprint.split("+"))
+
+
 def is_adapter(folder: Path) -> bool:
     """Say whether a directory holds an adapter and no whole model."""
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()

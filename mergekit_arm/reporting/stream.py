@@ -16,7 +16,7 @@ from mergekit_arm.reporting.drawings import (
     curves,
 )
 from mergekit_arm.reporting.page import Grid, Page
-from mergekit_arm.streaming.rates import rate_text
+from mergekit_arm.streaming.report.card import STEPS, step_rows
 from mergekit_arm.streaming.state import State, StepRecord
 
 _TURNED = 0.01
@@ -33,13 +33,14 @@ def stream_page(out: Path, state: State) -> Page:
     if state.steps and not state.base:
         notes.append("The configuration names nothing to judge by, so that there are no scores.")
     notes += [f"{one.checkpoint} could not be merged: {one.reason}" for one in state.skipped]
+    header = (*STEPS, *(state.base or {}))
     drawings = [_scores(state, name, number) for number, name in enumerate(state.base or {}, 1)]
     return Page(
         title=f"A stream of {len(state.steps)} steps: {out.name}",
         facts=list(_facts(out, state)),
         drawings=[*drawings, *_moves(state.steps)],
         notes=notes,
-        tables=[_table(state)] if state.steps else [],
+        tables=[Grid("Steps", header, list(step_rows(state)))] if state.steps else [],
     )
 
 
@@ -130,21 +131,3 @@ def _facts(out: Path, state: State) -> Iterator[tuple[str, str]]:
         yield name, f"{facts.get('tokens', 0):,} tokens, SHA-256 {str(facts.get('sha256'))[:16]}"
     if state.average is not None and state.average.missing:
         yield "average of the checkpoints", f"not scored: {state.average.missing}"
-
-
-def _table(state: State) -> Grid:
-    names = list(state.base or {})
-    rows = []
-    if names:
-        rows.append(["0", "base", "", "", *(f"{(state.base or {})[name]:.4f}" for name in names)])
-    for r in state.steps:
-        rows.append(
-            [
-                str(r.step),
-                r.checkpoint,
-                rate_text(r.learning_rate) if r.accepted else "not merged",
-                "" if r.update_norm is None else f"{r.update_norm:.4g}",
-                *(f"{r.current[name]:.4f}" if name in r.current else "" for name in names),
-            ]
-        )
-    return Grid("Steps", ("step", "checkpoint", "learning rate", "‖update‖", *names), rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -29,14 +28,11 @@ class Calibration(Section):
     def _collect(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             raise ValueError("must be a mapping such as {dataset: ./calibration.jsonl}")
-        checked = functools.partial(
-            checked_settings, decided=("statistics",), beside=("refresh", *_TEXTS)
-        )
-        refresh = {"refresh": given.get("refresh", "once")}
-        shared = {key: value for key, value in given.items() if key not in ("refresh", *_TEXTS)}
-        texts = [given[key] for key in _TEXTS if key in given]
+        shared = dict(given)
+        refresh = {"refresh": shared.pop("refresh", "once")}
+        texts = [shared.pop(key) for key in _TEXTS if key in shared]
         if not texts:
-            return {**refresh, "settings": checked(shared), "task": None}
+            return {**refresh, "settings": _checked(shared)}
         if len(texts) == 1 or not all(isinstance(one, Mapping) for one in texts):
             raise ValueError(
                 "general and task belong together, each a mapping such as {dataset: ./task.jsonl}"
@@ -44,7 +40,7 @@ class Calibration(Section):
         general, task = ({**shared, **text} for text in texts)
         if "dataset" not in general or "dataset" not in task:
             raise ValueError("general and task each need a dataset")
-        return {**refresh, "settings": checked(general), "task": checked(task)}
+        return {**refresh, "settings": _checked(general), "task": _checked(task)}
 
     @field_validator("refresh", mode="before")
     @classmethod
@@ -69,3 +65,7 @@ class Calibration(Section):
             return step == 1
         every = 1 if self.refresh == "every" else int(self.refresh)
         return (step - 1) % every == 0
+
+
+def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    return checked_settings(given, decided=("statistics",), beside=("refresh", *_TEXTS))

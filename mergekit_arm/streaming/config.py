@@ -10,18 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import (
-    Field,
-    ModelWrapValidatorHandler,
-    PrivateAttr,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, field_validator, model_validator
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.merging.documents import check_dtype
-from mergekit_arm.sections import Section, explain, read_mapping
+from mergekit_arm.sections import Section, read_checked
 from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.rates import LineSearch, PerRun, Rates, Schedule, read_rates
 from mergekit_arm.streaming.verdict import EVALUATION_KEYS, Evaluation
@@ -107,26 +100,24 @@ _KEYS = {
 """What a section may hold, for messages."""
 
 
-def load_config(source: StreamConfig | Mapping[str, Any] | str | Path) -> StreamConfig:
+def load_config(
+    source: StreamConfig | Mapping[str, Any] | str | Path, **changes: Any
+) -> StreamConfig:
     """Return the checked configuration from a YAML file, a mapping, or itself.
+
+    ``changes``: keys that hold in the place of those of the source.
 
     Raises:
         InputError: one line: the first thing that is wrong, where, and what to write instead.
     """
-    if isinstance(source, StreamConfig):
-        return source
-    if isinstance(source, Mapping):
-        where, document = "stream configuration", dict(source)
-    else:
-        where, document = str(source), read_mapping(Path(source))
+    written = source.document() if isinstance(source, StreamConfig) else source
+    return read_checked(written, lambda document: _read({**document, **changes}), _KEYS)
+
+
+def _read(document: dict[str, Any]) -> StreamConfig:
     for key, remedy in _ELSEWHERE.items():
         if key in document:
-            raise InputError(f"{where}: {key}: {remedy}")
-    try:
-        config = StreamConfig.model_validate(document)
-        check_dtype("dtype", config.dtype)
-    except ValidationError as error:
-        raise InputError(f"{where}: {explain(error, _KEYS)}") from error
-    except InputError as error:
-        raise InputError(f"{where}: {error.message}") from error
+            raise InputError(f"{key}: {remedy}")
+    config = StreamConfig.model_validate(document)
+    check_dtype("dtype", config.dtype)
     return config

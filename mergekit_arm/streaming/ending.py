@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 
-from mergekit_arm.errors import Failure, InputError
+from mergekit_arm.errors import Failure
 from mergekit_arm.files import remove, write_text
+from mergekit_arm.judging.judge import Scores
 from mergekit_arm.merging.adapters import merge_adapter
 from mergekit_arm.merging.documents import to_yaml
 from mergekit_arm.merging.merge import forgetting, merge
 from mergekit_arm.merging.options import LORA_CACHE
-from mergekit_arm.models.contents import describe
+from mergekit_arm.models.contents import is_there
 from mergekit_arm.streaming.layout import (
     AVERAGE,
     CARD,
@@ -33,8 +34,8 @@ def finish(place: Workplace, reason: str) -> int:
     if chosen == 0:
         place.say("no step was better than the base: the final model is the base")
     _make_model(place, chosen)
-    evaluation, compare = place.plan.config.evaluation, place.plan.config.compare
-    if compare.average and evaluation and (evaluation.has_data or compare.commands):
+    judge, compare = place.judge, place.plan.config.compare
+    if compare.average and judge and (judge.has_data or compare.commands):
         _average(place)
     # A finished model is published as it lies there: nothing half-written goes into it.
     facts = place.folder(chosen or len(state.steps)) / PROVENANCE
@@ -52,26 +53,22 @@ def finish(place: Workplace, reason: str) -> int:
 
 
 def _make_model(place: Workplace, chosen: int) -> None:
-    state, model = place.state, place.out / MODEL
-    source, options = place.model_of(chosen), place.merge
+    state, model, source = place.state, place.out / MODEL, place.model_of(chosen)
+    copies = place.merge.copy_tokenizer and place.plan.has_tokenizer
+    options = place.merge.model_copy(update={"copy_tokenizer": copies})
     document = cast_document(source, place.plan.final_dtype)
     if state.chat_template is not None:
         document["chat_template"] = state.chat_template
-    made = f"{to_yaml(document)}{options.out_shard_size} {options.safe_serialization}"
+    text = to_yaml(document)
+    made = f"{text}{options.out_shard_size} {options.safe_serialization}"
     if model.is_dir() and state.final == made:
         return
-    place.needed(chosen, "of which the final model would be made")
+    place.needed(chosen)
     if state.final is not None and model.is_dir():
         place.say(f"{model} is replaced: it becomes step {chosen} in {place.plan.final_dtype}")
     merge_adapter(source, options)
-    copies = options.copy_tokenizer and place.plan.has_tokenizer
     with forgetting([source]):
-        merge(
-            document,
-            to_yaml(document),
-            model,
-            options.model_copy(update={"copy_tokenizer": copies}),
-        )
+        merge(document, text, model, options)
     state.final = made
     state.save(place.out)
 
@@ -81,30 +78,33 @@ def _average(place: Workplace) -> None:
     state = place.state
     if state.average is not None and state.average.steps == len(state.steps):
         return
-    merged = [one for record in state.steps for one in record.merged]
-    references = list(dict.fromkeys(one.reference for one in merged))
     state.average = AverageScores(steps=len(state.steps))
-    if len(references) < 2 or place.plan.config.changes_tokens:
-        single = "a single checkpoint was merged"
-        state.average.missing = single if len(references) < 2 else "the merges change the tokens"
-        return
+    merged = [one.reference for record in state.steps for one in record.merged]
     try:
-        for reference in references:
-            describe(reference)
-            merge_adapter(reference, place.merge)
-    except InputError:
-        state.average.missing = "not all of the checkpoints are there any more"
-        place.say(f"the uniform average is not scored: {state.average.missing}")
-        return
-    model = place.out / AVERAGE
-    document = average_document(references)
-    options = place.merge.model_copy(update={"copy_tokenizer": place.plan.has_tokenizer})
-    try:
-        with forgetting([*references, str(model)]):
-            merge(document, to_yaml(document), model, options)
-        state.average.scores = place.score_aside(str(model))
+        state.average.scores = _score_average(place, list(dict.fromkeys(merged)))
     except Failure as error:  # it is there to be looked at: the stream does not depend on it
         state.average.missing = error.message
         place.say(f"the uniform average is not scored: {error.message}")
     finally:
-        remove(model)
+        remove(place.out / AVERAGE)
+
+
+def _score_average(place: Workplace, references: list[str]) -> Scores:
+    """Merge and score the average of these models.
+
+    Raises:
+        Failure: it cannot be had.
+    """
+    if len(references) < 2:
+        raise Failure("a single checkpoint was merged")
+    if place.plan.config.changes_tokens:
+        raise Failure("the merges change the tokens")
+    if not all(map(is_there, references)):
+        raise Failure("not all of the checkpoints are there any more")
+    for reference in references:
+        merge_adapter(reference, place.merge)
+    document, model = average_document(references), place.out / AVERAGE
+    options = place.merge.model_copy(update={"copy_tokenizer": place.plan.has_tokenizer})
+    with forgetting([*references, str(model)]):
+        merge(document, to_yaml(document), model, options)
+    return place.score_aside(str(model))

@@ -6,7 +6,7 @@ A dry run shows all of it; a stream refuses the first problem.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -16,22 +16,19 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_arm.calibration.options import CalibrationOptions
-from mergekit_arm.calibration.reading import choose_tokenizer
-from mergekit_arm.data.corpus import read_corpus
-from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.calibration.reading import check_calibration
+from mergekit_arm.errors import InputError, check_choice
 from mergekit_arm.files import size_of, try_writing
-from mergekit_arm.judging.judge import Judge, Progress
-from mergekit_arm.machine import free_disk
+from mergekit_arm.judging.judge import Judge
 from mergekit_arm.merging.options import complete_options
 from mergekit_arm.merging.room import Room, room_in
-from mergekit_arm.models.loading import choose_device, find_model
+from mergekit_arm.models.loading import choose_device
 from mergekit_arm.models.references import plain_path
 from mergekit_arm.models.tensors import open_tensors
 from mergekit_arm.sections import section
 from mergekit_arm.statistics.read import open_statistics
 from mergekit_arm.streaming.config import StreamConfig, load_config
-from mergekit_arm.streaming.judge import make_judge
-from mergekit_arm.streaming.layout import STATE_FILE
+from mergekit_arm.streaming.layout import METRIC_LOG, MODEL, STATE_FILE, step_folder
 from mergekit_arm.streaming.options import Keep, StreamOptions
 from mergekit_arm.streaming.plan.checks import Checks
 from mergekit_arm.streaming.plan.document import STEP_BYTES
@@ -67,6 +64,8 @@ def forecast_stream(
     config: StreamConfig | Mapping[str, Any] | str | Path,
     out: str | Path,
     options: StreamOptions | None = None,
+    *,
+    reads_data: bool = True,
 ) -> Forecast:
     """Check a stream and forecast what it takes. Loads no model, leaves no file.
 
@@ -74,47 +73,33 @@ def forecast_stream(
         config: as ``stream`` takes it.
         out: a new directory, or that of the same stream.
         options: as ``stream`` will be given them.
+        reads_data: also of a stream that has begun, whose next step would do so itself.
 
     Raises:
         InputError: ``config`` is no stream's. All else that is wrong is among the problems.
     """
-    out = Path(plain_path(out))
-    return look_ahead(load_config(config), out, options or StreamOptions(), dry=True)
-
-
-def look_ahead(
-    config: StreamConfig,
-    out: Path,
-    options: StreamOptions,
-    *,
-    dry: bool = False,
-    say: Callable[[str], None] | None = None,
-    progress: Progress | None = None,
-) -> Forecast:
-    """Return what a stream will do and what is wrong with it.
-
-    ``dry``: look at the data also of a stream that has begun, whose loop would do so itself.
-    ``say`` and ``progress`` are the judge's.
-    """
+    out, config, options = Path(plain_path(out)), load_config(config), options or StreamOptions()
     check, merge = Checks(), complete_options(options.merge, out)
-    state = check.run(lambda: read_state(out))
+    state = check.run(read_state, out)
     watched = options.watch is not None
     plan, problems = make_plan(config, merge, watched=watched, state=state)
-    check.problems += problems
-    check.run(lambda: _check_keep(plan, options.keep))
+    check += problems
+    check.run(check_choice, "keep", options.keep, get_args(Keep))
+    if options.keep == "best" and config.evaluation is None:
+        check.append("--keep best: without evaluation no step is the best; use all or last")
     if plan is None:
-        return Forecast(None, merge, state, None, None, check.problems)
-    judge = make_judge(plan, merge, out, state, say, progress)
-    if dry or (state is None and not check.problems):
-        check.run(lambda: _check_writable(out))
-        check.run(lambda: _check_calibration(plan, merge))
-        check.run(lambda: _check_evaluation(plan, judge))
+        return Forecast(None, merge, state, None, None, check)
+    judge = _judge(plan, merge, out, state)
+    if reads_data or (state is None and not check):
+        check.run(try_writing, out / STATE_FILE)
+        check.run(_check_calibration, plan, merge)
+        check.run(_check_evaluation, plan, judge)
     needs = None
-    if not check.problems:
+    if not check:
         needs = room_in(out, disk_needed(plan, options.keep), _memory(plan, merge))
-        if watched or plan.left(state):
-            check.run(lambda: check_disk(plan, out, options.keep))
-    return Forecast(plan, merge, state, judge, needs, check.problems)
+        if watched or plan.steps(state):
+            check.run(check_disk, needs, out)
+    return Forecast(plan, merge, state, judge, needs, check)
 
 
 def seconds_left(plan: StreamPlan, state: State | None) -> float | None:
@@ -128,12 +113,11 @@ def seconds_left(plan: StreamPlan, state: State | None) -> float | None:
     return spent / len(state.steps) * (plan.length - state.position)
 
 
-def check_disk(plan: StreamPlan, out: Path, keep: Keep) -> None:
+def check_disk(needs: Room, out: Path) -> None:
     """Refuse a disk that cannot hold the stream; what ``out`` holds already counts as free."""
-    needed = disk_needed(plan, keep)
-    free = free_disk(out) + (size_of(out) if out.is_dir() else 0)
-    if needed > free:
-        sizes = f"about {size_text(needed)} of disk and {size_text(free)} are free"
+    free = needs.disk_free + (size_of(out) if out.is_dir() else 0)
+    if needs.disk > free:
+        sizes = f"about {size_text(needs.disk)} of disk and {size_text(free)} are free"
         raise InputError(f"{out}: the stream needs {sizes}: put OUT elsewhere, or use --keep last")
 
 
@@ -159,20 +143,25 @@ def _memory(plan: StreamPlan, merge: MergeOptions) -> int:
     return shard + 5 * largest * STEP_BYTES
 
 
-def _check_keep(plan: StreamPlan | None, keep: str) -> None:
-    known = get_args(Keep)
-    if keep not in known:
-        meant = did_you_mean(str(keep), known)
-        raise InputError(f"keep must be {', '.join(known)}, not {keep!r}{meant}")
-    if plan is not None and keep == "best" and plan.config.evaluation is None:
-        raise InputError("--keep best: without evaluation no step is the best; use all or last")
-
-
-def _check_writable(out: Path) -> None:
-    try:
-        try_writing(out / STATE_FILE)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}; give another OUT") from error
+def _judge(plan: StreamPlan, merge: MergeOptions, out: Path, state: State | None) -> Judge | None:
+    """Return what scores the stream's models, None without ``evaluation``."""
+    evaluation = plan.config.evaluation
+    if evaluation is None:
+        return None
+    # The chat template of any of them may stand in for the base's.
+    steps = (step_folder(out, one.step) / MODEL for one in (state.steps if state else []))
+    made = [str(one) for one in steps if one.is_dir()][:1]
+    first = [one.reference for one in (plan.checkpoints or [()])[0]]
+    return Judge(
+        evaluation.sets,
+        [plan.config.base_model, *made, *first],
+        merge,
+        evaluation.device,
+        evaluation.dtype,
+        plan.config.changes_tokens,
+        named=evaluation.named,
+        log=out / METRIC_LOG,
+    )
 
 
 def _check_calibration(plan: StreamPlan, merge: MergeOptions) -> None:
@@ -182,18 +171,10 @@ def _check_calibration(plan: StreamPlan, merge: MergeOptions) -> None:
         _check_published(plan)
         if plan.calibration.refresh == "once":
             return
-    # Without its adapter, which would be merged for nothing, and by a dry run into OUT.
-    base = str(ModelReference.parse(plan.config.base_model).model)
-    with find_model(base, trust_remote_code=merge.trust_remote_code), section("calibration"):
+    with section("calibration"):
         for settings in plan.calibration.passes():
-            options = CalibrationOptions(
-                plan.config.base_model,
-                out="",
-                trust_remote_code=merge.trust_remote_code,
-                **settings,
-            )
-            choose_device(options.device)
-            read_corpus(options.data(), choose_tokenizer(options))
+            trust, base = merge.trust_remote_code, plan.config.base_model
+            check_calibration(CalibrationOptions(base, "", trust_remote_code=trust, **settings))
 
 
 def _check_published(plan: StreamPlan) -> None:

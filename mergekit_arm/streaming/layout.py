@@ -40,14 +40,20 @@ CHECKPOINT_STATISTICS = "checkpoint_statistics"
 # In a Trainer's output directory.
 END_MARKER = "stream.end"
 
-_IN_OUT = (MODEL, STATE_FILE, JOURNAL, PLOT, CARD)
-_IN_A_STEP = (
-    MODEL, STEP_CONFIG, PROVENANCE, STEP_STATISTICS, TASK_STATISTICS, CHECKPOINT_STATISTICS
+_WRITTEN = (
+    MODEL, STATE_FILE, JOURNAL, PLOT, CARD,
+    STEP_CONFIG, PROVENANCE, STEP_STATISTICS, TASK_STATISTICS, CHECKPOINT_STATISTICS,
 )  # fmt: skip
+
+
+def step_folder(out: Path, step: int) -> Path:
+    """Return the directory of a step (from 1)."""
+    return out / STEPS / f"{step:03d}"
 
 
 def left_behind(out: Path) -> list[Path]:
     """Return what a killed stream left half-way."""
-    found = [path for step in out.glob(f"{STEPS}/*") for path in unfinished(step, _IN_A_STEP)]
+    folders = (out, *out.glob(f"{STEPS}/*"))
+    found = [path for folder in folders for path in unfinished(folder, _WRITTEN)]
     whole = (out / name for name in (LORA_CACHE, SCRATCH, AVERAGE))
-    return [*unfinished(out, _IN_OUT), *found, *(path for path in whole if path.exists())]
+    return [*found, *(path for path in whole if path.exists())]

@@ -74,13 +74,18 @@ def read_rates(value: Any) -> Rates:
         return LineSearch.model_validate(value)
     if isinstance(value, Mapping) and "runs" in value:
         return PerRun.model_validate(value)
-    if isinstance(value, list) and not _is_filters(value):
+    if isinstance(value, list) and value and not _is_filters(value):
         return [
             [_rate(run) for run in one] if isinstance(one, list) and not _is_filters(one)
             else _rate(one)
             for one in value
         ]  # fmt: skip
     return value if isinstance(value, LineSearch | PerRun) else _rule(value)
+
+
+def entries(setting: Rates | None) -> int | None:
+    """Return for how many steps ``setting`` lists a rate; None where it is no such list."""
+    return len(setting) if isinstance(setting, list) and not _is_filters(setting) else None
 
 
 def check_rates(setting: Rates, steps: int | None) -> None:
@@ -92,11 +97,8 @@ def check_rates(setting: Rates, steps: int | None) -> None:
     if isinstance(setting, PerRun):
         for one in setting.runs:
             check_rates(one, steps)
-    elif isinstance(setting, list) and not _is_filters(setting):
-        if steps is not None and len(setting) != steps:
-            raise InputError(
-                f"learning_rate has {len(setting)} entries for {steps} steps: give one a step"
-            )
+    elif (count := entries(setting)) is not None and steps not in (None, count):
+        raise InputError(f"learning_rate has {count} entries for {steps} steps: give one a step")
     elif isinstance(setting, Schedule):
         length = setting.steps or steps
         if length is None and setting.schedule != "constant":
@@ -115,20 +117,18 @@ def check_rates(setting: Rates, steps: int | None) -> None:
             )
 
 
-def rates_at(setting: Rates, index: int, steps: int | None, runs: int = 1) -> list[Rate] | None:
-    """Return the rates of ``runs`` models at step ``index`` (from 0), None past a list's end.
+def rates_at(setting: Rates, index: int, steps: int | None, runs: int = 1) -> list[Rate]:
+    """Return the rates of ``runs`` models at step ``index`` (from 0), which a list must have.
 
     Raises:
         InputError: another number of runs was given rates.
     """
+    assert not isinstance(setting, LineSearch)  # whose rates the step finds out
     if isinstance(setting, PerRun):
         own: Any = [rule_at(one, index, steps) for one in setting.runs]
     elif isinstance(setting, list) and not _is_filters(setting):
-        if index >= len(setting):
-            return None
         own = setting[index]
     else:
-        assert not isinstance(setting, LineSearch)  # whose rates the step finds out
         own = rule_at(setting, index, steps)
     if not isinstance(own, list) or _is_filters(own):
         return [own] * runs
@@ -163,28 +163,22 @@ def rule_at(setting: Rate | Schedule, index: int, steps: int | None) -> Rate:
     return setting.peak + (final - setting.peak) * progress
 
 
-def scaled(rate: Rate, factor: float) -> Rate:
-    """Return ``rate`` times ``factor``, under every filter."""
-    if not isinstance(rate, list):
-        return rate * factor
-    return [{**one, "value": _times(one["value"], factor)} for one in rate]
+def scaled(rate: Any, factor: float) -> Any:
+    """Return a rate, or a list of rates, times ``factor``, under every filter."""
+    if isinstance(rate, list):
+        return [scaled(one, factor) for one in rate]
+    if isinstance(rate, dict):
+        return {**rate, "value": scaled(rate["value"], factor)}
+    return rate * factor
 
 
 def rate_text(rate: Any) -> str:
-    """Return a rate, or a list with one for each run, for tables: ``0.5``, ``mlp 0.3, 0.5``."""
-    if not isinstance(rate, list):
-        return "" if rate is None else f"{rate:.4g}"
-    parts = []
-    for one in rate:
-        if isinstance(one, dict):
-            parts.append(f"{one.get('filter', '')} {rate_text(one['value'])}".strip())
-        else:
-            parts.append(rate_text(one))
-    return ", ".join(parts)
-
-
-def _times(value: Any, factor: float) -> Any:
-    return [one * factor for one in value] if isinstance(value, list) else value * factor
+    """Return a rate, or a list of rates, for tables: ``0.5``, ``mlp 0.3, 0.5``."""
+    if isinstance(rate, list):
+        return ", ".join(map(rate_text, rate))
+    if isinstance(rate, dict):
+        return f"{rate.get('filter', '')} {rate_text(rate['value'])}".strip()
+    return "" if rate is None else f"{rate:.4g}"
 
 
 def _is_filters(value: Any) -> bool:

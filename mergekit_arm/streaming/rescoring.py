@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from mergekit_arm.errors import InputError
-from mergekit_arm.models.contents import describe
+import json
+
+from mergekit_arm.models.contents import is_there
 from mergekit_arm.outputs import difference
+from mergekit_arm.streaming.plan.plan import StreamPlan, contents_of
 from mergekit_arm.streaming.step.workplace import Workplace
 
 
-def score_again(place: Workplace, judge: dict[str, str]) -> None:
-    """Bring all scores of the state to those of ``judge``, and the best step with them.
+def _judged_by(plan: StreamPlan) -> dict[str, str]:
+    """Return what every score of a stream depends on."""
+    evaluation = plan.config.evaluation
+    if evaluation is None:
+        return {}
+    found = {"device and dtype": f"{evaluation.device} {evaluation.dtype}"}
+    left_out = {"weight", "at_most", "batch_size", "goal", "timeout"}
+    for name, one in evaluation.sets.items():
+        found[name] = json.dumps(one.model_dump(mode="json", exclude=left_out), sort_keys=True)
+    sets = evaluation.sets.items()
+    return found | contents_of({name: getattr(one, "dataset", None) for name, one in sets})
+
+
+def score_again(place: Workplace) -> None:
+    """Bring all scores of the state to those of the plan's judge, and the best step with them.
 
     Models whose weights are gone have no score any more, and cannot be the best; it is said.
     """
-    state = place.state
+    state, judge = place.state, _judged_by(place.plan)
     changed = difference(state.judge, judge) if state.base is not None else None
     state.judge = judge
     if changed:
@@ -24,7 +39,7 @@ def score_again(place: Workplace, judge: dict[str, str]) -> None:
         for record in state.steps:
             record.base = state.base
             for one in record.merged:
-                there = place.plan.config.compare.checkpoints and _is_there(one.reference)
+                there = place.plan.config.compare.checkpoints and is_there(one.reference)
                 one.scores = place.score_aside(one.reference) if there else {}
             if not record.accepted:
                 record.current = state.scores_of(state.before(record.step))
@@ -40,11 +55,3 @@ def score_again(place: Workplace, judge: dict[str, str]) -> None:
         if record.accepted and place.better(record.current, state.scores_of(best)):
             best = record.step
         record.best_step = best
-
-
-def _is_there(reference: str) -> bool:
-    try:
-        describe(reference)
-    except InputError:
-        return False
-    return True

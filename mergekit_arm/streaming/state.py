@@ -42,7 +42,17 @@ class Attempt(_Record):
     """Of the weights that it wrote."""
 
 
-class StepRecord(_Record):
+class Move(_Record):
+    """How far a step went, by norms over all weights; None where it went nowhere, or unmeasured."""
+
+    update_norm: float | None = None
+    task_norm: float | None = None
+    """How far the checkpoint was, or the mean of several."""
+    rotation_degrees: dict[str, float] | None = None
+    """Mean and largest angle between update and task vector, over the matrices that moved."""
+
+
+class StepRecord(Move):
     """One step: a line of ``stream.jsonl``."""
 
     step: int
@@ -66,10 +76,6 @@ class StepRecord(_Record):
     """The step whose starting model was measured."""
     calibration_tokens: int
     """Measured in this step; 0 where earlier statistics served."""
-    rotation_degrees: dict[str, float] | None
-    """Mean and largest angle between update and task vector, over matrices."""
-    update_norm: float | None
-    task_norm: float | None
     current: Scores
     base: Scores
     best_step: int

@@ -1,13 +1,12 @@
 """The stream: one merge after another, each judged, each committed before the next begins.
 
-What can be refused is refused first (``forecast``); then the loop takes a step, saves
-the state, tidies up and draws, until a reason to stop is found; ``ending`` makes ``OUT/model``.
+What can be refused is refused first (``forecast``); then the loop takes a step, saves the state
+and tidies up, until a reason to stop is found; ``ending`` makes ``OUT/model``.
 """
 
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,17 +18,14 @@ from safetensors import SafetensorError
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove
 from mergekit_arm.judging.judge import Progress, Scores
-from mergekit_arm.merging.options import LORA_CACHE
 from mergekit_arm.models.references import plain_path
 from mergekit_arm.outputs import alone
-from mergekit_arm.streaming.config import StreamConfig, load_config
+from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.ending import finish
-from mergekit_arm.streaming.forecast import look_ahead, seconds_left
-from mergekit_arm.streaming.judge import judged_by
-from mergekit_arm.streaming.layout import INCOMING, LOCK_FILE, MODEL, PLOT, left_behind
+from mergekit_arm.streaming.forecast import forecast_stream, seconds_left
+from mergekit_arm.streaming.layout import INCOMING, LOCK_FILE, MODEL, left_behind
 from mergekit_arm.streaming.options import StreamOptions
 from mergekit_arm.streaming.plan.plan import PlannedStep
-from mergekit_arm.streaming.report.plot import draw_stream
 from mergekit_arm.streaming.rescoring import score_again
 from mergekit_arm.streaming.state import Skipped, State, StepRecord, read_state
 from mergekit_arm.streaming.step.step import take_step
@@ -37,8 +33,6 @@ from mergekit_arm.streaming.step.workplace import Workplace
 from mergekit_arm.streaming.training.checkpoints import problem_of, reached
 from mergekit_arm.streaming.training.watch import Watch
 from mergekit_arm.units import duration_text
-
-_DRAW_EVERY = 30.0  # seconds: drawing must not cost more than a small model's steps
 
 
 @dataclass(frozen=True)
@@ -89,9 +83,7 @@ def stream(
     """
     options = options or StreamOptions()
     say = say or (lambda note: None)
-    place, settings = Path(plain_path(out)), load_config(config)
-    shown = say if options.merge.verbosity > 0 else None  # else it is in metric.log
-    known = look_ahead(settings, place, options, say=shown, progress=evaluating)
+    place, known = Path(plain_path(out)), forecast_stream(config, out, options, reads_data=False)
     plan, state = known.plan, known.state
     if plan is None or known.problems:
         first, *others = known.problems
@@ -99,6 +91,9 @@ def stream(
         raise InputError(first + more)
     for note in plan.notes:
         say(note)
+    if known.judge is not None:
+        known.judge.progress = evaluating
+        known.judge.say = say if options.merge.verbosity else None  # else it is in metric.log
     with alone(place / LOCK_FILE, f"{place}: another process runs this stream; wait for it"):
         for left in left_behind(place):  # before anything needs room, as `remove` does
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -108,8 +103,7 @@ def stream(
         work = Workplace(place, plan, known.merge, options.keep, state, known.judge, say, progress)
         watch = None
         if options.watch is not None:
-            run = Path(plain_path(str(settings.checkpoints)))
-            base = plan.config.base_model
+            run, base = Path(plain_path(str(plan.config.checkpoints))), plan.config.base_model
             watch = Watch(run, place / INCOMING, base, options.watch, say, last=state.last)
         with watch or nullcontext():
             return _Loop(work, watch, options, on_step or (lambda record: None)).complete()
@@ -123,7 +117,6 @@ class _Loop:
     watch: Watch | None
     options: StreamOptions
     on_step: Callable[[StepRecord], None]
-    drawn: float = float("-inf")
 
     def complete(self) -> StreamResult:
         """Do every step that is still to do, then the final model."""
@@ -131,7 +124,7 @@ class _Loop:
         # What was skipped at the very end may have become whole, and has its place there.
         last = max((one.position for one in state.steps), default=-1)
         state.skipped = [one for one in state.skipped if one.position < last]
-        score_again(place, judged_by(place.plan))
+        score_again(place)
         state.save(place.out)
         if state.chosen is None:  # what a finished stream kept was asked for
             place.prune()
@@ -180,7 +173,8 @@ class _Loop:
         state.tried = []
         state.chosen = state.stopped = None
         state.save(place.out)
-        self._tidy()
+        place.prune()
+        place.write_journal()
         self.on_step(record)
         left = seconds_left(place.plan, state)
         if len(state.steps) == 1 and left is not None and left >= 60:
@@ -194,15 +188,13 @@ class _Loop:
         if place.judge is not None:
             place.judge.add_reference(references[0])
         if state.base is None:
-            if state.chat_template is None and place.plan.has_tokenizer:
-                state.chat_template = place.borrow_template(references)
+            state.chat_template = place.borrow_template(references)
             state.base = place.score(place.plan.config.base_model)
             state.data = place.judge.data() if place.judge is not None else {}
             state.save(place.out)
 
     def _problem(self, planned: PlannedStep) -> str | None:
-        trust = self.place.merge.trust_remote_code
-        found = (problem_of(one.reference, trust) for one in planned.checkpoints)
+        found = (problem_of(one.reference) for one in planned.checkpoints)
         return next(filter(None, found), None)
 
     def _skip(self, planned: PlannedStep, problem: str) -> None:
@@ -226,37 +218,22 @@ class _Loop:
     def _next(self) -> PlannedStep | str:
         """Return the next step, or why there is none."""
         plan, state = self.place.plan, self.place.state
-        step, position = len(state.steps) + 1, state.position
         if self.watch is None:
-            steps = plan.left(state)
+            steps = plan.steps(state)
             return steps[0] if steps else "all checkpoints are merged"
-        if plan.planned(step, position, ()) is None:
+        if plan.length is not None and state.position >= plan.length:
             return "the list of learning rates is used up"
         found = self.watch.next(reached(state))
         state.last = self.watch.last
         if isinstance(found, str):
             return found
-        planned = plan.planned(step, position, (found,))
-        assert planned is not None  # it has a learning rate, as was just seen
-        return planned
+        return plan.planned(len(state.steps) + 1, state.position, (found,))
 
     def _reason_to_stop(self) -> str | None:
         evaluation, state = self.place.plan.config.evaluation, self.place.state
         if self.options.finish:
             return "finished early (--finish)"
-        if evaluation is None or evaluation.patience is None:
-            return None
         since = len(state.steps) - state.best
-        if since < evaluation.patience:
-            return None
-        return f"no step was better for {since} steps (patience)"
-
-    def _tidy(self) -> None:
-        place = self.place
-        place.prune()
-        place.write_journal()
-        if place.merge.lora_merge_cache == str(place.out / LORA_CACHE):
-            remove(place.out / LORA_CACHE)
-        if time.monotonic() - self.drawn > _DRAW_EVERY:
-            draw_stream(place.state, place.plan.config.evaluation, place.out / PLOT)
-            self.drawn = time.monotonic()
+        if evaluation is not None and evaluation.patience and since >= evaluation.patience:
+            return f"no step was better for {since} steps (patience)"
+        return None

@@ -41,15 +41,20 @@ class Evaluation(Section):
     def _collect(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             raise ValueError("must be a mapping such as {dataset: ./heldout.jsonl}")
-        own = {key: given[key] for key in cls.model_fields if key in given}
-        named = {key: value for key, value in given.items() if isinstance(value, Mapping)}
-        rest = {key: value for key, value in given.items() if key not in (*own, *named)}
-        sets = _named(named, rest) if named else _unnamed(rest)
-        unknown = {key: value for key, value in rest.items() if not _known(key, bool(named))}
+        rest = dict(given)
+        own = {key: rest.pop(key) for key in _OWN if key in rest}
+        data = {key: rest.pop(key) for key in _OF_DATA if key in rest}
+        named = {key: rest.pop(key) for key in list(rest) if isinstance(rest[key], Mapping)}
+        sets = {
+            name: dict(one) if "metric_command" in one else {**data, **one}
+            for name, one in named.items()
+        } or _unnamed(data, rest)
         try:
-            return {**own, **unknown, SETS: read_sets(sets, "")}
+            return {**own, **rest, SETS: read_sets(sets, "")}
         except InputError as error:
-            raise ValueError(_told(error.message)) from error
+            place, _, said = error.message.removeprefix(".").partition(": ")
+            # Without names that the file does not have.
+            raise ValueError(said if place in (LOSS, METRIC) else f"{place}: {said}") from error
 
     @property
     def deciding(self) -> list[str]:
@@ -63,7 +68,7 @@ class Evaluation(Section):
         found = [
             name
             for name, one in self.sets.items()
-            if bound_of(one) is None or "weight" in one.model_fields_set
+            if one.at_most is None or "weight" in one.model_fields_set
         ]
         return found or list(self.sets)
 
@@ -71,11 +76,6 @@ class Evaluation(Section):
     def named(self) -> bool:
         """Whether the file names its sets."""
         return not set(self.sets) <= {LOSS, METRIC}
-
-    @property
-    def has_data(self) -> bool:
-        """Whether a set is data, and not a command."""
-        return any(isinstance(one, HeldOutSet) for one in self.sets.values())
 
     def standing(self, scores: Scores, base: Scores) -> tuple[bool, float] | None:
         """Return how good a model is beside the base, to be compared; None where it is not known.
@@ -85,16 +85,11 @@ class Evaluation(Section):
         """
         if any(name not in scores or name not in base for name in self.sets):
             return None
-        return not self.exceeded(scores, base), self._gain(self.deciding, scores, base)
-
-    def exceeded(self, scores: Scores, base: Scores) -> list[str]:
-        """Return the sets whose loss has risen over the base's by more than their ``at_most``."""
-        bounds = {name: bound_of(one) for name, one in self.sets.items()}
-        return [
-            name
-            for name, bound in bounds.items()
-            if bound is not None and name in scores and scores[name] > base[name] + bound
-        ]
+        kept = all(
+            one.at_most is None or scores[name] <= base[name] + one.at_most
+            for name, one in self.sets.items()
+        )
+        return kept, self._gain(self.deciding, scores, base)
 
     def better(self, scores: Scores, other: Scores, base: Scores) -> bool:
         """Say whether ``scores`` are better than ``other``; equal is not."""
@@ -115,45 +110,20 @@ class Evaluation(Section):
         return sum(one.weight * better[one.goal] * change for one, change in changes)
 
 
-EVALUATION_KEYS = [*_OF_DATA, *METRIC_KEYS, *(k for k in Evaluation.model_fields if k != SETS)]
+_OWN = [key for key in Evaluation.model_fields if key != SETS]
+EVALUATION_KEYS = [*_OF_DATA, *METRIC_KEYS, *_OWN]
 """What the section may hold, where it names no sets."""
 
 
-def bound_of(one: EvaluationSet) -> float | None:
-    """Return how much a set's loss may rise over the base's."""
-    return one.at_most if isinstance(one, HeldOutSet) else None
-
-
-def _known(key: str, named: bool) -> bool:
-    return key in _OF_DATA or (not named and key in METRIC_KEYS)
-
-
-def _named(named: Mapping[str, Any], rest: Mapping[str, Any]) -> dict[str, Any]:
-    """Give every set the settings that stand beside the sets."""
-    shared = {key: value for key, value in rest.items() if key in _OF_DATA}
-    return {
-        name: dict(one) if "metric_command" in one else {**shared, **one}
-        for name, one in named.items()
-    }
-
-
-def _unnamed(given: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if given.get("dataset") is not None:
-        found[LOSS] = {key: given[key] for key in _OF_DATA if key in given}
-    command, goal = given.get("metric_command"), given.get("metric_goal")
-    if (command is None) != (goal is None):
+def _unnamed(data: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    """Return the sets that are not named, and take what they are made of from ``rest``."""
+    found = {} if data.get("dataset") is None else {LOSS: data}
+    given = {field: rest.pop(key, None) for key, field in METRIC_KEYS.items()}
+    metric = {field: value for field, value in given.items() if value is not None}
+    if ("metric_command" in metric) != ("goal" in metric):
         raise ValueError("metric_command and metric_goal (minimize or maximize) belong together")
-    if command is not None:
-        found[METRIC] = {
-            field: given[key] for key, field in METRIC_KEYS.items() if given.get(key) is not None
-        }
+    if "metric_command" in metric:
+        found[METRIC] = metric
     if not found:
         raise ValueError("needs a dataset, a metric_command, or both; or named sets of such")
     return found
-
-
-def _told(message: str) -> str:
-    """Return what ``read_sets`` refused, without names that the file does not have."""
-    place, _, rest = message.removeprefix(".").partition(": ")
-    return rest if place in (LOSS, METRIC) else f"{place}: {rest}" if rest else message

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mergekit import merge_methods
 from mergekit.architecture import get_architecture_info
-from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import ParameterSpec
 from mergekit.options import MergeOptions
@@ -15,6 +13,8 @@ from mergekit.plan import MergePlanner
 from pydantic import ValidationError
 
 from mergekit_arm.errors import InputError, did_you_mean, first_line
+from mergekit_arm.merging.documents import accepted
+from mergekit_arm.methods import find_method
 from mergekit_arm.methods.parameters import Interval, range_of
 from mergekit_arm.tuning.space import METHOD, Dimension, Domain, Space, Value, parameter_names
 
@@ -28,10 +28,7 @@ def specs_of(method: str) -> dict[str, ParameterSpec]:
     Raises:
         InputError: there is no such method.
     """
-    known = {one.spec.name: one for one in merge_methods.registered_methods()}
-    if method not in known:
-        raise InputError(f"{METHOD}: there is no {method!r}{did_you_mean(method, known)}")
-    return {spec.name: spec for spec in known[method].spec.parameters}
+    return {spec.name: spec for spec in find_method(method).spec.parameters}
 
 
 def domains(space: Space) -> dict[str, dict[str, Domain]]:
@@ -118,10 +115,7 @@ def check_by_planning(space: Space, points: Sequence[Point], options: MergeOptio
         InputError: mergekit does not accept one.
     """
     for point in points:
-        try:
-            configuration = MergeConfiguration.model_validate(document_of(space, point))
-        except (ValidationError, RuntimeError) as error:
-            raise InputError(f"mergekit does not accept it: {_said(error)}") from error
+        configuration = accepted(document_of(space, point))
         if any(model.lora is not None for model in configuration.referenced_models()):
             return
         try:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.judging.sets import DTYPE, EvaluationSet, HeldOutSet, MetricSet, read_sets
-from mergekit_arm.sections import Section, explain, read_mapping
+from mergekit_arm.judging.sets import DTYPE, EvaluationSet, MetricSet, read_sets
+from mergekit_arm.sections import Section, explain, read_checked
 from mergekit_arm.tuning.space import Space, find_space
 from mergekit_arm.units import parse_duration
 
@@ -64,12 +64,7 @@ def load_tuning(source: Mapping[str, Any] | str | Path) -> TuneConfig:
     Raises:
         InputError: one line: the first thing that is wrong, where, and what to write instead.
     """
-    where = "configuration" if isinstance(source, Mapping) else str(source)
-    document = dict(source) if isinstance(source, Mapping) else read_mapping(Path(source))
-    try:
-        return _read(document)
-    except InputError as error:
-        raise InputError(f"{where}: {error.message}") from error
+    return read_checked(source, _read, {})
 
 
 def _read(document: dict[str, Any]) -> TuneConfig:
@@ -88,7 +83,7 @@ def _read(document: dict[str, Any]) -> TuneConfig:
     except ValidationError as error:
         raise InputError(f"{SECTION}: {explain(error, {'': _AllKeys.model_fields})}") from error
     for name, one in (evaluation | test).items():
-        if isinstance(one, HeldOutSet) and one.at_most is not None:
+        if one.at_most is not None:
             raise InputError(f"{SECTION}: {name}: at_most is for streams; give the set a weight")
     if settings.objective == "pareto" and len(evaluation) < 2:
         raise InputError(f"{SECTION}.objective: pareto needs two evaluation sets or more")

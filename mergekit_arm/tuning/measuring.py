@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import InputError
-from mergekit_arm.files import fresh_directory, remove
+from mergekit_arm.files import scratch_at
 from mergekit_arm.judging.judge import Judge, Scores, empty_cache
 from mergekit_arm.merging.adapters import merge_adapter
 from mergekit_arm.tuning.objective import Yardstick, yardstick
@@ -21,15 +20,6 @@ from mergekit_arm.tuning.state import TuneState
 
 Told = Callable[[str, int, int], None]
 """Called with what is scored, and with scored tokens so far and in all."""
-
-
-@contextmanager
-def scratch_at(folder: Path) -> Iterator[Path]:
-    """Give an empty directory for the user's commands, for the duration of the block."""
-    try:
-        yield fresh_directory(folder)
-    finally:
-        remove(folder)
 
 
 def score_reference(

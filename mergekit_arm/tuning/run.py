@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 from filelock import FileLock
 from mergekit.options import MergeOptions
 
 from mergekit_arm.files import remove, unfinished, write_text
 from mergekit_arm.merging.adapters import merge_adapter
 from mergekit_arm.merging.options import LORA_CACHE
+from mergekit_arm.outputs import remove_orphans
 from mergekit_arm.tuning.layout import BEST, CARD, MODEL, PLOT, PREPARING, STATE_FILE, TRIALS, WORK
 from mergekit_arm.tuning.measuring import Told, measure_references
 from mergekit_arm.tuning.merging import Workshop
@@ -80,7 +80,7 @@ class Run:
 
     def _prepare(self, work: Path) -> list[Yardstick]:
         """Score what trials are measured against, and open the studies."""
-        remove_orphans(self.out)
+        remove_orphans([*self.out.glob(f"{WORK}.*"), *unfinished(self.out, _WRITTEN)])
         state = open_tune_state(self.out, self.plan.fingerprint)
         state.save(self.out)
         for reference in self.plan.references:
@@ -129,11 +129,3 @@ class Run:
     def _draw(self, found: list[TrialRecord]) -> None:
         draw_tuning(found, importances(self.searches["tune"].study), self.out / PLOT)
         self.drawn = time.monotonic()
-
-
-def remove_orphans(out: Path) -> None:
-    """Remove what processes that are gone had in hand."""
-    for path in [*out.glob(f"{WORK}.*"), *unfinished(out, _WRITTEN)]:
-        number = next((part for part in path.name.split(".") if part.isdigit()), "")
-        if not number or not psutil.pid_exists(int(number)):
-            remove(path)

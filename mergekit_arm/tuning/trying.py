@@ -11,10 +11,10 @@ from typing import Any
 import click
 
 from mergekit_arm.errors import Failure
-from mergekit_arm.files import no_room
+from mergekit_arm.files import no_room, scratch_at
 from mergekit_arm.judging.judge import Scores
 from mergekit_arm.tuning.candidates import document_of
-from mergekit_arm.tuning.measuring import Told, scratch_at
+from mergekit_arm.tuning.measuring import Told
 from mergekit_arm.tuning.merging import Workshop
 from mergekit_arm.tuning.objective import Yardstick, weighted_mean
 from mergekit_arm.tuning.plan import Quest, TunePlan

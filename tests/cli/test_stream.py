@@ -14,9 +14,10 @@ from mergekit.options import MergeOptions
 
 from mergekit_arm.cli.stream import command
 from mergekit_arm.errors import InputError
-from mergekit_arm.streaming import StreamOptions, forecast, stream
+from mergekit_arm.merging import room
+from mergekit_arm.streaming import StreamOptions, stream
 from mergekit_arm.streaming.config import load_config
-from mergekit_arm.streaming.forecast import check_disk, disk_needed, forecast_stream
+from mergekit_arm.streaming.forecast import disk_needed, forecast_stream
 from mergekit_arm.streaming.plan.plan import make_plan
 from mergekit_arm.streaming.state import StepRecord
 from tests.support import forks
@@ -275,13 +276,13 @@ def test_too_small_a_disk_is_refused(
     plan, _ = make_plan(load_config(run / "stream.yml"), MergeOptions())
     assert plan is not None
     needed = disk_needed(plan, "last")
-    monkeypatch.setattr(forecast, "free_disk", lambda path: needed - 1)
-    with pytest.raises(InputError, match="of disk"):
-        check_disk(plan, tmp_path / "out", "last")
+    monkeypatch.setattr(room, "free_disk", lambda path: needed - 1)
     with pytest.raises(InputError, match="of disk"):
         stream(run / "stream.yml", tmp_path / "out")
-    monkeypatch.setattr(forecast, "free_disk", lambda path: needed)
-    check_disk(plan, tmp_path / "new", "last")
+    (problem,) = forecast_stream(run / "stream.yml", tmp_path / "out").problems
+    assert "of disk" in problem
+    monkeypatch.setattr(room, "free_disk", lambda path: needed)
+    assert not forecast_stream(run / "stream.yml", tmp_path / "new").problems
 
 
 def test_best_needs_an_evaluation(run: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mergekit_arm.models.references import absolute_reference
 from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.plan.method import fit_method
 from mergekit_arm.streaming.plan.plan import make_plan
-from mergekit_arm.streaming.rates import Schedule, check_rates, rates_at, rule_at
+from mergekit_arm.streaming.rates import Schedule, check_rates, entries, rates_at, rule_at
 from tests.support.paths import EXAMPLES
 from tests.support.streams import config, write_run
 
@@ -60,6 +60,7 @@ dtype: bfloat16
         ({"dtype": "bfloat"}, "dtype: 'bfloat' is none of bfloat16"),
         ({"learning_rate": 3}, "learning_rate: must lie in (0, 2], not 3"),
         ({"learning_rate": [0.5, 0]}, "learning_rate: must lie in (0, 2], not 0"),
+        ({"learning_rate": []}, "learning_rate: must lie in (0, 2], not []"),
         ({"learning_rate": "fast"}, "learning_rate: must lie in (0, 2], not 'fast'"),
         ({"learning_rate": {"schedule": "cosin", "peak": 1}}, "learning_rate.schedule: input"),
         (
@@ -148,7 +149,7 @@ def test_schedules_meet_their_ends() -> None:
     assert [rule_at(constant, i, None) for i in range(3)] == pytest.approx([0.4, 0.8, 0.8])
     assert rule_at(Schedule(schedule="cosine", peak=0.5), 0, 1) == 0.5
     assert rates_at([0.1, 0.2], 1, 2) == [0.2]
-    assert rates_at([0.1, 0.2], 2, None) is None
+    assert (entries([0.1, 0.2]), entries(0.3), entries([{"value": 0.3}])) == (2, None, None)
     assert rates_at(0.3, 99, None) == [0.3]
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mergekit_arm.errors import Failure, InputError
+from mergekit_arm.models.contents import shortened
 from mergekit_arm.streaming import StreamOptions, StreamResult, stream
 from mergekit_arm.streaming.config import load_config
 from mergekit_arm.streaming.forecast import forecast_stream
@@ -102,10 +103,26 @@ def test_a_list_may_grow_and_what_it_named_may_go(models: Path, tmp_path: Path) 
     stream(config(folder, checkpoints=listed[:2]), tmp_path / "out")
     shutil.rmtree(listed[0])
     assert len(stream(config(folder, checkpoints=listed), tmp_path / "out").steps) == 3
-    with pytest.raises(InputError, match=r"step 1 merged .*checkpoint-3, and would now merge"):
+    with pytest.raises(
+        InputError, match=r"what step 1 merges was .*checkpoint-3 and is now .*checkpoint-1"
+    ):
         stream(config(folder, checkpoints=listed[1:]), tmp_path / "out")
-    with pytest.raises(InputError, match="is merged, and is not among the checkpoints any more"):
+    with pytest.raises(InputError, match="was among the checkpoints and is now gone from them"):
         stream(config(folder, checkpoints=listed[:2]), tmp_path / "out")
+
+
+def test_a_list_is_no_beginning_of_a_directory(models: Path, tmp_path: Path) -> None:
+    folder = scene(models, tmp_path, (1,))
+    listed = [str(add(models, folder, 2))]
+    stream(config(folder, checkpoints=listed), tmp_path / "out")
+    with pytest.raises(InputError, match=r"checkpoints was not set and is now .*/run; put"):
+        stream(config(folder), tmp_path / "out")
+
+
+def test_an_adapter_is_recognised_beside_its_model() -> None:
+    model, one, other = "a" * 64, "b" * 64, "c" * 64
+    assert shortened(model) == model[:16]
+    assert shortened(f"{model}+{one}") != shortened(f"{model}+{other}")
 
 
 def test_more_passes_go_on(models: Path, tmp_path: Path) -> None:
@@ -335,7 +352,7 @@ def test_a_dry_run_shows_what_is_done_and_what_comes(models: Path, tmp_path: Pat
     assert found.state is not None
     assert not found.problems
     assert [one.checkpoint for one in found.state.handled] == ["checkpoint-1", "checkpoint-2"]
-    (coming,) = found.plan.steps(len(found.state.skipped), found.state.position)
+    (coming,) = found.plan.steps(found.state)
     assert (coming.step, coming.name) == (2, "checkpoint-3")
     assert found.seconds is not None
     assert not math.isnan(found.seconds)

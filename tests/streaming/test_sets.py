@@ -61,8 +61,8 @@ def test_the_best_is_the_best_that_keeps_its_bounds() -> None:
     assert judge.better(mild, bold, base)
     assert judge.better(mild, base, base)
     assert not judge.better(bold, base, base)
-    assert judge.exceeded(bold, base) == ["general"]
-    assert not judge.exceeded(mild, base)
+    assert judge.standing(bold, base) == (False, 2.0)
+    assert judge.standing(mild, base) == (True, 0.5)
     # Among those that break a bound, the task decides again.
     assert judge.better(bold, {"task": 2.0, "general": 2.5}, base)
 

@@ -46,7 +46,7 @@ def changed(family: Path, place: str, value: Any) -> dict[str, Any]:
         ("tuning.sampler", "bayes", "tuning: sampler: input should be"),
         ("tuning.evaluation.one.dataset", "./no.jsonl", "tuning.evaluation.one: "),
         ("tuning.evaluation.one.at_most", 0.1, "at_most is for streams"),
-        ("merge_method", "tise", "there is no 'tise' (did you mean 'ties'?)"),
+        ("merge_method", "tise", "no method 'tise' (did you mean 'ties'?)"),
         ("merge_method", {"tune": []}, "merge_method: must be a name"),
         ("models.0.parameters.weigth", 1, "has no 'weigth' (did you mean 'weight'?)"),
         ("models.0.parameters.weight", {"tune": []}, "tune is empty"),

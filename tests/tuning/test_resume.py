@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mergekit_arm.tuning.run import remove_orphans
+from mergekit_arm.files import unfinished
+from mergekit_arm.outputs import remove_orphans
 from tests.support import forks
 from tests.support.tuning import config, lines, tensors, write_family
 
@@ -133,17 +134,19 @@ def test_one_of_two_dies_and_the_other_takes_its_trial(family: Path, tmp_path: P
 
 
 def test_unfinished_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
-    dead, alive = 2**22 + 1, os.getpid()
+    """Also of one that had our own number."""
+    dead, alive = 2**22 + 1, os.getppid()
     for name in (
         ".best.yml.{}.abcdefgh",
         ".trials.jsonl.{}.a_cdefg1",
         ".tune_state.json.{}.abcdefgh",
         ".work.{}",
     ):
-        for process in (dead, alive):
+        for process in (dead, alive, os.getpid()):
             (tmp_path / name.format(process)).touch()
     (tmp_path / ".env").touch()
-    remove_orphans(tmp_path)
+    names = ("best.yml", "trials.jsonl", "tune_state.json")
+    remove_orphans([*tmp_path.glob(".work.*"), *unfinished(tmp_path, names)])
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {".env", *(name for name in left if f".{alive}" in name)}
     assert len(left) == 5

@@ -29,7 +29,7 @@ def plan_report(forecast: Forecast) -> Iterator[RenderableType]:
             done = f"{one.step} (done)" if isinstance(one, StepRecord) else "skipped"
             planned = rate_text(one.learning_rate) if isinstance(one, StepRecord) else ""
             table.add_row(done, Text(one.checkpoint), planned, "")
-        for step in plan.left(forecast.state):
+        for step in plan.steps(forecast.state):
             search = " or ".join(["0", *map(rate_text, step.search)]) if step.search else ""
             rate = search or ", ".join(map(rate_text, step.rates or []))
             measures = "yes" if step.measures else ""
@@ -67,7 +67,7 @@ def plan_fields(forecast: Forecast) -> dict[str, Any]:
                 "learning_rate": one.planned,
                 "calibrates": one.measures,
             }
-            for one in plan.left(state)
+            for one in plan.steps(state)
         ]
     return {
         "method": plan.method.name if plan is not None else None,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from mergekit import merge_methods
+from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
 from mergekit_arm.errors import InputError, did_you_mean
+from mergekit_arm.merging.documents import accepted
+from mergekit_arm.merging.keys import dotted, unread_keys
+from mergekit_arm.models.contents import ADAPTER_CONFIG, Contents
 from mergekit_arm.models.references import absolute_reference, plain_path
 from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.config import StreamConfig
-from mergekit_arm.streaming.plan.document import StepStatistics, check_document, step_document
+from mergekit_arm.streaming.plan.document import step_document
 from mergekit_arm.streaming.plan.method import StepMethod
 from mergekit_arm.streaming.rates import (
     DEFAULT_LEARNING_RATE,
@@ -23,23 +27,21 @@ from mergekit_arm.streaming.rates import (
     check_rates,
     rates_at,
 )
-from mergekit_arm.streaming.training.checkpoints import RunCheckpoint, trained_on
+from mergekit_arm.streaming.training.checkpoints import RunCheckpoint
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Checks:
-    """Runs checks and collects what they refuse, so that a dry run names everything at once."""
+class Checks(list[str]):
+    """What the checks that it runs refuse, so that a dry run names everything at once."""
 
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-
-    def run(self, check: Callable[[], T]) -> T | None:
+    def run(self, check: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Return what ``check`` returns, None where it refuses."""
         try:
-            return check()
+            return check(*args, **kwargs)
         except InputError as error:
-            self.problems.append(error.message)
+            self.append(error.message)
         return None
 
 
@@ -57,10 +59,9 @@ def leaves(setting: Any) -> Iterator[Any]:
 def check_watched(config: StreamConfig) -> None:
     if isinstance(config.checkpoints, list):
         raise InputError("checkpoints: --watch follows one Trainer output directory, not a list")
-    folder = Path(plain_path(config.checkpoints))
-    if folder.exists() and not folder.is_dir():
+    if Path(plain_path(config.checkpoints)).is_file():
         raise InputError(
-            f"checkpoints: {folder} is a file; --watch follows a Trainer's output directory"
+            f"checkpoints: {config.checkpoints} is a file; --watch follows a Trainer's directory"
         )
     if config.passes > 1:
         raise InputError(
@@ -104,10 +105,9 @@ def choose_rates(config: StreamConfig, method: StepMethod, steps: int | None) ->
 def choose_calibration(config: StreamConfig, method: StepMethod) -> Calibration:
     """Return how the steps measure: subspaces hold the energy that the merge will ask for."""
     calibration = config.calibration or Calibration.model_validate({})
-    specs = {spec.name: spec for spec in merge_methods.get(method.name).spec.parameters}
-    if "energy" not in specs or calibration.task is not None:
+    if "energy" not in method.specs or calibration.task is not None:
         return calibration
-    wanted = leaves(config.parameters.get("energy", specs["energy"].default))
+    wanted = leaves(config.parameters.get("energy", method.specs["energy"].default))
     needed = max(float(one) for one in wanted if isinstance(one, (int, float)))
     measured = calibration.settings["energy"]
     if measured >= needed:
@@ -121,32 +121,58 @@ def choose_calibration(config: StreamConfig, method: StepMethod) -> Calibration:
 
 
 def check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | None) -> None:
+    """Let mergekit parse a step, and refuse keys that it would ignore and values that it would."""
     first = None
     if rates is not None:
         many = len(rates.runs) if isinstance(rates, PerRun) else 1
         first = rates.search[:1] if isinstance(rates, LineSearch) else rates_at(rates, 0, 1, many)
     document = step_document(
-        config,
-        method,
-        current=config.base_model,
-        checkpoints=["checkpoint"],
-        rates=first,
-        statistics=StepStatistics(),
+        config, method, current=config.base_model, checkpoints=["checkpoint"], rates=first
     )
-    check_document(document)
-    specs = {spec.name: spec for spec in merge_methods.get(method.name).spec.parameters}
+    accepted(document)
+    for place, unread, known in unread_keys(MergeConfiguration, document, ()):
+        where = dotted(place) or "configuration"
+        raise InputError(
+            f"{where}: mergekit knows no key {unread!r} here{did_you_mean(str(unread), known)}; "
+            f"there are: {', '.join(known)}"
+        )
     for key, setting in config.parameters.items():
         for value in leaves(setting):
             try:
-                specs[key].validate(value)
+                method.specs[key].validate(value)
             except ValidationError as error:
                 raise InputError(
                     f"parameters: {key}: {value!r}: {error.errors()[0]['msg']}"
                 ) from error
 
 
-def adapter_note(checkpoint: RunCheckpoint, config: StreamConfig) -> list[str]:
-    base = trained_on(checkpoint.reference)
-    if base is None or absolute_reference(base) == config.base_model:
+def adapter_notes(checkpoint: RunCheckpoint, config: StreamConfig) -> list[str]:
+    """Say of a local adapter whether its own configuration names another base."""
+    _, plus, adapter = checkpoint.reference.partition("+")
+    file = Path(adapter) / ADAPTER_CONFIG
+    if not plus or not file.is_file():
+        return []
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base or absolute_reference(str(base)) == config.base_model:
         return []
     return [f"{checkpoint.name} is an adapter trained on {base}, merged into {config.base_model}"]
+
+
+def same_shapes(checkpoint: RunCheckpoint, contents: Contents, base: Contents) -> None:
+    """Refuse a checkpoint whose tensors have other shapes than the base's.
+
+    Raises:
+        InputError: naming the tensor.
+    """
+    common = [name for name in base.shapes if name in contents.shapes]
+    if base.shapes and contents.shapes and not common:
+        raise InputError(
+            f"{checkpoint.name}: no tensor has a name that base_model's have: another architecture"
+        )
+    for name in common:
+        if base.shapes[name] != contents.shapes[name]:
+            raise InputError(
+                f"{checkpoint.name}: {name} has shape {list(contents.shapes[name])}, base_model's "
+                f"has {list(base.shapes[name])}: another model, or added tokens "
+                "(then set tokenizer_source: base or union)"
+            )

@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from mergekit.config import MergeConfiguration
-from pydantic import ValidationError
-
-from mergekit_arm.errors import InputError, did_you_mean, first_line
-from mergekit_arm.merging.keys import dotted, unread_keys
-from mergekit_arm.methods.arm import TASK
 from mergekit_arm.methods.base import STATS
-from mergekit_arm.methods.parameters import MEASURED_ON
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.plan.method import StepMethod
 from mergekit_arm.streaming.rates import Rate
@@ -27,25 +20,6 @@ STEP_BYTES = 4
 """Of one of its elements."""
 
 
-@dataclass(frozen=True)
-class StepStatistics:
-    """Where a step's merge finds its statistics."""
-
-    current: str | None = None
-    """Of the current model, or of the earlier one that ``measured_on`` names."""
-    task: str | None = None
-    """The same on the task's text."""
-    checkpoints: tuple[str, ...] = ()
-    """Of each checkpoint, where they are measured."""
-    measured_on: str | None = None
-    """The content hash of the earlier model; None: it is the current one."""
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """All that are there."""
-        return tuple(filter(None, (self.current, self.task, *self.checkpoints)))
-
-
 def step_document(
     config: StreamConfig,
     method: StepMethod,
@@ -53,44 +27,35 @@ def step_document(
     current: str,
     checkpoints: Sequence[str],
     rates: Sequence[Rate] | None,
-    statistics: StepStatistics,
+    statistics: Mapping[str, str] = MappingProxyType({}),
+    own_statistics: Sequence[str] = (),
     chat_template: str | None = None,
 ) -> dict[str, Any]:
     """Return the mergekit configuration of one step: ``checkpoints`` merged into ``current``.
 
-    ``chat_template``: a checkpoint's, where neither the base nor the configuration has one.
+    ``statistics``: parameters of the merge that say where these are; ``own_statistics``: where
+    those of each checkpoint are. ``chat_template``: a checkpoint's, where neither the base nor
+    the configuration has one.
     """
-    shared = {**config.parameters, **method.fixed}
-    for name, value in (
-        (STATS, statistics.current),
-        (TASK, statistics.task),
-        (MEASURED_ON, statistics.measured_on),
-    ):
-        if value is not None:
-            shared[name] = value
+    shared = {**config.parameters, **method.fixed, **statistics}
     models: list[dict[str, Any]] = []
     for index, checkpoint in enumerate(checkpoints):
         incoming: dict[str, Any] = {}
         if method.rate_parameter and rates is not None:
             (shared if method.rate_is_shared else incoming)[method.rate_parameter] = rates[index]
-        if statistics.checkpoints:
-            incoming[STATS] = statistics.checkpoints[index]
+        if own_statistics:
+            incoming[STATS] = own_statistics[index]
         models.append({"model": checkpoint, **({"parameters": incoming} if incoming else {})})
-    document: dict[str, Any] = {
+    kept = {key: getattr(config, key) for key in TOKENS}
+    kept["chat_template"] = chat_template or config.chat_template
+    return {
         "merge_method": method.name,
         "base_model": current,
         "models": models,
         "dtype": STEP_DTYPE,
+        **({"parameters": shared} if shared else {}),
+        **{key: value for key, value in kept.items() if value is not None},
     }
-    if shared:
-        document["parameters"] = shared
-    for key in TOKENS:
-        value = getattr(config, key)
-        if value is not None:
-            document[key] = value
-    if chat_template is not None:
-        document["chat_template"] = chat_template
-    return document
 
 
 def average_document(models: Sequence[str]) -> dict[str, Any]:
@@ -102,26 +67,3 @@ def average_document(models: Sequence[str]) -> dict[str, Any]:
 def cast_document(model: str, dtype: str) -> dict[str, Any]:
     """Return the mergekit configuration that copies ``model`` in another dtype."""
     return {"merge_method": "passthrough", "models": [{"model": model}], "out_dtype": dtype}
-
-
-def check_document(document: Mapping[str, Any]) -> None:
-    """Let mergekit parse a configuration, and refuse the keys that it would ignore.
-
-    Raises:
-        InputError: it does not parse, or holds a key that mergekit does not know.
-    """
-    try:
-        MergeConfiguration.model_validate(dict(document))
-    except (ValidationError, RuntimeError) as error:
-        detail = (
-            f"{'.'.join(map(str, error.errors()[0]['loc']))}: {error.errors()[0]['msg']}"
-            if isinstance(error, ValidationError)
-            else first_line(error)
-        )
-        raise InputError(f"mergekit does not accept the step's configuration: {detail}") from error
-    for place, key, known in unread_keys(MergeConfiguration, dict(document), ()):
-        where = dotted(place) or "configuration"
-        raise InputError(
-            f"{where}: mergekit knows no key {key!r} here{did_you_mean(str(key), known)}; "
-            f"there are: {', '.join(known)}"
-        )

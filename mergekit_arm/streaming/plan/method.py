@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit import merge_methods
 from mergekit.merge_methods import BasePolicy, MergeMethod, ParameterScope
+from mergekit.merge_methods.base import ParameterSpec
 
 from mergekit_arm.errors import InputError, did_you_mean
-from mergekit_arm.methods import register_all
+from mergekit_arm.methods import find_method
 from mergekit_arm.methods.arm import TASK, together
 from mergekit_arm.methods.base import STATS, StatisticsMethod
 from mergekit_arm.methods.parameters import MEASURED_ON
@@ -34,11 +34,8 @@ class StepMethod:
     """The statistics it reads; empty: none."""
     fixed: Mapping[str, Any]
     """Parameters without whose value the learning rate would mean nothing."""
-
-    @property
-    def only_subspaces(self) -> tuple[str, ...]:
-        """The statistics that are read of a checkpoint, where ``alignment`` asks for them."""
-        return tuple(kind for kind in self.statistics if kind == SUBSPACE.name)
+    specs: Mapping[str, ParameterSpec]
+    """What it declares, by parameter."""
 
 
 def fit_method(
@@ -53,20 +50,18 @@ def fit_method(
         InputError: no such method, not one for a base and so many models, or parameters that it
             does not have, lacks, or that the stream itself sets.
     """
-    register_all()
-    known = [method.spec.name for method in merge_methods.registered_methods()]
-    try:
-        method = merge_methods.get(name)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"merge_method: no method {name!r}{did_you_mean(name, known)}; "
-            f"there are: {', '.join(known)}"
-        ) from error
-    inner = _inner(method)
+    method = find_method(name)
+    inner = getattr(method, "inner", method)  # whose update AIM relaxes
     _check_inputs(method, inner, models)
     rate_parameter, shared = _rate_parameter(inner)
-    fixed = _fixed(inner, parameters) if rate_parameter == "weight" else {}
-    specs = {spec.name: spec for spec in method.spec.parameters}
+    specs, fixed = {spec.name: spec for spec in method.spec.parameters}, {}
+    if rate_parameter == "weight" and "normalize" in specs:
+        fixed = {"normalize": False}  # else a single weight is divided by itself
+        if parameters.get("normalize") not in (None, False):
+            raise InputError(
+                "parameters: normalize divides the learning rate by itself when a step merges one "
+                "model; remove it"
+            )
     if retains and TASK not in specs:
         raise InputError(
             f"calibration.task: {name} has no use for it; name the dataset under calibration itself"
@@ -85,7 +80,7 @@ def fit_method(
                 f"parameters: {name} has no parameter {key!r}{did_you_mean(key, own)}; "
                 f"there are: {', '.join(own) or 'none'}"
             )
-    for spec in specs.values():
+    for spec in method.spec.parameters:
         if spec.required and spec.name not in (*parameters, rate_parameter, STATS):
             raise InputError(f"parameters: {name} needs {spec.name}; add it")
     statistics: tuple[str, ...] = ()
@@ -95,12 +90,7 @@ def fit_method(
             for key, kind in _STATISTICS_OF.items()
             if key in specs or (retains and TASK in specs)
         )
-    return StepMethod(name, rate_parameter, shared, statistics, fixed)
-
-
-def _inner(method: MergeMethod) -> MergeMethod:
-    """Return the method whose update AIM relaxes, or the method itself."""
-    return getattr(method, "inner", method)
+    return StepMethod(name, rate_parameter, shared, statistics, fixed, specs)
 
 
 def _check_inputs(method: MergeMethod, inner: MergeMethod, models: int) -> None:
@@ -132,16 +122,3 @@ def _rate_parameter(method: MergeMethod) -> tuple[str | None, bool]:
     if method.spec.name == "slerp":
         return "t", True
     return None, False
-
-
-def _fixed(method: MergeMethod, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``normalize: false`` where the method would divide a single weight by itself."""
-    specs = {spec.name: spec for spec in method.spec.parameters}
-    if "normalize" not in specs:
-        return {}
-    if parameters.get("normalize") not in (None, False):
-        raise InputError(
-            "parameters: normalize divides the learning rate by itself when a step merges one "
-            "model; remove it"
-        )
-    return {"normalize": False}

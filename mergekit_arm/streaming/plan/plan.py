@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,30 @@ from mergekit_arm.merging.documents import FINAL_DTYPES, check_chat_template
 from mergekit_arm.merging.options import decisive_options
 from mergekit_arm.methods.arm import TASK
 from mergekit_arm.methods.base import STATS
-from mergekit_arm.models.contents import Contents, describe
+from mergekit_arm.models.contents import Contents, describe, shortened
 from mergekit_arm.models.loading import choose_device
 from mergekit_arm.models.references import absolute_reference
 from mergekit_arm.models.tokenizer import load_own_tokenizer
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE
 from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.plan.checks import (
     Checks,
-    adapter_note,
+    adapter_notes,
     check_parameters,
     check_tokenizer,
     check_watched,
     choose_calibration,
     choose_rates,
     leaves,
+    same_shapes,
 )
 from mergekit_arm.streaming.plan.document import TOKENS
 from mergekit_arm.streaming.plan.method import StepMethod, fit_method
-from mergekit_arm.streaming.plan.prefix import check_prefix, list_checkpoints, same_shapes
-from mergekit_arm.streaming.rates import LineSearch, Rate, Rates, rates_at
+from mergekit_arm.streaming.plan.prefix import check_prefix
+from mergekit_arm.streaming.rates import LineSearch, Rate, Rates, entries, rates_at
 from mergekit_arm.streaming.state import State
-from mergekit_arm.streaming.training.checkpoints import Group
+from mergekit_arm.streaming.training.checkpoints import Group, list_checkpoints
 
 
 @dataclass(frozen=True)
@@ -100,41 +103,34 @@ class StreamPlan:
     def length(self) -> int | None:
         """The number of checkpoints to be merged, None where it is not known."""
         if self.checkpoints is None:
-            return None
+            return entries(self.rates)
         return len(self.checkpoints) * self.config.passes
 
-    def planned(self, step: int, position: int, checkpoints: Group) -> PlannedStep | None:
-        """Return step ``step`` (from 1), None past the end of a list of learning rates."""
+    def planned(self, step: int, position: int, checkpoints: Group) -> PlannedStep:
+        """Return step ``step`` (from 1), which merges ``checkpoints`` at their ``position``."""
         search = self.rates.search if isinstance(self.rates, LineSearch) else []
         rates = None
         if self.rates is not None and not search:
             rates = rates_at(self.rates, position, self.length, len(checkpoints))
-            if rates is None:
-                return None
-        count = len(self.checkpoints) if self.checkpoints else 0
         measures = self.calibration is not None and self.calibration.due(step)
         return PlannedStep(
             step,
             position,
-            position // count + 1 if count else 1,
+            1 + position // len(self.checkpoints) if self.checkpoints else 1,
             checkpoints,
             rates,
             search,
             measures and not (step == 1 and self.published),
         )
 
-    def steps(self, skipped: int = 0, position: int = 0) -> list[PlannedStep]:
-        """Return the steps from ``position`` on, where ``skipped`` before them were none."""
+    def steps(self, state: State | None = None) -> list[PlannedStep]:
+        """Return the steps that ``state`` does not hold yet, by default all."""
         groups = (self.checkpoints or []) * self.config.passes
-        planned = [
-            self.planned(place + 1 - skipped, place, group)
-            for place, group in list(enumerate(groups))[position:]
+        skipped, done = (len(state.skipped), state.position) if state else (0, 0)
+        return [
+            self.planned(position + 1 - skipped, position, groups[position])
+            for position in range(done, len(groups))
         ]
-        return [step for step in planned if step is not None]
-
-    def left(self, state: State | None) -> list[PlannedStep]:
-        """Return the steps that ``state`` does not hold yet."""
-        return self.steps(len(state.skipped), state.position) if state else self.steps()
 
 
 def make_plan(
@@ -152,85 +148,82 @@ def make_plan(
     """
     check = Checks()
     notes: list[str] = []
-    config = check.run(lambda: _with_absolute_base(config)) or config
+    absolute = check.run(absolute_reference, config.base_model) or config.base_model
+    config = config.model_copy(update={"base_model": absolute})
     retains = TASK in config.parameters or bool(config.calibration and config.calibration.task)
     together = config.checkpoints if isinstance(config.checkpoints, list) else []
     most = max((len(one) for one in together if isinstance(one, list)), default=1)
-    method = check.run(lambda: fit_method(config.merge_method, config.parameters, retains, most))
-    base = check.run(lambda: describe(config.base_model))
-    dtype = check.run(lambda: config.dtype or _dtype_of(config.base_model, merge))
+    method = check.run(fit_method, config.merge_method, config.parameters, retains, most)
+    base = check.run(describe, config.base_model)
+    dtype = check.run(_final_dtype, config, merge)
     checkpoints = None
     if watched:
-        check.run(lambda: check_watched(config))
+        check.run(check_watched, config)
     else:
-        checkpoints = check.run(lambda: list_checkpoints(config, state, notes.append))
+        checkpoints = check.run(list_checkpoints, config, state, notes.append)
     if method is None or base is None or dtype is None or (not watched and checkpoints is None):
-        return None, check.problems
+        return None, check
     begun = len(state.handled) if state else 0
-    for group in (checkpoints or [])[begun:]:
-        for one in group:
-            contents = check.run(lambda it=one: describe(it.reference))  # type: ignore[misc]
-            if contents is None and begun:
-                notes.append(f"{one.name} will be skipped: {check.problems.pop()}")
-            if contents is not None and not config.changes_tokens:
-                check.run(lambda it=one, has=contents: same_shapes(it, has, base))  # type: ignore[misc]
-            notes.extend(check.run(lambda it=one: adapter_note(it, config)) or [])  # type: ignore[misc]
+    for one in (one for group in (checkpoints or [])[begun:] for one in group):
+        contents = check.run(describe, one.reference)
+        if contents is None and begun:
+            notes.append(f"{one.name} will be skipped: {check.pop()}")
+        elif contents is not None and not config.changes_tokens:
+            check.run(same_shapes, one, contents, base)
+        notes += check.run(adapter_notes, one, config) or []
     steps = len(checkpoints) * config.passes if checkpoints is not None else None
-    rates = check.run(lambda: choose_rates(config, method, steps))
-    published = {
-        key: value
-        for key in (STATS, TASK)
-        if method.statistics and (value := config.parameters.get(key)) is not None
-    }
-    calibration = (
-        check.run(lambda: choose_calibration(config, method)) if method.statistics else None
-    )
-    if config.calibration is not None and not method.statistics:
+    rates = check.run(choose_rates, config, method, steps)
+    calibration, published = None, dict[str, str]()
+    if method.statistics:
+        calibration = check.run(choose_calibration, config, method)
+        given = {key: config.parameters.get(key) for key in (STATS, TASK)}
+        published = {key: value for key, value in given.items() if value is not None}
+    elif config.calibration is not None:
         notes.append(f"calibration is not used: {method.name} reads no statistics")
     if config.evaluation is None:
         notes.append("no evaluation: the last step becomes the model, however good it is")
     aligns = any(value != 0 for value in leaves(config.parameters.get("alignment", 0)))
-    check.run(lambda: check_tokenizer(config))
-    check.run(lambda: check_parameters(config, method, rates))
-    check.run(lambda: check_chat_template(config.chat_template))
-    check.run(lambda: choose_device(merge.device or "cpu"))
+    check.run(check_tokenizer, config)
+    check.run(check_parameters, config, method, rates)
+    check.run(check_chat_template, config.chat_template)
+    check.run(choose_device, merge.device or "cpu")
     plan = StreamPlan(
         config=config,
         method=method,
         rates=rates,
         calibration=calibration,
         published=published,
-        aligns=aligns and bool(method.only_subspaces),
+        aligns=aligns and SUBSPACE.name in method.statistics,
         checkpoints=checkpoints,
-        fingerprint=check.run(lambda: _fingerprint(config, merge, base)) or {},
+        fingerprint=check.run(_fingerprint, config, merge, base) or {},
         base=base,
         final_dtype=dtype,
         has_tokenizer=load_own_tokenizer(config.base_model, merge.trust_remote_code) is not None,
         notes=notes,
     )
-    if state is not None and not check.problems:
-        check.run(lambda: check_prefix(plan.fingerprint, plan.steps(), config, state))
-    return plan, check.problems
+    if state is not None and not check:
+        check.run(check_prefix, plan, state)
+    return plan, check
 
 
-def _with_absolute_base(config: StreamConfig) -> StreamConfig:
-    return config.model_copy(update={"base_model": absolute_reference(config.base_model)})
-
-
-def _dtype_of(reference: str, merge: MergeOptions) -> str:
+def _final_dtype(config: StreamConfig, merge: MergeOptions) -> str:
+    if config.dtype is not None:
+        return config.dtype
+    base = config.base_model
     try:
-        found = ModelReference.parse(reference).config(trust_remote_code=merge.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise InputError(f"base_model {reference}: {first_line(error)}") from error
+        found = ModelReference.parse(base).config(trust_remote_code=merge.trust_remote_code)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"base_model {base}: {first_line(error)}") from error
     dtype = str(getattr(found, "dtype", None) or "float32").removeprefix("torch.")
     if dtype not in FINAL_DTYPES:
-        raise InputError(f"base_model {reference} is in {dtype}: say dtype: bfloat16 or another")
+        raise InputError(f"base_model {base} is in {dtype}: say dtype: bfloat16 or another")
     return dtype
 
 
 def _fingerprint(config: StreamConfig, merge: MergeOptions, base: Contents) -> dict[str, str]:
     """Return what a step depends on beside the checkpoints and their rates, which it records."""
-    found = {"merge_method": config.merge_method, "base_model's content": base.fingerprint[:16]}
+    found = {"merge_method": config.merge_method}
+    found["base_model's content"] = shortened(base.fingerprint)
     if isinstance(config.checkpoints, str):
         found["checkpoints"] = absolute_reference(config.checkpoints)
     for key in ("parameters", *TOKENS):
@@ -240,15 +233,16 @@ def _fingerprint(config: StreamConfig, merge: MergeOptions, base: Contents) -> d
     if config.calibration is not None:
         found["calibration"] = json.dumps(config.calibration.chosen(), sort_keys=True)
         found["calibration.refresh"] = str(config.calibration.refresh)
-        names = ("calibration", "calibration.task")
-        for name, one in zip(names, config.calibration.passes(), strict=False):
-            content = content_of(one.get("dataset"))
-            if content:
-                found[f"content of the {name} data"] = content
+        texts = zip(("calibration", "calibration.task"), config.calibration.passes(), strict=False)
+        found |= contents_of({name: one.get("dataset") for name, one in texts})
     return found | decisive_options(merge)
 
 
-def content_of(dataset: Any) -> str | None:
-    """Return what recognises a data file here; of others only the names are compared."""
-    file = Path(dataset).expanduser() if isinstance(dataset, str) else None
-    return sampled_hash(file)[:16] if file is not None and file.is_file() else None
+def contents_of(datasets: Mapping[str, Any]) -> dict[str, str]:
+    """Return what recognises data files here; of data elsewhere only the names are compared."""
+    files = {name: Path(one).expanduser() for name, one in datasets.items() if isinstance(one, str)}
+    return {
+        f"content of the {name} data": sampled_hash(file)[:16]
+        for name, file in files.items()
+        if file.is_file()
+    }

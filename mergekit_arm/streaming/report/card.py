@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 
 from mergekit_arm.judging.judge import Scores
-from mergekit_arm.merging.card import front_matter, name_of, table, without_paths
+from mergekit_arm.merging.card import front_matter, name_of, numbers, table, without_paths
 from mergekit_arm.streaming.plan.plan import StreamPlan
 from mergekit_arm.streaming.rates import rate_text
 from mergekit_arm.streaming.state import State
-from mergekit_arm.streaming.verdict import Evaluation, bound_of
+from mergekit_arm.streaming.verdict import Evaluation
 
 _TEMPLATE = """---
 {front}---
@@ -37,6 +37,7 @@ is kept in float32 and cast once, at the end.
 Directories are given by their last part. Made with {versions}.
 """
 
+STEPS = ("step", "checkpoint", "learning rate", "‖update‖")
 _PACKAGES = ("mergekit-arm", "mergekit", "torch", "transformers", "safetensors")
 
 
@@ -59,7 +60,7 @@ def stream_card(
         origin=origin,
         comparison="\n".join(_comparison(plan.config.evaluation, state, chosen)),
         statistics="\n".join(_measured(measured)),
-        steps="\n".join([table(_steps(plan.config.evaluation, state, chosen)), *_skipped(state)]),
+        steps="\n".join(_steps(state, chosen)),
         config=yaml.safe_dump(without_paths(plan.config.document()), sort_keys=False,
                               allow_unicode=True),
         versions=", ".join(f"{name} {version(name)}" for name in _PACKAGES),
@@ -70,7 +71,6 @@ def _comparison(evaluation: Evaluation | None, state: State, chosen: int) -> Ite
     """Yield the model beside the base, the checkpoints as they are, and their average."""
     if evaluation is None or not state.base:
         return
-    rows = [["model", *state.base], ["---"] * (1 + len(state.base))]
     scored = [one for record in state.steps for one in record.merged if one.scores]
     entries: list[tuple[str, Scores]] = [("base", state.base)]
     if scored:
@@ -84,10 +84,8 @@ def _comparison(evaluation: Evaluation | None, state: State, chosen: int) -> Ite
     if average is not None and not average.missing:
         entries.append(("uniform average of the checkpoints", average.scores))
     entries.append(("**this model**", state.scores_of(chosen)))
-    rows += [[name, *_numbers(scores, list(state.base))] for name, scores in entries]
-    yield "\n## Beside others\n"
-    yield table(rows)
-    yield ""
+    rows = [[name, *numbers(scores, state.base)] for name, scores in entries]
+    yield f"\n## Beside others\n\n{table(['model', *state.base], rows)}\n"
     if average is not None and average.missing:
         yield f"The uniform average of the checkpoints is not scored: {average.missing}.\n"
     for name, judged in evaluation.sets.items():
@@ -95,7 +93,7 @@ def _comparison(evaluation: Evaluation | None, state: State, chosen: int) -> Ite
         if data is None:
             yield f"- {name}: a command's number, to {judged.goal}"
         else:
-            bound = bound_of(judged)
+            bound = judged.at_most
             kept = "" if bound is None else f"; a step may raise it by {bound:g}"
             source = name_of(str(getattr(judged, "dataset", "")))
             yield (
@@ -117,35 +115,31 @@ def _measured(measured: Mapping[str, Any] | None) -> Iterator[str]:
             )
 
 
-def _steps(evaluation: Evaluation | None, state: State, chosen: int) -> list[list[str]]:
-    names = list(state.base or {}) if evaluation is not None else []
-    header = ["step", "checkpoint", "learning rate", "‖update‖", *names]
-    rows = [header, ["---"] * len(header)]
-    if evaluation is not None:
-        rows.append([_mark(0, chosen), "base", "", "", *_numbers(state.base or {}, names)])
+def step_rows(state: State) -> Iterator[list[str]]:
+    """Yield the base and every step as rows below :data:`STEPS` and the names of the sets."""
+    names = list(state.base or {})
+    if names:
+        yield ["0", "base", "", "", *numbers(state.scores_of(0), names)]
     for record in state.steps:
-        rows.append(
-            [
-                _mark(record.step, chosen),
-                " + ".join(name_of(one.name) for one in record.merged),
-                rate_text(record.learning_rate) if record.accepted else "not merged",
-                "" if record.update_norm is None else f"{record.update_norm:.4g}",
-                *_numbers(record.current, names),
-            ]
-        )
-    return rows
+        yield [
+            str(record.step),
+            record.checkpoint,
+            rate_text(record.learning_rate) if record.accepted else "not merged",
+            "" if record.update_norm is None else f"{record.update_norm:.4g}",
+            *numbers(record.current, names),
+        ]
 
 
-def _skipped(state: State) -> Iterator[str]:
+def _steps(state: State, chosen: int) -> Iterator[str]:
+    """Yield the table of all steps, and what was skipped."""
+    yield table(
+        [*STEPS, *(state.base or {})],
+        [
+            [f"**{step}**" if step == str(chosen) else step, name_of(name), *rest]
+            for step, name, *rest in step_rows(state)
+        ],
+    )
     if state.skipped:
         yield "\nCheckpoints that could not be merged:\n"
     for one in state.skipped:
         yield f"- {name_of(one.checkpoint)}: {without_paths(one.reason)}"
-
-
-def _mark(step: int, chosen: int) -> str:
-    return f"**{step}**" if step == chosen else str(step)
-
-
-def _numbers(scores: Scores, names: list[str]) -> list[str]:
-    return [f"{scores[name]:.4f}" if name in scores else "" for name in names]

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mergekit_arm.merging.picture import save_drawing
 from mergekit_arm.streaming.state import State, StepRecord
-from mergekit_arm.streaming.verdict import LOSS, Evaluation, bound_of
+from mergekit_arm.streaming.verdict import LOSS, Evaluation
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 _CURRENT, _CHECKPOINT, _BASE, _BOUND = "#0072B2", "#E69F00", "#555555", "#D55E00"
@@ -33,7 +33,7 @@ def _figure(state: State, evaluation: Evaluation | None) -> Figure:
     remaining = list(panels[:, 0])
     for name in scored:
         assert evaluation is not None
-        _draw_scores(remaining.pop(0), state, name, bound_of(evaluation.sets[name]))
+        _draw_scores(remaining.pop(0), state, name, evaluation.sets[name].at_most)
     for label, points in moves:
         axes = remaining.pop(0)
         axes.plot(*zip(*points, strict=True), "o-", color=_CURRENT, ms=4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,17 +14,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_arm.merging.movement import TensorMove, compare
 from mergekit_arm.streaming.plan.document import STEP_DTYPE
-
-
-@dataclass(frozen=True)
-class Move:
-    """A whole step: norms over all weights, and angles over the matrices that moved."""
-
-    update_norm: float
-    task_norm: float
-    """How far the checkpoint was."""
-    rotation_degrees: dict[str, float] | None
-    """Mean and largest angle; None where nothing moved."""
+from mergekit_arm.streaming.state import Move
 
 
 def measure_move(document: Mapping[str, Any], merged: str, options: MergeOptions) -> Move:
@@ -60,8 +49,9 @@ def measure_move(document: Mapping[str, Any], merged: str, options: MergeOptions
             goal = tensors[2] if len(tensors) == 3 else torch.stack(tensors[2:]).mean(dim=0)
             moves.append(compare(tensors[0], tensors[1], goal))
     angles = [move.angle for move in moves if move.matrix and move.angle is not None]
+    turned = {"mean": sum(angles) / len(angles), "max": max(angles)} if angles else None
     return Move(
-        math.hypot(*(move.update for move in moves)),
-        math.hypot(*(move.task for move in moves)),
-        {"mean": sum(angles) / len(angles), "max": max(angles)} if angles else None,
+        update_norm=math.hypot(*(move.update for move in moves)),
+        task_norm=math.hypot(*(move.task for move in moves)),
+        rotation_degrees=turned,
     )

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mergekit.options import MergeOptions
 
-from mergekit_arm.errors import Failure, InputError
+from mergekit_arm.errors import Failure
 from mergekit_arm.files import remove, size_of, write_text
 from mergekit_arm.judging.judge import Scores
 from mergekit_arm.merging.adapters import merge_adapter
@@ -24,12 +24,12 @@ from mergekit_arm.merging.documents import by_hand, to_yaml
 from mergekit_arm.merging.merge import forgetting, merge
 from mergekit_arm.models.contents import describe
 from mergekit_arm.streaming.layout import MODEL, PROVENANCE, STEP_CONFIG
-from mergekit_arm.streaming.plan.document import StepStatistics, step_document
+from mergekit_arm.streaming.plan.document import step_document
 from mergekit_arm.streaming.plan.plan import PlannedStep, one_or_all
 from mergekit_arm.streaming.rates import Rate, rate_text, scaled
-from mergekit_arm.streaming.state import Attempt, MergedCheckpoint, StepRecord
-from mergekit_arm.streaming.step.measuring import provenance, step_statistics
-from mergekit_arm.streaming.step.movement import Move, measure_move
+from mergekit_arm.streaming.state import Attempt, MergedCheckpoint, Move, StepRecord
+from mergekit_arm.streaming.step.measuring import StepStatistics, measure_step, provenance
+from mergekit_arm.streaming.step.movement import measure_move
 from mergekit_arm.streaming.step.workplace import Workplace
 from mergekit_arm.streaming.training.checkpoints import RunCheckpoint, problem_of
 
@@ -63,7 +63,7 @@ class _Step:
     planned: PlannedStep
     current: str
     """Reference of the model that it starts from."""
-    statistics: StepStatistics
+    measured: StepStatistics
     options: MergeOptions
     clock: _Clock
 
@@ -78,16 +78,16 @@ class _Step:
             current=self.current,
             checkpoints=[one.reference for one in self.planned.checkpoints],
             rates=rates,
-            statistics=self.statistics,
+            statistics=self.measured.shared,
+            own_statistics=self.measured.own,
             chat_template=self.place.state.chat_template,
         )
 
-    @contextmanager
-    def forgetting(self) -> Iterator[None]:
+    def forgetting(self) -> AbstractContextManager[None]:
         """Forget afterwards what mergekit has opened."""
         references = [one.reference for one in self.planned.checkpoints]
-        with forgetting([self.current, self.merged, *references], self.statistics.paths):
-            yield
+        statistics = [*self.measured.shared.values(), *self.measured.own]
+        return forgetting([self.current, self.merged, *references], statistics)
 
     def merge(self, rates: list[Rate] | None) -> None:
         """Merge into the step's directory, unless this very merge lies there already."""
@@ -123,22 +123,22 @@ class _Step:
             scores = self.place.score(self.merged)
         return Attempt(rates=rates, scores=scores, bytes=size_of(Path(self.merged)))
 
-    def measure(self, chosen: Attempt | None) -> Move | None:
-        """Return how far the model went; None where that is switched off.
+    def measure(self, rates: list[Rate] | None) -> Move:
+        """Return how far the model went by the merge that was made with ``rates``.
 
         Raises:
             Failure: a weight of the merged model is no number.
         """
-        if not self.place.plan.config.compare.angles:
-            problem = problem_of(self.merged, False) if chosen else None
-            if problem:
-                raise Failure(f"{problem}; try a lower learning_rate")
-            return None
-        document = self.document(chosen.rates if chosen else None)
-        with self.forgetting(), self.clock.time("measure"):
-            move = measure_move(document, self.merged if chosen else self.current, self.options)
-        if not math.isfinite(move.update_norm):
-            raise Failure(f"{self.merged}: a weight is no finite number; try a lower learning_rate")
+        move, problem = Move(), None
+        if self.place.plan.config.compare.angles:
+            with self.forgetting(), self.clock.time("measure"):
+                move = measure_move(self.document(rates), self.merged, self.options)
+            if not math.isfinite(move.update_norm or 0.0):
+                problem = f"{self.merged}: a weight is no finite number"
+        else:
+            problem = problem_of(self.merged)
+        if problem:
+            raise Failure(f"{problem}; try a lower learning_rate")
         return move
 
 
@@ -149,20 +149,21 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
     Leaves the step's weights in its directory where the step was accepted.
     """
     state, folder, clock = place.state, place.folder(planned.step), _Clock()
-    current = place.started_from(planned.step)
+    current = place.needed(state.before(planned.step))
     folder.mkdir(parents=True, exist_ok=True)
     with clock.time("calibrate"):
-        statistics, measured_at, tokens = step_statistics(place, planned, place.say)
+        measured = measure_step(place, planned)
     with clock.time("evaluate"):
         merged = [_describe(place, one) for one in planned.checkpoints]
-    step = _Step(place, planned, current, statistics, _options_of(place, planned.step), clock)
-    chosen = _choose(step)
+    step = _Step(place, planned, current, measured, _options_of(place, planned.step), clock)
+    chosen, move = _choose(step), Move()
     if chosen is not None:
         step.merge(chosen.rates)  # where another was tried after it
-    move = step.measure(chosen)
-    if chosen is None:
+        move = step.measure(chosen.rates)
+    else:
         remove(folder / MODEL)
     scores = chosen.scores if chosen else state.scores_of(state.current)
+    rate = one_or_all((chosen or state.tried[-1]).rates)
     better = chosen is not None and place.better(scores, state.scores_of(state.best))
     record = StepRecord(
         step=planned.step,
@@ -170,23 +171,21 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
         passed=planned.passed,
         checkpoint=planned.name,
         merged=merged,
-        learning_rate=_rate_of(chosen, planned, state.tried),
+        learning_rate=rate if chosen or not planned.search else 0.0,
         planned=planned.planned,
         tried=state.tried,
         accepted=chosen is not None,
-        statistics_from=measured_at,
-        calibration_tokens=tokens,
-        rotation_degrees=move.rotation_degrees if move else None,
-        update_norm=move.update_norm if move else None,
-        task_norm=move.task_norm if move else None,
+        statistics_from=measured.step,
+        calibration_tokens=measured.tokens,
+        **dict(move),
         current=scores,
         base=state.base or {},
         best_step=planned.step if better else state.best,
         seconds=clock.seconds,
         bytes=sum(one.bytes for one in state.tried),
     )
-    if measured_at is not None:
-        write_text(folder / PROVENANCE, provenance(statistics, measured_at))
+    if measured.step is not None:
+        write_text(folder / PROVENANCE, provenance(measured))
     return record
 
 
@@ -204,33 +203,24 @@ def _choose(step: _Step) -> Attempt | None:
         proposals = [[rate] * len(planned.checkpoints) for rate in planned.search]
     elif backtrack:
         assert planned.rates is not None  # the plan refuses to backtrack without one
-        proposals += [[scaled(r, 0.5**n) for r in planned.rates] for n in range(1, HALVINGS + 1)]
+        proposals += [scaled(planned.rates, 0.5**n) for n in range(1, HALVINGS + 1)]
+    best: Attempt | None = None  # a step of 0, which stays where the model is
     for number, rates in enumerate(proposals):
         if number == len(state.tried):
             state.tried.append(step.judge(rates))
             state.save(place.out)
-        if not planned.search and not (
-            backtrack and place.better(start, state.tried[number].scores)
-        ):
-            return state.tried[number]
-        if backtrack and number < HALVINGS:
+        attempt = state.tried[number]
+        if planned.search:
+            if place.better(attempt.scores, best.scores if best else start):
+                best = attempt
+        elif not (backtrack and place.better(start, attempt.scores)):
+            return attempt
+        elif number < HALVINGS:
             place.say(
                 f"step {planned.step}: worse at learning rate {rate_text(rates)}; again with "
                 f"{rate_text(proposals[number + 1])}"
             )
-    if not planned.search:
-        return None
-    best: Attempt | None = None  # a step of 0, which stays where the model is
-    for attempt in state.tried:
-        if place.better(attempt.scores, best.scores if best else start):
-            best = attempt
     return best
-
-
-def _rate_of(chosen: Attempt | None, planned: PlannedStep, tried: list[Attempt]) -> Any:
-    if chosen is None and planned.search:
-        return 0.0
-    return one_or_all((chosen or tried[-1]).rates)
 
 
 def _options_of(place: Workplace, step: int) -> MergeOptions:
@@ -249,10 +239,7 @@ def _options_of(place: Workplace, step: int) -> MergeOptions:
 def _describe(place: Workplace, one: RunCheckpoint) -> MergedCheckpoint:
     """Return a checkpoint's record; scored once, however often the stream passes over it."""
     merge_adapter(one.reference, place.merge)
-    try:
-        content = describe(one.reference).fingerprint
-    except InputError:
-        content = None
+    content = describe(one.reference).fingerprint
     scores: Scores = {}
     if place.plan.config.compare.checkpoints:
         earlier = [known for record in place.state.steps for known in record.merged]

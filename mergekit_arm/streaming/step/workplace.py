@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from pathlib import Path
 from mergekit.options import MergeOptions
 
 from mergekit_arm.errors import Failure, InputError
-from mergekit_arm.files import fresh_directory, remove, write_text
+from mergekit_arm.files import remove, scratch_at, write_text
 from mergekit_arm.judging.judge import Judge, Scores
 from mergekit_arm.merging.adapters import merge_adapter
+from mergekit_arm.merging.options import LORA_CACHE
 from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.streaming.layout import (
     CHECKPOINT_STATISTICS,
@@ -21,12 +21,12 @@ from mergekit_arm.streaming.layout import (
     MODEL,
     SCRATCH,
     STEP_STATISTICS,
-    STEPS,
     TASK_STATISTICS,
+    step_folder,
 )
 from mergekit_arm.streaming.options import Keep
 from mergekit_arm.streaming.plan.plan import StreamPlan
-from mergekit_arm.streaming.state import State, StepRecord
+from mergekit_arm.streaming.state import State
 
 
 @dataclass
@@ -57,30 +57,22 @@ class Workplace:
 
     def folder(self, step: int) -> Path:
         """Return the directory of a step (from 1)."""
-        return self.out / STEPS / f"{step:03d}"
+        return step_folder(self.out, step)
 
     def model_of(self, step: int) -> str:
         """Return the reference of the model after ``step``; 0 is the base."""
         return str(self.folder(step) / MODEL) if step else self.plan.config.base_model
 
-    def started_from(self, step: int) -> str:
-        """Return the reference of the model from which ``step`` started.
+    def needed(self, step: int) -> str:
+        """Return :meth:`model_of` a step without whose weights the stream cannot go on.
 
         Raises:
-            InputError: its weights are not there any more.
-        """
-        return self.needed(self.state.before(step), "from which the stream would go on")
-
-    def needed(self, step: int, purpose: str) -> str:
-        """Return :meth:`model_of` a step whose weights must be there, ``purpose`` says for what.
-
-        Raises:
-            InputError: they are not.
+            InputError: they are not there any more.
         """
         if not self.has(step):
             raise InputError(
-                f"{self.out}: the float32 weights of step {step} are gone, {purpose}; keep them "
-                "with --keep last or --keep all"
+                f"{self.out}: the float32 weights of step {step} are gone, with which the stream "
+                "would go on; keep them with --keep last or --keep all"
             )
         return self.model_of(step)
 
@@ -104,11 +96,8 @@ class Workplace:
         if self.judge is None:
             return {}
         model = merge_adapter(reference, self.merge)
-        scratch = fresh_directory(self.out / SCRATCH)
-        try:
+        with scratch_at(self.out / SCRATCH) as scratch:
             found = self.judge.score(model, scratch, run_commands=run_commands)
-        finally:
-            remove(scratch)
         for name, score in found.items():
             if not math.isfinite(score):
                 raise Failure(
@@ -143,19 +132,23 @@ class Workplace:
                 remove(folder / MODEL)
             for name in (STEP_STATISTICS, TASK_STATISTICS, CHECKPOINT_STATISTICS):
                 remove(folder / f"{name}.partial")  # of a calibration killed at its very end
-            if self.keep != "all":
-                self._prune_statistics(record, folder)
+            if self.keep == "all":
+                continue
+            for path in folder.glob(f"{CHECKPOINT_STATISTICS}*"):
+                remove(path)
+            if record.step != self._serving():
+                remove(folder / STEP_STATISTICS)
+                remove(folder / TASK_STATISTICS)
+        remove(self.out / LORA_CACHE)  # where the user names no other
 
-    def _prune_statistics(self, record: StepRecord, folder: Path) -> None:
-        done, calibration = self.state.steps[-1], self.plan.calibration
-        serves = calibration is not None and not calibration.due(done.step + 1)
-        if not (serves and record.step == done.statistics_from):
-            remove(folder / STEP_STATISTICS)
-            remove(folder / TASK_STATISTICS)
-        for path in folder.glob(f"{CHECKPOINT_STATISTICS}*"):
-            remove(path)
+    def _serving(self) -> int | None:
+        """Return the step whose statistics the next one will read."""
+        calibration, done = self.plan.calibration, self.state.steps[-1]
+        if calibration is None or calibration.due(done.step + 1):
+            return None
+        return done.statistics_from
 
     def write_journal(self) -> None:
         """Write ``stream.jsonl`` anew: a line for every step, and for what was skipped."""
-        lines = (json.dumps(one.model_dump(mode="json")) for one in self.state.handled)
-        write_text(self.out / JOURNAL, "".join(f"{line}\n" for line in lines))
+        lines = (f"{one.model_dump_json()}\n" for one in self.state.handled)
+        write_text(self.out / JOURNAL, "".join(lines))

@@ -25,7 +25,6 @@ from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove
 from mergekit_arm.models.references import plain_path
 from mergekit_arm.outputs import alone
-from mergekit_arm.sections import read_mapping
 from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.layout import INCOMING, LOCK_FILE, MODEL
 from mergekit_arm.streaming.state import read_state
@@ -47,18 +46,17 @@ _OF_A_RANK = re.compile(
 
 
 class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-    """Feeds every checkpoint that a ``Trainer`` saves to a stream, as it is saved.
-
-    The stream is a process of its own, ``mergekit-arm stream … --watch``: training keeps its
-    random numbers, its memory and its speed, as far as the machine has room for both. Where
-    they share an accelerator, say ``device: cpu`` under calibration and evaluation, or see
-    that both fit. Every checkpoint is taken at the moment it is saved, before the trainer can
-    rotate it away; those that wait for a slower stream stay on the disk until it has come to
-    them::
+    """Feeds every checkpoint that a ``Trainer`` saves to a stream, as it is saved::
 
         callback = StreamCallback("stream.yml", "./merged")
         Trainer(..., callbacks=[callback]).train()      # waits for the stream at its end
         model = callback.check()                        # its directory; raises if it failed
+
+    The stream is a process of its own, ``mergekit-arm stream … --watch``: training keeps its
+    random numbers, its memory and its speed, as far as the machine has room for both. Where
+    they share an accelerator, say ``device: cpu`` under calibration and evaluation, or see
+    that both fit. Checkpoints that wait for a slower stream stay on the disk until it has come
+    to them, whatever the trainer rotates away.
 
     It streams the checkpoints of this training only: those that it saves and, where it is
     resumed, those that it had saved before. A stream that fails does not end the training: it is
@@ -86,8 +84,7 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         Raises:
             InputError: the configuration is wrong.
         """
-        self._document = _document(config)
-        load_config({"checkpoints": "unknown yet", **self._document})
+        self._config = load_config(config, checkpoints="not known yet")
         self.out = Path(plain_path(out))
         self._arguments = list(arguments)
         self._wait = wait
@@ -112,13 +109,13 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
         if self._child is not None and self._child.poll() is None:
             return  # of a training that was interrupted in this process
         run = Path(args.output_dir).absolute()
-        incoming = self.out / INCOMING
         self._check_out(state.global_step)
-        for number, path in numbered_checkpoints(incoming).items():
+        for number, path in numbered_checkpoints(self.out / INCOMING).items():
             if number > state.global_step:  # another training's: this one has not made it yet
                 remove(path)
         file = Path(self._scratch.name) / "stream.yml"
-        file.write_text(yaml.safe_dump({**self._document, "checkpoints": str(run)}), "utf-8")
+        document = {**self._config.document(), "checkpoints": str(run)}
+        file.write_text(yaml.safe_dump(document), encoding="utf-8")
         command = [sys.executable, "-m", "mergekit_arm", "stream", str(file), str(self.out)]
         # It ends when this pipe does, by whatever signal this process dies.
         self._child = subprocess.Popen(
@@ -213,11 +210,3 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
             self._failed = True
             LOG.error("the stream in %s ended with status %s; training goes on", self.out, status)
         return status is not None
-
-
-def _document(config: StreamConfig | Mapping[str, Any] | str | Path) -> dict[str, Any]:
-    if isinstance(config, StreamConfig):
-        return config.document()
-    if isinstance(config, Mapping):
-        return dict(config)
-    return read_mapping(Path(config))

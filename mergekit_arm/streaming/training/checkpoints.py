@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.models.contents import describe, is_adapter, missing_part, weight_files
 from mergekit_arm.models.references import absolute_reference, plain_path
+from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.state import State
 
 TRAINER_STATE = "trainer_state.json"
@@ -42,24 +43,46 @@ Group = tuple[RunCheckpoint, ...]
 """What one step merges: one checkpoint, or one of each of several runs."""
 
 
-def find_checkpoints(folder: Path, base_model: str, say: Callable[[str], None]) -> list[Group]:
-    """Return the checkpoints of a Trainer's directory, in the order of training.
+def list_checkpoints(
+    config: StreamConfig, state: State | None, say: Callable[[str], None]
+) -> list[Group]:
+    """Return what one pass merges: the list of the file, or what its directory holds and held.
 
-    Incomplete ones are left out, and ``say`` is told.
+    Of a directory in the order of training; what is incomplete, or comes too late, is left out,
+    and ``say`` is told.
+
+    Raises:
+        InputError: there is none, or something that is not a model.
     """
-    found: list[Group] = []
-    for path in numbered_checkpoints(folder).values():
+    setting, base = config.checkpoints, config.base_model
+    if isinstance(setting, list):
+        groups = [one if isinstance(one, list) else [one] for one in setting]
+        return [tuple(_listed(one, base) for one in group) for group in groups]
+    folder = Path(plain_path(setting))
+    handled = [one.checkpoint for one in (state.handled if state else [])]
+    found = {
+        number_of(name): RunCheckpoint(name, str(folder / name))
+        for name in handled
+        if number_of(name) >= 0  # else of a list, which is another stream
+    }
+    last = max(found, default=-1)
+    for number, path in numbered_checkpoints(folder).items():
         problem = missing_part(path)
         if problem:
             say(f"{path.name} is left out: it is not complete ({problem})")
+        elif config.passes == 1 and number < last and number not in found:
+            say(
+                f"{path.name} is left out: a later checkpoint, checkpoint-{last}, is merged already"
+            )
         else:
-            found.append((trained_checkpoint(path, base_model),))
-    return found
+            found[number] = checkpoint_at(path.name, str(path), base)
+    if not found:
+        raise _none_in(folder, setting)
+    return [(found[number],) for number in sorted(found)]
 
 
-def no_checkpoint(setting: str) -> InputError:
-    """Return the refusal of a setting that names no checkpoint, with what is likely meant."""
-    folder = Path(plain_path(setting))
+def _none_in(folder: Path, setting: str) -> InputError:
+    """Return the refusal of a directory without checkpoints, with what is likely meant."""
     if not folder.is_dir():
         return InputError(
             f"checkpoints: {setting} is no directory; name a Trainer's output directory, or list "
@@ -72,8 +95,9 @@ def no_checkpoint(setting: str) -> InputError:
 
 
 def number_of(name: str) -> int:
-    """Return N of ``checkpoint-N``."""
-    return int(name.rpartition("-")[2])
+    """Return N of ``checkpoint-N``, -1 of another name."""
+    found = _NUMBERED.fullmatch(name)
+    return int(found[1]) if found else -1
 
 
 def reached(state: State | None) -> int:
@@ -81,7 +105,7 @@ def reached(state: State | None) -> int:
     return max((number_of(one.checkpoint) for one in (state.handled if state else [])), default=-1)
 
 
-def problem_of(reference: str, trust_remote_code: bool) -> str | None:
+def problem_of(reference: str) -> str | None:
     """Say why a checkpoint cannot be merged: it is gone, unreadable, or holds no number somewhere.
 
     Reads all of its weights, which the merge then finds in memory.
@@ -90,9 +114,7 @@ def problem_of(reference: str, trust_remote_code: bool) -> str | None:
     part = parsed.lora or parsed.model
     try:
         describe(str(part))
-        folder = Path(part.path)
-        if not folder.is_dir():  # on the Hub
-            folder = Path(ModelReference(model=part).local_path(ignore_lora=True))
+        folder = Path(ModelReference(model=part).local_path())
         for file in weight_files(folder):
             broken = _not_finite(file)
             if broken:
@@ -127,56 +149,33 @@ def numbered_checkpoints(folder: Path) -> dict[int, Path]:
     """Return the ``checkpoint-N`` directories of ``folder`` by N, ascending."""
     if not folder.is_dir():
         return {}
-    matches = [(path, _NUMBERED.fullmatch(path.name)) for path in folder.iterdir()]
-    found = {int(match.group(1)): path for path, match in matches if match and path.is_dir()}
-    return dict(sorted(found.items()))
+    found = {number_of(path.name): path for path in folder.iterdir() if path.is_dir()}
+    return dict(sorted((number, path) for number, path in found.items() if number >= 0))
 
 
-def trained_checkpoint(path: Path, base_model: str) -> RunCheckpoint:
-    """Return the checkpoint at a local directory, with ``base_model`` where it is an adapter."""
-    reference = plain_path(path)
-    return RunCheckpoint(
-        path.name, adapted(base_model, reference) if is_adapter(path) else reference
-    )
-
-
-def listed_checkpoint(reference: str, base_model: str) -> RunCheckpoint:
-    """Return the checkpoint that one entry of a list means.
-
-    Raises:
-        InputError: it is no reference, or the base model itself.
-    """
+def _listed(reference: str, base_model: str) -> RunCheckpoint:
+    """Return the checkpoint that one entry of a list means."""
     absolute = absolute_reference(reference)
     if absolute == absolute_reference(base_model):
         raise InputError(f"checkpoints: {reference} is the base_model; remove it from the list")
-    if is_adapter(Path(absolute)):
-        return RunCheckpoint(reference, adapted(base_model, absolute))
-    return RunCheckpoint(reference, absolute)
+    return checkpoint_at(reference, absolute, base_model)
 
 
-def adapted(base_model: str, adapter: str) -> str:
-    """Return ``base+adapter``.
+def checkpoint_at(name: str, reference: str, base_model: str) -> RunCheckpoint:
+    """Return the checkpoint at an absolute ``reference``, with the base where it is an adapter.
 
     Raises:
         InputError: the base is an adapter on a model already, and mergekit stacks none.
     """
+    if not is_adapter(Path(reference)):
+        return RunCheckpoint(name, reference)
     base = absolute_reference(base_model)
     if "+" in base:
         raise InputError(
-            f"checkpoints: {adapter} is an adapter and so is {base_model}; merge base_model "
+            f"checkpoints: {reference} is an adapter and so is {base_model}; merge base_model "
             "into one model first"
         )
-    return f"{base}+{adapter}"
-
-
-def trained_on(reference: str) -> str | None:
-    """Return the base that a local adapter names in its configuration."""
-    _, plus, adapter = reference.partition("+")
-    file = Path(adapter) / "adapter_config.json"
-    if not plus or not file.is_file():
-        return None
-    name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    return str(name) if name else None
+    return RunCheckpoint(name, f"{base}+{reference}")
 
 
 def is_last(path: Path) -> bool:

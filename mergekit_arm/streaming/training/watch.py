@@ -14,19 +14,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from mergekit_arm.errors import Failure
 from mergekit_arm.files import remove
 from mergekit_arm.models.contents import missing_part, weight_files
+from mergekit_arm.outputs import remove_orphans
 from mergekit_arm.streaming.layout import END_MARKER
 from mergekit_arm.streaming.options import WatchOptions
 from mergekit_arm.streaming.training.checkpoints import (
     TRAINER_STATE,
     RunCheckpoint,
+    checkpoint_at,
     is_last,
     numbered_checkpoints,
-    trained_checkpoint,
 )
 
 OVER = "over"
@@ -69,10 +68,7 @@ class Watch:
     def __enter__(self) -> Watch:
         """Begin to take checkpoints."""
         self.incoming.mkdir(parents=True, exist_ok=True)
-        for left in self.incoming.glob(".*"):
-            process = left.name.split(".")[-2]  # or what was being removed
-            if not process.isdigit() or int(process) not in set(psutil.pids()) - {os.getpid()}:
-                remove(left)
+        remove_orphans(self.incoming.glob(".*"))
         work = self._listen if self.options.fed else self._take_on
         # A daemon, since it may wait for a line that never comes.
         threading.Thread(target=work, daemon=True).start()
@@ -108,7 +104,7 @@ class Watch:
                 raise Failure(f"{self.incoming}: {self._problem}; run again") from self._problem
             taken = [path for n, path in numbered_checkpoints(self.incoming).items() if n > after]
             if taken:
-                return trained_checkpoint(taken[0], self.base_model)
+                return checkpoint_at(taken[0].name, str(taken[0]), self.base_model)
             if ended or (time.monotonic() > deadline and not self.options.fed):
                 self._tell_left_out(after)
                 timeout = f"no new checkpoint in {self.options.timeout:g} s"
@@ -131,7 +127,7 @@ class Watch:
     def _take_on(self) -> None:
         while not self._stop.wait(self.options.poll):
             try:
-                self._take_all(self._marker())
+                self._take_all(self._ended())
             except (OSError, Failure) as error:
                 self._problem = error  # for the loop, which reads it before it waits
                 return
@@ -166,14 +162,11 @@ class Watch:
             if number > after and problem:
                 self.say(f"{path.name} is left out: it is not complete ({problem})")
 
-    def _marker(self) -> bool:
-        marker = self.options.end_marker
-        return (Path(marker) if marker else self.folder / END_MARKER).exists()
-
     def _ended(self) -> bool:
         if self.options.fed:
             return self._over.is_set()
-        return self._marker() or self.last is not None
+        marker = Path(self.options.end_marker or self.folder / END_MARKER)
+        return self.last is not None or marker.exists()
 
     def _whole(self, number: int, ended: bool) -> bool:
         """Say whether all of a checkpoint is written.
@@ -234,7 +227,5 @@ def _files_of(folder: Path) -> _Files:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except FileNotFoundError:
-        raise
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or one without links; or it is gone, as this finds
         shutil.copy2(source, target)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from mergekit_arm.judging.judge import Scores
 from mergekit_arm.judging.sets import EvaluationSet, HeldOutSet
-from mergekit_arm.merging.card import front_matter, table
+from mergekit_arm.merging.card import front_matter, numbers, table
 from mergekit_arm.tuning.plan import TunePlan
 from mergekit_arm.tuning.trials import TrialRecord
 
@@ -59,13 +59,11 @@ def tune_card(
 
 def _table(rows: list[Row]) -> str:
     names = list(rows[0][2])
-    header = ["", "gain", *names]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for label, gain, scores in rows:
         shown = label if not os.path.isabs(label) else os.path.basename(label)
-        cells = [f"{scores[name]:.4f}" for name in names]
-        lines.append([shown, "" if gain is None else f"{gain:+.3f}", *cells])
-    return table(lines) + "\n"
+        lines.append([shown, "" if gain is None else f"{gain:+.3f}", *numbers(scores, names)])
+    return table(["", "gain", *names], lines) + "\n"
 
 
 def _sets(plan: TunePlan, sets: Mapping[str, EvaluationSet]) -> str:
