@@ -89,6 +89,7 @@ def recipes(size: Size) -> dict[str, list[Recipe]]:
             linear(CONVERGED),
             linear("late"),
             turned("late", -0.7, GENERAL),
+            turned("late", -0.7, RANDOM),
             retaining("late", 0.3),
         ],
         # Other operators, each as many tries: kept in the package only if they win here.
