@@ -13,10 +13,9 @@ README = ROOT / "README.md"
 BEGIN, END = "<!-- evidence: python -m tests.evidence.tables -->\n", "<!-- /evidence -->\n"
 
 STREAMS = {
+    "base": "the base",
     "best checkpoint": "best single checkpoint",
     "linear to early": "linear, early",
-    "arm to early, general text, ρ = -0.4": "`arm`, early",
-    "arm to early, task_stats, κ = 0.3": "`arm`, `task_stats`, early",
     "linear to late": "linear, late",
     "arm to late, general text, ρ = -0.7": "`arm`, late",
     "arm to late, task_stats, κ = 0.3": "`arm`, `task_stats`, late",
@@ -24,6 +23,7 @@ STREAMS = {
 SPECIALISTS = {
     "aim_task_arithmetic, weights from 0.4": "`aim`",
     "regmean": "`regmean`",
+    "regmean, κ = 1": "`regmean`, `retain: 1`",
 }
 """Label → what it is called there."""
 

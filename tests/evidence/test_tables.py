@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.evidence.differences import mean_of
-from tests.evidence.front import README, larger_volume, put
+from tests.evidence.front import README, put
 from tests.evidence.intervals import paired
 from tests.evidence.plots import distances, draw
 from tests.evidence.tables import PAGE, front_page, grouped, page, summary, swept
@@ -107,37 +107,48 @@ def test_the_front_page_has_the_tables_of_the_lines() -> None:
 
 
 def test_the_front_page_says_what_the_lines_say_of_streams() -> None:
-    turned, random = "arm to early, general text, ρ = -0.4", "arm to early, random, ρ = -0.4"
-    linear, retaining = "linear to early", "arm to early, task_stats, κ = 0.3"
-    assert len(runs("streams")) == 12
+    turned, random = (f"arm to late, {of}, ρ = -0.7" for of in ("general text", "random"))
+    linear, converged = "linear to late", "100 %"
 
-    def mean(label: str, quantity: str = "losses", reference: str = linear) -> float:
+    def mean(label: str, reference: str, quantity: str = "losses") -> float:
         found = apart("streams", label, reference, quantity)
-        assert len(found) == 12
+        assert len(found) >= 8
         return fmean(found)
 
-    # "pass a converged model that has overfitted, and forget less"
-    assert mean(linear, reference="100 %") < 0
-    assert mean(linear, "general", "100 %") < 0
-    # "stopping early does as well on the task, and forgets more"
-    assert mean("best checkpoint") < 0.02
-    assert mean("best checkpoint", "general") > 0.02
-    # "keeps the linear merge's loss and forgets less, which random subspaces do not"
-    assert abs(mean(turned)) < 0.02
-    assert mean(turned, "general") < -0.1
-    assert abs(mean(random, "general")) < 0.02
-    # "forgets least and learns least"
-    assert mean(retaining) > max(mean(turned), mean(random), 0)
-    assert mean(retaining, "general") < mean(turned, "general") - 0.05
+    # "A merge passes a converged model that has overfitted"
+    for label in ("linear to early", linear, turned):
+        assert mean(label, converged) < -0.1
+    # "so does stopping early, which forgets more"
+    assert mean("best checkpoint", converged) < -0.1
+    assert mean("best checkpoint", linear, "general") > 0.02
+    # "arm keeps what the linear merge has learnt and undoes most of the forgetting"
+    assert abs(mean(turned, linear)) < 0.03
+    assert mean(turned, converged, "general") < 0.75 * mean("base", converged, "general")
+    # "which a random subspace does not"
+    assert mean(random, converged, "general") > 0.5 * mean("base", converged, "general")
 
 
 def test_the_front_page_says_what_the_lines_say_of_specialists() -> None:
-    tuned, informed = "task_arithmetic", "aim_task_arithmetic"
-    assert len(apart("specialists", "regmean", tuned)) == len(runs("specialists"))
-    assert fmean(apart("specialists", "regmean", tuned)) < -0.02
-    assert fmean(apart("specialists", "regmean", tuned, "general")) < -0.02
-    assert fmean(apart("specialists", informed, tuned)) > 0
-    assert larger_volume(runs("specialists"), informed) > f"{len(runs('specialists')) // 2}"
+    tuned, informed, retaining = (
+        "task_arithmetic",
+        "aim_task_arithmetic, weights from 0.4",
+        "regmean, κ = 1",
+    )
+
+    def mean(label: str, reference: str = tuned, quantity: str = "losses") -> float:
+        found = apart("specialists", label, reference, quantity)
+        assert len(found) >= 4
+        return fmean(found)
+
+    # "RegMean is better than tuned task arithmetic"
+    assert mean("regmean") < -0.05
+    assert mean("regmean", quantity="general") < -0.05
+    # "with retain: 1 forgets next to nothing"
+    assert mean(retaining, "regmean") < 0.01
+    assert mean(retaining, "base", "general") < 0.06
+    # "AIM is little better"
+    assert -0.03 < mean(informed) < 0
+    assert mean(informed, quantity="general") < 0
     text = README.read_text(encoding="utf-8").partition("At weights of 1")[2].partition("\n")[0]
     whole = [
         apart("specialists", "aim, weights 1, ω = 0", than)
