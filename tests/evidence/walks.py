@@ -27,7 +27,9 @@ class Walk:
 
     label: str
     measured: Literal["never", "on the base", "at every step"]
-    """When statistics on general text were measured."""
+    """When statistics were measured."""
+    retaining: bool = False
+    """Whether steps turn by the task's text too, with ``task_stats``."""
 
     @property
     def method(self) -> str:
@@ -36,14 +38,19 @@ class Walk:
 
     def settings(self, rate: float) -> dict[str, Any]:
         """Return the parameters of a step, but for statistics."""
-        return {"weight": rate} if self.measured == "never" else {**TURNED, "learning_rate": rate}
+        if self.measured == "never":
+            return {"weight": rate}
+        return {**(RETAINING if self.retaining else TURNED), "learning_rate": rate}
 
 
 TURNED = {"rotation": -0.4}
+RETAINING = {"retain": 0.3}
 WALKS = (
     Walk("stream, linear, η searched", "never"),
     Walk("stream, arm ρ = -0.4, η searched, base's statistics", "on the base"),
     Walk("stream, arm ρ = -0.4, η searched, fresh statistics", "at every step"),
+    Walk("stream, task_stats, κ = 0.3, η searched, base's statistics", "on the base", True),
+    Walk("stream, task_stats, κ = 0.3, η searched, fresh statistics", "at every step", True),
 )
 
 
@@ -76,11 +83,18 @@ def _statistics(walk: Walk, run: Run, current: State, folder: Path) -> dict[str,
     if walk.measured == "on the base":
         stats = run.statistics("general")
         metadata = json.loads((stats / "activation_stats.json").read_text(encoding="utf-8"))
+        found = {"activation_stats": stats}
+        if walk.retaining:
+            found["task_stats"] = run.statistics("task")
         known = {"measured_on": metadata["model"]["content_hash"]}
-        return {"activation_stats": Statistics(str(stats)), **known}
+        return {**{name: Statistics(str(path)) for name, path in found.items()}, **known}
     model = folder / "model"
     kept = shutil.ignore_patterns("*.safetensors", "*.index.json")
     shutil.copytree(run.base.folder, model, ignore=kept)
     save_file(current, model / "model.safetensors", metadata={"format": "pt"})
-    run.base.measure_text("general", model, folder / "statistics")
-    return {"activation_stats": Statistics(str(folder / "statistics"))}
+    found = {"activation_stats": folder / "statistics"}
+    run.base.measure_text("general", model, found["activation_stats"])
+    if walk.retaining:
+        found["task_stats"] = folder / "task"
+        run.base.measure(run.texts(), model, found["task_stats"])
+    return {name: Statistics(str(path)) for name, path in found.items()}
