@@ -184,7 +184,8 @@ def _read_dat(content: bytes | mmap.mmap) -> ImportanceMatrix:
     for _ in range(number()):
         name = take(number()).decode()
         calls = number(1 << 30)
-        values = np.frombuffer(take(4 * number(1 << 30)), dtype="<f4").astype(np.float64)
+        with np.errstate(invalid="ignore"):  # as above
+            values = np.frombuffer(take(4 * number(1 << 30)), dtype="<f4").astype(np.float64)
         entries[name] = Entry(values[None, :], np.array([float(calls)]))
     chunks, datasets = 0, list[str]()
     if place < len(content):  # the oldest files end here

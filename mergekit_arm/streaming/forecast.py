@@ -173,8 +173,9 @@ def _check_calibration(plan: StreamPlan, merge: MergeOptions) -> None:
             return
     with section("calibration"):
         for settings in plan.calibration.passes():
-            trust, base = merge.trust_remote_code, plan.config.base_model
-            check_calibration(CalibrationOptions(base, "", trust_remote_code=trust, **settings))
+            given = {**settings, "model": plan.config.base_model, "out": ""}
+            options = CalibrationOptions(trust_remote_code=merge.trust_remote_code, **given)
+            check_calibration(options)
 
 
 def _check_published(plan: StreamPlan) -> None:
