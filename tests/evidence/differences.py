@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean, stdev
 
+from tests.evidence.hypervolume import gains
 from tests.evidence.intervals import Difference, paired
 from tests.evidence.units import Line
 
@@ -19,6 +20,28 @@ def over_runs(groups: Mapping[str, Group], label: str, reference: str) -> list[D
         for group in groups.values()
         if label in group and reference in group
     ]
+
+
+def apart(
+    groups: Mapping[str, Group], label: str, reference: str, quantity: str = "losses"
+) -> list[float]:
+    """Return how much more of a quantity a model has than the reference, in every run with both."""
+    return [
+        mean_of(group[label], quantity) - mean_of(group[reference], quantity)
+        for group in groups.values()
+        if label in group and reference in group
+    ]
+
+
+def volumes_apart(groups: Mapping[str, Group], label: str, reference: str) -> list[float]:
+    """Return how much larger a merge's hypervolume gain is than the reference's."""
+    found = [gains(group, tasks_of(name)) for name, group in groups.items()]
+    return [one[label] - one[reference] for one in found if label in one and reference in one]
+
+
+def tasks_of(name: str) -> list[str]:
+    """Return the tasks of a run or pair, ``a+b, seed 0``."""
+    return name.partition(",")[0].split("+")
 
 
 def mean_of(line: Line, quantity: str) -> float:

@@ -9,6 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from tests.evidence.differences import tasks_of
+
 Lines = Mapping[str, Mapping[str, Any]]
 
 
@@ -20,7 +22,7 @@ def distances(groups: Mapping[str, Lines], reference: str) -> dict[str, list[tup
     """
     found: dict[str, list[tuple[float, float]]] = {}
     for name, group in groups.items():
-        inputs = ("base", *name.partition(",")[0].split("+"))
+        inputs = ("base", *tasks_of(name))
         if reference not in group:
             continue
         origin = [fmean(group[reference][quantity]) for quantity in ("general", "losses")]

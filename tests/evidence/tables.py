@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from mergekit_arm.merging.card import table
 from tests.benchmarks.report import sentence
-from tests.evidence.differences import Group, mean_of, over_runs, spread
+from tests.evidence.differences import Group, apart, over_runs, spread, tasks_of, volumes_apart
 from tests.evidence.front import README, put, tables
 from tests.evidence.hypervolume import gains
 from tests.evidence.intervals import paired
@@ -25,6 +26,9 @@ REFERENCES = {
     "specialists": ("task_arithmetic", "regmean"),
 }
 """What every model of a study is compared with."""
+
+QUANTITIES = ("losses", "exact", "general")
+"""Of a line: lists over examples, or marks."""
 
 BEFORE = ("base",)
 """Models that are not compared: they have not learnt."""
@@ -99,8 +103,8 @@ def summary(study: str, groups: Mapping[str, Group]) -> str:
     for one in references:
         head += [f"loss − {one}", "lower / surely lower / surely higher"]
     head += [f"exact − {references[0]}", f"general − {references[0]}"]
-    volumes = {name: gains(group, _tasks(name)) for name, group in groups.items()}
-    if any(volumes.values()):
+    in_volume = any(gains(group, tasks_of(name)) for name, group in groups.items())
+    if in_volume:
         head += [f"HV gain − {references[0]}", "higher"]
     rows = []
     for label in labels:
@@ -110,17 +114,9 @@ def summary(study: str, groups: Mapping[str, Group]) -> str:
         for reference in references:
             cells += _over_runs(groups, label, reference)
         for quantity in ("exact", "general"):
-            apart = [
-                mean_of(group[label], quantity) - mean_of(group[references[0]], quantity)
-                for group in groups.values()
-                if label in group and references[0] in group
-            ]
-            cells.append(spread(apart))
-        if any(volumes.values()):
-            pairs = [(one.get(label), one.get(references[0])) for one in volumes.values()]
-            more = [
-                ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None
-            ]
+            cells.append(spread(apart(groups, label, references[0], quantity)))
+        if in_volume:
+            more = volumes_apart(groups, label, references[0])
             count = f"{sum(value > 0 for value in more)} of {len(more)}"
             same = label == references[0] or not more
             cells += ["", ""] if same else [spread(more), count]
@@ -134,13 +130,9 @@ def swept(title: str, groups: Mapping[str, Group]) -> str:
     reference = labels[0]
     rows = []
     for label in labels:
-        both = [group for group in groups.values() if label in group and reference in group]
-        cells = [label, str(len(both))]
-        for quantity in ("losses", "exact", "general"):
-            apart = [
-                mean_of(one[label], quantity) - mean_of(one[reference], quantity) for one in both
-            ]
-            cells.append("" if label == reference else spread(apart))
+        found = {one: apart(groups, label, reference, one) for one in QUANTITIES}
+        cells = [label, str(len(found["losses"]))]
+        cells += ["" if label == reference else spread(values) for values in found.values()]
         rows.append([*cells[:3], _over_runs(groups, label, reference)[1], *cells[3:]])
     head = ["one setting changed", "runs", "loss", "lower / surely lower / surely higher"]
     before = (
@@ -165,7 +157,7 @@ def _table(study: str, name: str, group: Group) -> str:
     references = [one for one in REFERENCES[study] if one in group]
     head = ["model", "settings", "loss", "exact", "written", "general"]
     head += [f"loss − {one}" for one in references]
-    volumes = gains(group, _tasks(name))
+    volumes = gains(group, tasks_of(name))
     head += ["HV gain"] * bool(volumes)
     rows = []
     for label, line in group.items():
@@ -186,11 +178,6 @@ def _table(study: str, name: str, group: Group) -> str:
             cells.append(f"{volumes[label]:.3f}" if label in volumes else "")
         rows.append(cells)
     return f"### {name}\n\n" + _markdown(head, rows)
-
-
-def _tasks(name: str) -> list[str]:
-    """Return the tasks of ``a+b, seed 0``."""
-    return name.partition(",")[0].split("+")
 
 
 def _shares(marks: str, name: str) -> str:
@@ -216,10 +203,7 @@ def _regime(size: Size, lines: Mapping[str, Line]) -> str:
 
 
 def _markdown(head: list[str], rows: list[list[str]], before: str = "") -> str:
-    lines = [f"{before}\n"] if before else []
-    lines += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return f"{before}\n\n" * bool(before) + f"{table(head, rows)}\n"
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 
-from tests.evidence.differences import mean_of
+from tests.evidence.differences import apart
 from tests.evidence.front import README, put
 from tests.evidence.intervals import paired
 from tests.evidence.plots import distances, draw
@@ -92,13 +92,8 @@ def runs(study: str) -> dict[str, dict[str, Line]]:
     return {name: group for name, group in found.items() if name.count("+") < 2}
 
 
-def apart(study: str, label: str, reference: str, quantity: str = "losses") -> list[float]:
-    """Of every run that has both: how much more the first has."""
-    return [
-        mean_of(group[label], quantity) - mean_of(group[reference], quantity)
-        for group in runs(study).values()
-        if label in group and reference in group
-    ]
+def of_study(study: str, label: str, reference: str, quantity: str = "losses") -> list[float]:
+    return apart(runs(study), label, reference, quantity)
 
 
 def test_the_front_page_has_the_tables_of_the_lines() -> None:
@@ -111,7 +106,7 @@ def test_the_front_page_says_what_the_lines_say_of_streams() -> None:
     linear, converged = "linear to late", "100 %"
 
     def mean(label: str, reference: str, quantity: str = "losses") -> float:
-        found = apart("streams", label, reference, quantity)
+        found = of_study("streams", label, reference, quantity)
         assert len(found) >= 5
         return fmean(found)
 
@@ -136,7 +131,7 @@ def test_the_front_page_says_what_the_lines_say_of_specialists() -> None:
     )
 
     def mean(label: str, reference: str = tuned, quantity: str = "losses") -> float:
-        found = apart("specialists", label, reference, quantity)
+        found = of_study("specialists", label, reference, quantity)
         assert len(found) >= 3
         return fmean(found)
 
@@ -153,7 +148,7 @@ def test_the_front_page_says_what_the_lines_say_of_specialists() -> None:
     assert mean(informed, quantity="general") < 0
     text = README.read_text(encoding="utf-8").partition("At weights of 1")[2].partition("\n")[0]
     whole = [
-        apart("specialists", "aim, weights 1, ω = 0", than)
+        of_study("specialists", "aim, weights 1, ω = 0", than)
         for than in ("task_arithmetic, weights 1", "aim, weights 1, even")
     ]
     counts = [(sum(one < 0 for one in found), len(found)) for found in whole]

@@ -34,7 +34,7 @@ class StepStatistics:
     step: int | None = None
     """The step whose starting model was measured."""
     tokens: int = 0
-    """StepStatistics for this step; 0 where earlier statistics served."""
+    """Measured for this step; 0 where earlier statistics served."""
 
 
 def measure_step(place: Workplace, planned: PlannedStep) -> StepStatistics:
