@@ -1,4 +1,4 @@
-"""AIM's formula on every tensor of a real model, from activations that are recorded here."""
+"""What a merge must have made of every tensor of a real model: AIM's formula, and ARM's turn."""
 
 from __future__ import annotations
 
@@ -52,3 +52,29 @@ def assert_relaxed(
         )
         relaxed = float((found[name] - merged[name]).abs().max())
         assert relaxed > 10 * tolerance, f"{name} was left as merged"
+
+
+def assert_turned(
+    before: dict[str, Tensor],
+    straight: dict[str, Tensor],
+    turned: dict[str, Tensor],
+    *,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+) -> None:
+    """Check that ``turned`` steps as far as ``straight`` in every row, and another way.
+
+    Whatever is no projection steps alike, within ``rtol`` and ``atol``.
+    """
+    moved = 0
+    for name, start in before.items():
+        steps = [merged[name].double() - start.double() for merged in (straight, turned)]
+        if name.endswith("_proj.weight"):
+            # float32 weights hold few digits of a small step; whole rows still show its length.
+            lengths = [step.norm(dim=1) for step in steps]
+            torch.testing.assert_close(*lengths, rtol=2e-2, atol=1e-7, msg=name)
+            # A little, where a single massive activation is all of the subspace.
+            moved += int((steps[0] - steps[1]).norm() > 1e-3 * steps[0].norm())
+        else:
+            torch.testing.assert_close(*steps, rtol=rtol, atol=atol, msg=name)
+    assert moved == 210
