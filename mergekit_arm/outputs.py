@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -126,16 +127,18 @@ def _locked(file: Path, busy: str, wait: float) -> FileLock | None:
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:  # also of a directory that is gone since
-        if file.parent.exists():
-            raise InputError(f"{file.parent} is a file; give another OUT") from error
+    except FileExistsError as error:  # also of a directory that is gone since, or made again
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISDIR(os.lstat(error.filename).st_mode):
+                raise InputError(f"{error.filename} is no directory; give another OUT") from error
         return None
     except OSError as error:
         raise InputError(
             f"{file.parent} cannot be made: {error.strerror}; give another OUT"
         ) from error
     lock = FileLock(file, timeout=wait)
-    with contextlib.suppress(FileNotFoundError), file.open("a") as opened:
+    # The lock makes the directory anew, which fails where others make and remove it just then.
+    with contextlib.suppress(FileNotFoundError, FileExistsError), file.open("a") as opened:
         # What is opened before and is there afterwards is what was locked in between.
         try:
             lock.acquire()

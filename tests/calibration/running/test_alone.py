@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mergekit_arm import outputs
 from mergekit_arm.calibration import prepare
 from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
 from mergekit_arm.calibration.running.progress import SavedProgress
@@ -65,6 +66,35 @@ def test_runs_that_begin_as_others_end(tmp_path: Path) -> None:
     for one in started:
         one.join()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_others_remove_and_make_in_the_same_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock then fails where it wants to make the directory; the next try holds it."""
+    failures, acquire = [FileExistsError(17, "File exists")], outputs.FileLock.acquire
+
+    def fail_once(lock: Any, *given: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return acquire(lock, *given)
+
+    monkeypatch.setattr(outputs.FileLock, "acquire", fail_once)
+    with progress(tmp_path / "out.partial").alone():
+        assert not failures
+        with pytest.raises(InputError, match="another"), progress(tmp_path / "out.partial").alone():
+            pass
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_a_link_to_nothing_is_refused(tmp_path: Path, below: str) -> None:
+    """No directory can be made there, however often it is tried."""
+    (tmp_path / "link").symlink_to("nothing")
+    with (
+        pytest.raises(InputError, match="link is no directory; give another OUT"),
+        progress(tmp_path / "link" / below).alone(),
+    ):
+        pass
 
 
 def test_another_run_that_ended_meanwhile_is_noticed_before_anything_is_measured(
