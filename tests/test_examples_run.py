@@ -31,10 +31,17 @@ LM_EVAL = """#!{python}
 import json, pathlib, sys
 folder = pathlib.Path(sys.argv[sys.argv.index("--output_path") + 1]) / "model"
 folder.mkdir()
-result = {{"results": {{"arc_easy": {{"acc,none": 0.5}}}}}}
+names = {{
+    "arc_easy": "acc,none",
+    "gsm8k": "exact_match,strict-match",
+    "mbpp": "pass_at_1,none",
+    "ifeval": "prompt_level_strict_acc,none",
+}}
+tasks = sys.argv[sys.argv.index("--tasks") + 1].split(",")
+result = {{"results": {{task: {{names[task]: 0.5}} for task in tasks}}}}
 (folder / "results_now.json").write_text(json.dumps(result))
 """
-"""What lm-evaluation-harness leaves, as far as the example reads it."""
+"""What lm-evaluation-harness leaves, as far as the examples read it."""
 NO_GPU = {"--cuda"}
 """Flags that only a machine with a GPU takes."""
 
@@ -96,6 +103,10 @@ def lay_out(path: Path, models: Path, here: Path) -> dict[str, str]:
         write_tokens(here / file, number + 40)
     for file in set(re.findall(r"\./[\w.-]+\.gguf", text)):
         shutil.copy(models / "im.gguf", here / file)
+    for name in re.findall(r"--dataset (\w[\w/-]+)", text):  # on the Hub
+        replaced[name] = f"./{name.replace('/', '--')}"
+        (here / replaced[name]).mkdir()
+        write_tokens(here / replaced[name] / "validation.jsonl", 50)
     for name in names(documents, "activation_stats"):
         if not name.startswith("./"):  # on the Hub
             replaced[name] = f"./{name.replace('/', '--').partition('@')[0]}"
