@@ -52,6 +52,12 @@ def recipes(size: Size) -> dict[str, list[Recipe]]:
     def varied(what: str, **settings: object) -> Recipe:
         return tuned(f"arm to early, {what}", "early", activation_stats=GENERAL, **settings)
 
+    def leading(source: str, rotation: float) -> Recipe:
+        """Turned away from the one direction with most of the second moment."""
+        label = f"arm to {source}, leading direction alone, ρ = {rotation}"
+        one = {"rotation": rotation, "energy": 0.01, "activation_stats": GENERAL}
+        return tuned(label, source, **one)
+
     def searched(source: str) -> Recipe:
         """ρ is chosen along with the rate, so that fewer rates are tried."""
         near = size.rates[len(size.rates) // 2 - 1 :][:2]
@@ -91,6 +97,8 @@ def recipes(size: Size) -> dict[str, list[Recipe]]:
             turned("late", -0.7, GENERAL),
             turned("late", -0.7, RANDOM),
             retaining("late", 0.3),
+            leading("late", -0.7),
+            leading("late", -1.0),
         ],
         # Other operators, each as many tries: kept in the package only if they win here.
         "variants": [
