@@ -9,7 +9,6 @@ from tests.evidence.judging import judge_general
 from tests.evidence.merging import State
 from tests.evidence.recipes import Recipe, Settings, plain
 from tests.evidence.runs import Base
-from tests.evidence.sweeps import PART
 from tests.evidence.tuning import best
 from tests.evidence.units import Key, Line, Store, Unit
 
@@ -66,7 +65,7 @@ class Group(ABC):
 
         return Unit(self.key("test", recipe.label), compute)
 
-    def swept(self, recipe: Recipe) -> Unit:
+    def swept(self, part: str, recipe: Recipe) -> Unit:
         """Judge a merge with its one setting on the validation split, and by what it forgets."""
 
         def compute() -> Line:
@@ -75,7 +74,7 @@ class Group(ABC):
             judged["general"] = judge_general(self.base.model, self.base.general)
             return {"settings": plain(settings), **judged}
 
-        return Unit(self.key(PART, recipe.label), compute)
+        return Unit(self.key(part, recipe.label), compute)
 
 
 def in_order(

@@ -19,7 +19,7 @@ from tests.evidence.recipes import Recipe, Settings, Statistics
 from tests.evidence.runs import Base, Run, made, states
 from tests.evidence.searches import METHODS, searched
 from tests.evidence.sizes import Size
-from tests.evidence.sweeps import PART, regressions
+from tests.evidence.sweeps import SWEEP, regressions
 from tests.evidence.units import Line, Store, Unit
 
 STUDY = "specialists"
@@ -173,14 +173,14 @@ class Specialists(Group):
         """Return the units of one of ``STAGES``."""
         if name == "singles":
             return [self.single(one) for one in (BASE, *self.tasks)]
-        if name == PART:
-            return [self.swept(recipe) for recipe in regressions(self.tasks)]
+        if name == SWEEP:
+            return [self.swept(name, recipe) for recipe in regressions(self.tasks)]
         if name == "searches":
             return [self.search(method) for method in METHODS]
         return [self.final(recipe) for recipe in recipes(self.base.size, self.tasks)[name]]
 
 
-STAGES = ("singles", "core", PART, "moments", "calibration", "sparse", "searches")
+STAGES = ("singles", "core", SWEEP, "moments", "calibration", "sparse", "searches")
 CORE = STAGES[:2]
 """What the study's question needs."""
 

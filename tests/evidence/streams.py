@@ -16,12 +16,13 @@ from tests.evidence.merging import BASE, State, merge, put
 from tests.evidence.recipes import ByDepth, ByName, Recipe, Settings, Statistics, plain
 from tests.evidence.runs import Base, Run, average, states
 from tests.evidence.sizes import FRACTIONS, Size
-from tests.evidence.sweeps import PART, steps
+from tests.evidence.sweeps import SWEEP, TURNS, steps, turns
 from tests.evidence.tuning import best
 from tests.evidence.units import Line, Store, Unit
 from tests.evidence.walks import WALKS, Walk, follow
 
 STUDY = "streams"
+SWEEPS = {SWEEP: steps, TURNS: turns}
 CONVERGED = "100 %"
 GENERAL, TASK, RANDOM = (Statistics(of) for of in ("general", "task", "random"))
 
@@ -220,8 +221,8 @@ class Stream(Group):
             return [*judged, self.best_checkpoint()]
         if name == "averages":
             return [self.single(one, "test") for one in AVERAGES]
-        if name == PART:
-            return [self.swept(recipe) for recipe in steps()]
+        if name in SWEEPS:
+            return [self.swept(name, recipe) for recipe in SWEEPS[name]()]
         if name == "walks":
             return [self.walk(one) for one in WALKS]
         if name == "generated":
@@ -237,7 +238,8 @@ STAGES = (
     "training",
     "singles",
     "core",
-    PART,
+    SWEEP,
+    TURNS,
     "variants",
     "walks",
     "averages",

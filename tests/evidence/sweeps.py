@@ -10,7 +10,9 @@ from typing import Any
 
 from tests.evidence.recipes import Recipe, Statistics
 
-PART = "sweep"
+SWEEP, TURNS = "sweep", "turns"
+PARTS = (SWEEP, TURNS)
+"""Each with a first setting of its own, with which the others are compared."""
 
 
 def _statistics(of: str, change: str = "", *, each: bool = False) -> Statistics:
@@ -40,6 +42,32 @@ def steps() -> list[Recipe]:
         step("general text: docstrings", text="docstrings"),
         step("general text: code", text="code"),
         step("turned by half", turn=0.5),
+    ]
+
+
+def turns() -> list[Recipe]:
+    """Return steps of ``arm`` towards late checkpoints: how far to turn, away from how much.
+
+    An energy of 0.01 is the leading direction alone.
+    """
+
+    def step(what: str, rotation: float, energy: float) -> Recipe:
+        whole = {
+            "learning_rate": 1.0,
+            "rotation": rotation,
+            "energy": energy,
+            "activation_stats": _statistics("general"),
+        }
+        return Recipe(what, "arm", ("late",), (whole,))
+
+    energies = {-0.7: (0.01, 0.3, 0.5, 0.7, 0.9), -0.4: (0.01, 0.9), -1.0: (0.01, 0.5, 0.9)}
+    return [
+        step("no turn", 0.0, 0.9),
+        *(
+            step(f"ρ = {rotation}, energy {energy}", rotation, energy)
+            for rotation, some in energies.items()
+            for energy in some
+        ),
     ]
 
 

@@ -16,7 +16,7 @@ from tests.evidence.hypervolume import gains
 from tests.evidence.intervals import paired
 from tests.evidence.plots import draw
 from tests.evidence.sizes import SIZES, Size
-from tests.evidence.sweeps import PART
+from tests.evidence.sweeps import PARTS
 from tests.evidence.units import RESULTS, Line, Store
 
 PAGE = Path(__file__).parent / "RESULTS.md"
@@ -61,8 +61,9 @@ def page(folder: Path = RESULTS) -> str:
                     parts.append(f"![{title}](results/{study}-{size.name}.png)\n")
                 parts.append(summary(study, groups))
                 parts += [_table(study, name, group) for name, group in groups.items()]
-                if settings := grouped(lines.values(), PART):
-                    parts.append(swept(title, settings))
+                for part in PARTS:
+                    if settings := grouped(lines.values(), part):
+                        parts.append(swept(f"{title}, {part}", settings))
     return "\n".join(parts)
 
 
@@ -139,7 +140,7 @@ def swept(title: str, groups: Mapping[str, Group]) -> str:
         "On the validation split, nothing tuned; differences to the first row, means over runs ± "
         "their standard deviation."
     )
-    return f"### {title}, settings\n\n" + _markdown([*head, "exact", "general"], rows, before)
+    return f"### {title}\n\n" + _markdown([*head, "exact", "general"], rows, before)
 
 
 def _over_runs(groups: Mapping[str, Group], label: str, reference: str) -> list[str]:
