@@ -190,7 +190,7 @@ def _shares(marks: str, name: str) -> str:
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    hidden = ("activation_stats", "task_stats", "rotation", "retain", "density")
+    hidden = ("activation_stats", "task_stats", "rotation", "energy", "retain", "density")
     return ", ".join(f"{name} {value}" for name, value in settings.items() if name not in hidden)
 
 

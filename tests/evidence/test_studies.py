@@ -239,7 +239,10 @@ def test_settings_are_changed_one_at_a_time(stream: Stream, folder: Path) -> Non
         assert line["settings"] != known["settings"]
         if "columns" not in line["unit"]:  # tiny bases have no more than are kept
             assert line["losses"] != known["losses"], line["unit"]
-    assert "### streams, size tiny, settings" in page(folder / "lines")
+    unturned, *turned = (stream.store.run(unit) for unit in stream.stage("turns"))
+    assert all(line["losses"] != unturned["losses"] for line in turned)
+    for part in ("sweep", "turns"):
+        assert f"### streams, size tiny, {part}" in page(folder / "lines")
     files = {
         of: load_file(stream.run.statistics(of) / "model.safetensors")
         for of in ("task", "task~diagonal")

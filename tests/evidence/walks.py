@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -28,8 +28,13 @@ class Walk:
     label: str
     measured: Literal["never", "on the base", "at every step"]
     """When statistics were measured."""
-    retaining: bool = False
-    """Whether steps turn by the task's text too, with ``task_stats``."""
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    """Of a step, but for its rate and statistics."""
+
+    @property
+    def retaining(self) -> bool:
+        """Whether steps turn by the task's text too, with ``task_stats``."""
+        return "retain" in self.parameters
 
     @property
     def method(self) -> str:
@@ -38,19 +43,24 @@ class Walk:
 
     def settings(self, rate: float) -> dict[str, Any]:
         """Return the parameters of a step, but for statistics."""
-        if self.measured == "never":
-            return {"weight": rate}
-        return {**(RETAINING if self.retaining else TURNED), "learning_rate": rate}
+        return {"weight" if self.measured == "never" else "learning_rate": rate, **self.parameters}
 
 
-TURNED = {"rotation": -0.4}
-RETAINING = {"retain": 0.3}
+TURNS: dict[str, dict[str, float]] = {
+    "arm ρ = -0.4": {"rotation": -0.4, "energy": 0.9},
+    "task_stats, κ = 0.3": {"retain": 0.3},
+    "arm, leading direction alone, ρ = -1.0": {"rotation": -1.0, "energy": 0.01},
+}
 WALKS = (
     Walk("stream, linear, η searched", "never"),
-    Walk("stream, arm ρ = -0.4, η searched, base's statistics", "on the base"),
-    Walk("stream, arm ρ = -0.4, η searched, fresh statistics", "at every step"),
-    Walk("stream, task_stats, κ = 0.3, η searched, base's statistics", "on the base", True),
-    Walk("stream, task_stats, κ = 0.3, η searched, fresh statistics", "at every step", True),
+    *(
+        walk
+        for name, parameters in TURNS.items()
+        for walk in (
+            Walk(f"stream, {name}, η searched, base's statistics", "on the base", parameters),
+            Walk(f"stream, {name}, η searched, fresh statistics", "at every step", parameters),
+        )
+    ),
 )
 
 
