@@ -234,9 +234,9 @@ class Stream(Group):
         if name == "walks":
             return [self.walk(one) for one in WALKS]
         if name == "generated":
-            core = recipes(self.base.size)["core"]
+            merges = [one for part in ("core", "late") for one in recipes(self.base.size)[part]]
             singles = [self.write(None, one) for one in (BASE, CONVERGED, "early")]
-            return singles + [self.write(recipe, recipe.models[0]) for recipe in core]
+            return singles + [self.write(recipe, recipe.models[0]) for recipe in merges]
         chosen = recipes(self.base.size)[name]
         attempts = [unit for recipe in chosen for unit in self.attempts(recipe)]
         return attempts + [self.final(recipe) for recipe in chosen]
