@@ -72,6 +72,12 @@ def recipes(size: Size, tasks: tuple[str, ...]) -> dict[str, list[Recipe]]:
         plain = tuned("regmean", "scale", activation_stats=of, **settings)
         return replace(plain, label=f"regmean{what}")
 
+    def turned(label: str, of: Statistics) -> Recipe:
+        """All specialists in one step of ``arm``, away from the base's leading direction."""
+        away = {"rotation": -1.0, "energy": 0.01, "activation_stats": of}
+        grid = tuple({"learning_rate": weight, **away} for weight in size.weights)
+        return Recipe(label, "arm", tasks, grid)
+
     return {
         "core": [
             tuned("task_arithmetic"),
@@ -83,6 +89,7 @@ def recipes(size: Size, tasks: tuple[str, ...]) -> dict[str, list[Recipe]]:
             whole("aim, weights 1, permuted", omega=0.0, activation_stats=Statistics("permuted")),
             whole("aim, weights 1, even", omega=0.0, activation_stats=Statistics("even")),
         ],
+        "turned": [turned("arm", GENERAL), turned("arm, random", Statistics("random"))],
         "sparse": [
             tuned("ties", **DENSITY),
             informed("ties", **DENSITY),
@@ -180,7 +187,7 @@ class Specialists(Group):
         return [self.final(recipe) for recipe in recipes(self.base.size, self.tasks)[name]]
 
 
-STAGES = ("singles", "core", SWEEP, "moments", "calibration", "sparse", "searches")
+STAGES = ("singles", "core", SWEEP, "turned", "moments", "calibration", "sparse", "searches")
 CORE = STAGES[:2]
 """What the study's question needs."""
 

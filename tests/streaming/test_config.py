@@ -212,7 +212,8 @@ def test_subspaces_hold_the_energy_that_the_merge_asks_for(tmp_path: Path) -> No
         assert plan.calibration is not None
         assert plan.calibration.settings["energy"] == measured
     arm["calibration"] = {**arm["calibration"], "energy": 0.6}
-    _, problems = make_plan(load_config(config(tmp_path, **arm)), MergeOptions())
+    asking = config(tmp_path, **arm, parameters={"energy": 0.9})
+    _, problems = make_plan(load_config(asking), MergeOptions())
     (problem,) = problems
     assert "calibration.energy 0.6 is less than the merge's energy 0.9" in problem
 
