@@ -28,7 +28,6 @@ def stream_config() -> dict[str, Any]:
         "merge_method": "arm",
         "base_model": "./base",
         "checkpoints": f"./{RUN}",
-        "parameters": {"rotation": -0.4},
         "learning_rate": 0.6,
         "calibration": {"dataset": "calibration.jsonl", "samples": 64, "sequence_length": 128},
         "evaluation": {

@@ -64,15 +64,15 @@ class ArmMerge(StatisticsMethod):
             scope=ParameterScope.NON_BASE,
             open_low=True,
         ),
-        number("rotation", -0.4, -1, 1, "ρ: below 0 away from the activation subspace, 0 none"),
+        number("rotation", -1.0, -1, 1, "ρ: below 0 away from the activation subspace, 0 none"),
         number(
             "alignment", 0.0, 0, 1, "γ: share of the principal angles between the subspaces undone"
         ),
         number(
             "energy",
-            0.9,
+            0.01,
             *(0, 1),
-            "p: share of the input's second moment the subspace holds",
+            "p: share of the input's second moment the subspace holds; 0.01: leading direction",
             open_low=True,
         ),
         statistics(

@@ -18,7 +18,7 @@ STREAMS = {
     "best checkpoint": "best single checkpoint",
     "linear to early": "linear, early",
     "linear to late": "linear, late",
-    "arm to late, general text, ρ = -0.7": "`arm`, late",
+    "arm to late, leading direction alone, ρ = -1.0": "`arm`, late",
     "arm to late, task_stats, κ = 0.3": "`arm`, `task_stats`, late",
 }
 SPECIALISTS = {

@@ -102,7 +102,8 @@ def test_the_front_page_has_the_tables_of_the_lines() -> None:
 
 
 def test_the_front_page_says_what_the_lines_say_of_streams() -> None:
-    turned, random = (f"arm to late, {of}, ρ = -0.7" for of in ("general text", "random"))
+    turned = "arm to late, leading direction alone, ρ = -1.0"
+    random = "arm to late, random, ρ = -0.7"
     linear, converged = "linear to late", "100 %"
 
     def mean(label: str, reference: str, quantity: str = "losses") -> float:
@@ -116,9 +117,11 @@ def test_the_front_page_says_what_the_lines_say_of_streams() -> None:
     # "so does stopping early, which forgets more"
     assert mean("best checkpoint", converged) < -0.1
     assert mean("best checkpoint", linear, "general") > 0.02
-    # "arm keeps what the linear merge has learnt and undoes most of the forgetting"
-    assert abs(mean(turned, linear)) < 0.03
-    assert mean(turned, converged, "general") < 0.75 * mean("base", converged, "general")
+    # "arm keeps what the linear merge has learnt, and a quarter of what that forgets"
+    assert abs(mean(turned, linear)) < 0.01
+    assert mean(turned, linear, "exact") > -0.01
+    forgets = {label: mean(label, "base", "general") for label in (turned, linear)}
+    assert forgets[turned] == pytest.approx(forgets[linear] / 4, abs=forgets[linear] / 20)
     # "which a random subspace does not"
     assert mean(random, converged, "general") > 0.5 * mean("base", converged, "general")
 
