@@ -16,12 +16,12 @@ TUNED = "task_arithmetic"
 STREAMS = {
     "base": "the base",
     "best checkpoint": "best single checkpoint",
-    "linear to early": "linear, early",
     "linear to late": "linear, late",
     "arm to late, leading direction alone, ρ = -1.0": "`arm`, late",
     "arm to late, task_stats, κ = 0.3": "`arm`, `task_stats`, late",
 }
 SPECIALISTS = {
+    "arm": "`arm`",
     "aim_task_arithmetic, weights from 0.4": "`aim`",
     "regmean": "`regmean`",
     "regmean, κ = 1": "`regmean`, `retain: 1`",
