@@ -25,7 +25,9 @@ from tests.evidence.units import Line, Store, Unit
 STUDY = "specialists"
 GENERAL = Statistics("general")
 OWN = Statistics("own", each=True)
-DENSITY = {"density": 0.5}
+SPARSE = {"density": 0.5, "normalize": False}
+"""TIES would divide the weights by their sum, so that one for all models changed nothing."""
+
 OMEGAS = (0.0, 0.4)
 """What AIM tries: half of its budget each, with three of the weights."""
 
@@ -37,6 +39,7 @@ def recipes(size: Size, tasks: tuple[str, ...]) -> dict[str, list[Recipe]]:
     """Return the merges by stage: ``core`` is what the question needs, the rest comes after."""
     strengths = {"weight": size.weights, "scale": tuple(round(w + 0.2, 2) for w in size.weights)}
     """RegMean's weights only say which model counts more; its scale is 1, and tried around that."""
+    lower = size.weights[1 : 1 + len(size.weights) // 2]
 
     def tuned(method: str, strength: str = "weight", **settings: object) -> Recipe:
         grid = tuple({strength: value, **settings} for value in strengths[strength])
@@ -52,16 +55,14 @@ def recipes(size: Size, tasks: tuple[str, ...]) -> dict[str, list[Recipe]]:
         )
         return Recipe(f"aim_{method}", f"aim_{method}", tasks, grid)
 
-    def lighter() -> Recipe:
+    def lighter(method: str, label: str, **settings: object) -> Recipe:
         """The upper half was best where it begins: from the weight where task arithmetic is."""
-        weights = size.weights[1 : 1 + len(size.weights) // 2]
         grid = tuple(
-            {"weight": weight, "omega": omega, "activation_stats": GENERAL}
+            {"weight": weight, "omega": omega, "activation_stats": GENERAL, **settings}
             for omega in OMEGAS
-            for weight in weights
+            for weight in lower
         )
-        label = f"aim_task_arithmetic, weights from {weights[0]}"
-        return Recipe(label, "aim_task_arithmetic", tasks, grid)
+        return Recipe(label, f"aim_{method}", tasks, grid)
 
     def whole(label: str, **settings: object) -> Recipe:
         """As in AIM's paper: nothing is tuned."""
@@ -82,7 +83,7 @@ def recipes(size: Size, tasks: tuple[str, ...]) -> dict[str, list[Recipe]]:
         "core": [
             tuned("task_arithmetic"),
             informed("task_arithmetic"),
-            lighter(),
+            lighter("task_arithmetic", f"aim_task_arithmetic, weights from {lower[0]}"),
             regmean(),
             whole("task_arithmetic, weights 1"),
             whole("aim, weights 1, ω = 0", omega=0.0, activation_stats=GENERAL),
@@ -91,10 +92,10 @@ def recipes(size: Size, tasks: tuple[str, ...]) -> dict[str, list[Recipe]]:
         ],
         "turned": [turned("arm", GENERAL), turned("arm, random", Statistics("random"))],
         "sparse": [
-            tuned("ties", **DENSITY),
-            informed("ties", **DENSITY),
-            tuned("dare_ties", **DENSITY),
-            informed("dare_ties", **DENSITY),
+            tuned("ties", **SPARSE),
+            lighter("ties", "aim_ties", **SPARSE),
+            tuned("dare_ties", **SPARSE),
+            lighter("dare_ties", "aim_dare_ties", **SPARSE),
         ],
         "moments": [
             regmean(", general text", Statistics("own-general", each=True)),
