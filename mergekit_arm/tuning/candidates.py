@@ -105,6 +105,53 @@ def baseline_document(
     }
 
 
+def check_weights(space: Space, found: Mapping[str, Mapping[str, Domain]]) -> None:
+    """Refuse a search for a weight that every method divides by itself.
+
+    TIES, DELLA and others divide weights by their sum: one for all models then changes nothing.
+
+    Raises:
+        InputError: naming the unknown, and what to write.
+    """
+    for dimension in space.dimensions:
+        methods = [method for method, unknowns in found.items() if dimension.name in unknowns]
+        if methods and all(_divided(space, method, found[method], dimension) for method in methods):
+            raise InputError(
+                f"{dimension.name}: {methods[0]} divides weights by their sum, so that this one "
+                "changes nothing: write normalize: false under parameters, or give each model a "
+                "weight of its own"
+            )
+
+
+def _divided(
+    space: Space, method: str, unknowns: Mapping[str, Domain], dimension: Dimension
+) -> bool:
+    values = {name: domain.middle() for name, domain in unknowns.items()}
+    shares = {
+        _shares(document_of(space, (method, {**values, dimension.name: end})), method)
+        for end in dimension.domain.ends()
+    }
+    return dimension.parameters == {"weight"} and None not in shares and len(shares) == 1
+
+
+def _shares(document: Mapping[str, Any], method: str) -> tuple[float, ...] | None:
+    """Return what is left of the models' weights after a division by their sum; None without."""
+    shared = document.get("parameters") or {}
+    specs = specs_of(method)
+    if "normalize" not in specs or shared.get("normalize", specs["normalize"].default) is not True:
+        return None
+    given = [
+        (one.get("parameters") or {}).get("weight", shared.get("weight"))
+        for one in document.get("models") or []
+        if one["model"] != document.get("base_model")
+    ]
+    weights = [float(weight) for weight in given if isinstance(weight, int | float)]
+    whole = sum(weights)
+    if len(weights) < len(given) or not whole:
+        return None
+    return tuple(round(weight / whole, 9) for weight in weights)
+
+
 def check_by_planning(space: Space, points: Sequence[Point], options: MergeOptions) -> None:
     """Let mergekit plan each point's merge: reads headers and probes, and merges nothing.
 

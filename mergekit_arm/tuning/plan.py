@@ -24,6 +24,7 @@ from mergekit_arm.tuning.candidates import (
     Point,
     baseline_document,
     check_by_planning,
+    check_weights,
     corners,
     default_points,
     domains,
@@ -93,6 +94,7 @@ def make_tune_plan(config: TuneConfig, settings: TuningSettings, merge: MergeOpt
     """
     space, notes = config.space, []
     found = domains(space)
+    check_weights(space, found)
     candidates = Candidates(found)
     if settings.sampler == "cmaes" and (
         space.compares or not any(not one.choices for one in _all(found))

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from mergekit_arm.cli.main import cli
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.tuning import TuneOptions, tune
+from mergekit_arm.tuning.tune import plan_tuning
 from tests.support.tuning import config, write_family
 
 
@@ -66,6 +67,43 @@ def test_refused_before_anything_is_written(
     assert said in caught.value.message
     assert "\n" not in caught.value.message
     assert not out.exists()
+
+
+SOME = {"tune": [0.3, 1.0], "name": "w"}
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "shared", "void"),
+    [
+        ("ties", (SOME, SOME), {}, True),
+        ("aim_ties", (SOME, SOME), {}, True),
+        ("ties", (None, None), {"weight": SOME}, True),
+        ("task_arithmetic", (SOME, SOME), {"normalize": True}, True),
+        ({"tune": ["ties", "aim_ties"]}, (SOME, SOME), {}, True),
+        ({"tune": ["ties", "task_arithmetic"]}, (SOME, SOME), {}, False),
+        ("ties", (SOME, SOME), {"normalize": False}, False),
+        ("ties", (SOME, 0.5), {}, False),
+        ("ties", ({"tune": [0.3, 1.0]}, {"tune": [0.3, 1.0]}), {}, False),
+        ("task_arithmetic", (SOME, SOME), {}, False),
+    ],
+)
+def test_a_weight_that_is_divided_by_itself(
+    family: Path, tmp_path: Path, method: Any, own: Any, shared: dict[str, Any], void: bool
+) -> None:
+    """mergekit would try one weight after another, and each would be the same merge."""
+    document = config(family, {"trials": 2}, merge_method=method)
+    if "aim" in str(method):
+        shared = {**shared, "activation_stats": str(family / "stats")}
+    document["parameters"] = shared
+    document["models"] = [
+        {"model": str(family / name), "parameters": {"weight": weight} if weight else {}}
+        for name, weight in zip("ab", own, strict=True)
+    ]
+    if not void:
+        assert plan_tuning(document, tmp_path / "out")[0].quest.space.dimensions
+        return
+    with pytest.raises(InputError, match=r"divides weights by their sum.*normalize: false"):
+        plan_tuning(document, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
