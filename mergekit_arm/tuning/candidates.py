@@ -136,14 +136,14 @@ def _divided(
 
 def _shares(document: Mapping[str, Any], method: str) -> tuple[float, ...] | None:
     """Return what is left of the models' weights after a division by their sum; None without."""
-    shared = document.get("parameters") or {}
-    specs = specs_of(method)
+    configuration = accepted(document)
+    shared, specs = configuration.parameters or {}, specs_of(method)
     if "normalize" not in specs or shared.get("normalize", specs["normalize"].default) is not True:
         return None
     given = [
-        (one.get("parameters") or {}).get("weight", shared.get("weight"))
-        for one in document.get("models") or []
-        if one["model"] != document.get("base_model")
+        (one.parameters or {}).get("weight", shared.get("weight"))
+        for one in configuration.models or []
+        if one.model != configuration.base_model
     ]
     weights = [float(weight) for weight in given if isinstance(weight, int | float)]
     whole = sum(weights)

@@ -94,7 +94,6 @@ def make_tune_plan(config: TuneConfig, settings: TuningSettings, merge: MergeOpt
     """
     space, notes = config.space, []
     found = domains(space)
-    check_weights(space, found)
     candidates = Candidates(found)
     if settings.sampler == "cmaes" and (
         space.compares or not any(not one.choices for one in _all(found))
@@ -122,6 +121,7 @@ def make_tune_plan(config: TuneConfig, settings: TuningSettings, merge: MergeOpt
     for quest in quests:
         planned = [*quest.first[:4], *corners(quest.candidates.methods)]
         check_by_planning(quest.space, planned, merge)
+    check_weights(space, found)
     judges = [
         Judge(
             sets,
