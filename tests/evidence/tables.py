@@ -209,13 +209,13 @@ def _markdown(head: list[str], rows: list[list[str]], before: str = "") -> str:
 
 def main() -> None:
     """Write the page, README's tables, and a picture for every study that has runs."""
-    PAGE.write_text(page(), encoding="utf-8")
-    README.write_text(put(front_page()), encoding="utf-8")
     for study, (reference, _) in REFERENCES.items():
         for size in SIZES:
             groups = grouped(Store(study, size).lines().values())
             if any(reference in group for group in groups.values()):
                 draw(f"{study}, size {size}", groups, reference, RESULTS / f"{study}-{size}.png")
+    PAGE.write_text(page(), encoding="utf-8")  # it shows the pictures that are there
+    README.write_text(put(front_page()), encoding="utf-8")
 
 
 if __name__ == "__main__":

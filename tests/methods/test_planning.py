@@ -207,7 +207,7 @@ def test_a_weight_never_used_is_refused_before_the_first_tensor(
     assert LAST in line
     assert f"omega: [{{filter: {LAST}, value: 1}}, {{value: 0.3}}]" in line
     line = refuse(arm(family, unused), tmp_path)
-    assert f"rotation: [{{filter: {LAST}, value: 0}}, {{value: -0.4}}]" in line
+    assert f"rotation: [{{filter: {LAST}, value: 0}}, {{value: -1.0}}]" in line
 
 
 @pytest.mark.parametrize("method", ["aim", "arm"])
