@@ -114,6 +114,8 @@ def check_weights(space: Space, found: Mapping[str, Mapping[str, Domain]]) -> No
         InputError: naming the unknown, and what to write.
     """
     for dimension in space.dimensions:
+        if dimension.parameters != {"weight"}:
+            continue
         methods = [method for method, unknowns in found.items() if dimension.name in unknowns]
         if methods and all(_divided(space, method, found[method], dimension) for method in methods):
             raise InputError(
@@ -131,7 +133,7 @@ def _divided(
         _shares(document_of(space, (method, {**values, dimension.name: end})), method)
         for end in dimension.domain.ends()
     }
-    return dimension.parameters == {"weight"} and None not in shares and len(shares) == 1
+    return None not in shares and len(shares) == 1
 
 
 def _shares(document: Mapping[str, Any], method: str) -> tuple[float, ...] | None:

@@ -39,30 +39,29 @@ def recipes(size: Size, tasks: tuple[str, ...]) -> dict[str, list[Recipe]]:
     """Return the merges by stage: ``core`` is what the question needs, the rest comes after."""
     strengths = {"weight": size.weights, "scale": tuple(round(w + 0.2, 2) for w in size.weights)}
     """RegMean's weights only say which model counts more; its scale is 1, and tried around that."""
-    lower = size.weights[1 : 1 + len(size.weights) // 2]
+    half = len(size.weights) // 2
+    upper = {strength: values[half:] for strength, values in strengths.items()}
+    """AIM shrinks a merge, so that larger weights may suit it."""
+    lower = size.weights[1 : 1 + half]
 
     def tuned(method: str, strength: str = "weight", **settings: object) -> Recipe:
         grid = tuple({strength: value, **settings} for value in strengths[strength])
         return Recipe(method, method, tasks, grid)
 
-    def informed(method: str, strength: str = "weight", **settings: object) -> Recipe:
-        """AIM shrinks a merge, so that larger weights may suit it: the upper half of them."""
-        upper = strengths[strength][len(size.weights) // 2 :]
+    def informed(
+        method: str, values: tuple[float, ...], strength: str = "weight", **settings: object
+    ) -> Recipe:
         grid = tuple(
             {strength: value, "omega": omega, "activation_stats": GENERAL, **settings}
             for omega in OMEGAS
-            for value in upper
+            for value in values
         )
         return Recipe(f"aim_{method}", f"aim_{method}", tasks, grid)
 
-    def lighter(method: str, label: str, **settings: object) -> Recipe:
+    def lighter() -> Recipe:
         """The upper half was best where it begins: from the weight where task arithmetic is."""
-        grid = tuple(
-            {"weight": weight, "omega": omega, "activation_stats": GENERAL, **settings}
-            for omega in OMEGAS
-            for weight in lower
-        )
-        return Recipe(label, f"aim_{method}", tasks, grid)
+        label = f"aim_task_arithmetic, weights from {lower[0]}"
+        return replace(informed("task_arithmetic", lower), label=label)
 
     def whole(label: str, **settings: object) -> Recipe:
         """As in AIM's paper: nothing is tuned."""
@@ -82,8 +81,8 @@ def recipes(size: Size, tasks: tuple[str, ...]) -> dict[str, list[Recipe]]:
     return {
         "core": [
             tuned("task_arithmetic"),
-            informed("task_arithmetic"),
-            lighter("task_arithmetic", f"aim_task_arithmetic, weights from {lower[0]}"),
+            informed("task_arithmetic", upper["weight"]),
+            lighter(),
             regmean(),
             whole("task_arithmetic, weights 1"),
             whole("aim, weights 1, ω = 0", omega=0.0, activation_stats=GENERAL),
@@ -93,15 +92,15 @@ def recipes(size: Size, tasks: tuple[str, ...]) -> dict[str, list[Recipe]]:
         "turned": [turned("arm", GENERAL), turned("arm, random", Statistics("random"))],
         "sparse": [
             tuned("ties", **SPARSE),
-            lighter("ties", "aim_ties", **SPARSE),
+            informed("ties", lower, **SPARSE),
             tuned("dare_ties", **SPARSE),
-            lighter("dare_ties", "aim_dare_ties", **SPARSE),
+            informed("dare_ties", lower, **SPARSE),
         ],
         "moments": [
             regmean(", general text", Statistics("own-general", each=True)),
             regmean(", no data", Statistics("own-free", each=True)),
             regmean(", κ = 1", retain=1.0),
-            informed("regmean", "scale", activation_stats=OWN),
+            informed("regmean", upper["scale"], "scale", activation_stats=OWN),
         ],
         "calibration": [
             whole("aim, weights 1, task text", omega=0.0, activation_stats=Statistics("tasks")),

@@ -135,7 +135,7 @@ def test_the_front_page_says_what_the_lines_say_of_specialists() -> None:
 
     def mean(label: str, reference: str = tuned, quantity: str = "losses") -> float:
         found = of_study("specialists", label, reference, quantity)
-        assert len(found) >= 3
+        assert len(found) >= 4
         return fmean(found)
 
     # "on specialists it does the same"
@@ -148,7 +148,7 @@ def test_the_front_page_says_what_the_lines_say_of_specialists() -> None:
     # "even with second moments guessed from task vectors instead of data"
     assert mean("regmean, no data") < -0.03
     # "with retain: 1 forgets next to nothing"
-    assert mean(retaining, "regmean") < 0.02
+    assert mean(retaining, "regmean") < 0.011
     assert mean(retaining, "base", "general") < 0.06
     # "AIM is little better"
     assert -0.03 < mean(informed) < 0
