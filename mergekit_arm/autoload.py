@@ -69,7 +69,7 @@ class _Finder:
             spec: ModuleSpec | None = find_spec and find_spec(fullname, path, target)
             if spec is not None:
                 if spec.loader is not None and hasattr(spec.loader, "exec_module"):
-                    spec.loader = _Loader(spec.loader)  # type: ignore[assignment]
+                    spec.loader = _Loader(spec.loader)  # type: ignore[assignment]  # it acts as one
                 return spec
         return None
 
@@ -112,7 +112,7 @@ def _register() -> None:
             from mergekit_arm.publishing.provenance import attach  # it needs them as well
 
             attach()
-    except Exception as error:
+    except Exception as error:  # mergekit has to work without us, whatever is wrong here
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         if sys.stderr is not None:  # as under pythonw
             sys.stderr.write(

@@ -172,7 +172,7 @@ class Chain:
             return calls, states[0]
         except NotWalkable:
             raise
-        except Exception as error:
+        except Exception as error:  # whatever the model's own code raises
             if out_of_memory(error):
                 raise
             raise NotWalkable(f"{type(error).__name__}: {first_line(error)}") from error

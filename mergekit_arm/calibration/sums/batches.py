@@ -149,7 +149,7 @@ class Feeder:
         try:
             forward(batch)
             return True
-        except Exception as error:
+        except Exception as error:  # running out of memory has many classes; all else is raised
             if not out_of_memory(error):
                 raise
         # Only here, with the exception gone, do the failed pass's tensors let go of their memory.
