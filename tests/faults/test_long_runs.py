@@ -21,6 +21,7 @@ from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
 from mergekit_arm.streaming import stream
 from mergekit_arm.tuning import TuneOptions, tune
 from tests.support import streams, tuning
+from tests.support.memory import memory_held
 from tests.support.models import VOCABULARY, tiny_llama
 from tests.support.stored import Folder
 
@@ -50,8 +51,7 @@ class Looks:
     def look(self, done: int) -> None:
         self._calls += 1
         if self._calls % self._every == 0:
-            memory = self._process.memory_full_info().uss
-            self.held.append((done, memory, self._process.num_fds()))
+            self.held.append((done, memory_held(), self._process.num_fds()))
 
 
 def calibration(folder: Path) -> Held:
