@@ -19,6 +19,7 @@ from mergekit_arm.checking.findings import Findings
 from mergekit_arm.checking.keys import remedy
 from mergekit_arm.errors import InputError
 from mergekit_arm.methods.levels import levels
+from mergekit_arm.methods.parameters import outside
 
 
 def check_parameters(config: MergeConfiguration, spec: MergeMethodSpec, findings: Findings) -> None:
@@ -63,8 +64,11 @@ def _check_values(parameter: ParameterSpec, setting: Any, place: Place, findings
             findings.error(place, "an empty list says nothing: write a value, or remove it")
         for one in value if isinstance(value, list) else [value]:
             try:
-                parameter.validate(one)
+                validated = parameter.validate(one)
             except InputError as error:
                 findings.error(place, error.message)
             except ValidationError as error:
                 findings.error(place, f"{one!r} does not do: {error.errors()[0]['msg']}")
+            else:
+                if problem := outside(parameter, validated):
+                    findings.error(place, problem)

@@ -38,6 +38,11 @@ class Interval:
         return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
 
 
+_SHARES = {"density": Interval(0.0, 1.0), "select_topk": Interval(0.0, 1.0)}
+"""Shares of the weights to keep, which mergekit's methods declare as numbers without bounds: with
+5, where 0.5 was meant, they keep everything, in silence."""
+
+
 class Unwritten(float):
     """A parameter's default, where the user wrote nothing: equal to any other of its value."""
 
@@ -182,11 +187,25 @@ def found_by_name(statistics: Statistics, parameters: Mapping[str, Any]) -> bool
 
 
 def range_of(parameter: ParameterSpec) -> Interval | tuple[str, ...] | None:
-    """Return the numbers or words that a parameter of ours may be; None: neither of these."""
+    """Return the numbers or words that a parameter may be, as far as that is known.
+
+    Of ours it is declared, of mergekit's it is known of shares; None of every other.
+    """
     for note in getattr(parameter.value_type, "__metadata__", ()):
         if isinstance(note, Interval | tuple):
             return note
-    return None
+    return _SHARES.get(parameter.name)
+
+
+def outside(parameter: ParameterSpec, value: Any) -> str | None:
+    """Say that a validated number is outside what its parameter may be; None where it is not.
+
+    Parameters of ours refuse such a value themselves: this is for mergekit's shares.
+    """
+    bounds = range_of(parameter)
+    if not isinstance(bounds, Interval) or not isinstance(value, float) or value in bounds:
+        return None
+    return f"{value:g} is outside {bounds}: {parameter.name} is the share of the weights to keep"
 
 
 def _reference(name: str, reference: Any) -> StatisticsReference:

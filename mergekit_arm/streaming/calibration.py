@@ -22,6 +22,8 @@ class Calibration(Section):
     """Checked fields of :class:`CalibrationOptions`, defaults filled in."""
     task: dict[str, Any] | None = None
     """The same for the task's text, where ``settings`` are for general text beside it."""
+    written: frozenset[str] = frozenset()
+    """Which of ``settings`` stand in the file, be it with their defaults."""
 
     @model_validator(mode="before")
     @classmethod
@@ -32,7 +34,7 @@ class Calibration(Section):
         refresh = {"refresh": shared.pop("refresh", "once")}
         texts = [shared.pop(key) for key in _TEXTS if key in shared]
         if not texts:
-            return {**refresh, "settings": _checked(shared)}
+            return {**refresh, "settings": _checked(shared), "written": frozenset(shared)}
         if len(texts) == 1 or not all(isinstance(one, Mapping) for one in texts):
             raise ValueError(
                 "general and task belong together, each a mapping such as {dataset: ./task.jsonl}"
@@ -40,7 +42,8 @@ class Calibration(Section):
         general, task = ({**shared, **text} for text in texts)
         if "dataset" not in general or "dataset" not in task:
             raise ValueError("general and task each need a dataset")
-        return {**refresh, "settings": _checked(general), "task": _checked(task)}
+        checked = {"settings": _checked(general), "task": _checked(task)}
+        return {**refresh, **checked, "written": frozenset(general)}
 
     @field_validator("refresh", mode="before")
     @classmethod

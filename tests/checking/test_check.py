@@ -168,6 +168,12 @@ CASES: dict[str, tuple[str, str, str]] = {
         ("merge.yml:5: error: models[0].parameters.weight: must be a number"),
     ),
     "range": ("omega: 0.4", "omega: 1.4", "merge.yml:12: error: parameters.omega: omega must lie"),
+    "a share above 1": (
+        "density: 0.5",
+        "density: 5",
+        "merge.yml:5: error: models[0].parameters.density: 5 is outside [0, 1]",
+    ),
+    "a share below 0, in a gradient": ("[0.2, 0.8]", "[-0.2, 0.8]", "-0.2 is outside [0, 1]"),
     "no number": ("density: 0.5", "density: half", "models[0].parameters.density: "),
     "no statistics": (
         "./stats",

@@ -203,7 +203,8 @@ def test_a_method_that_cannot_be_a_step_is_refused(
 def test_subspaces_hold_the_energy_that_the_merge_asks_for(tmp_path: Path) -> None:
     write_run(tmp_path, (1,))
     arm = {"merge_method": "arm", "calibration": {"dataset": str(tmp_path / "tokens.jsonl")}}
-    for asked, measured in ((None, 0.9), (0.5, 0.9), ([0.2, 0.95], 0.95)):
+    filtered = [{"filter": "mlp", "value": 0.001}]  # every other weight reads the default
+    for asked, measured in ((None, 0.01), (0.5, 0.5), ([0.2, 0.95], 0.95), (filtered, 0.01)):
         parameters = {"energy": asked} if asked else {}
         document = load_config(config(tmp_path, **arm, parameters=parameters))
         plan, problems = make_plan(document, MergeOptions())
@@ -211,6 +212,11 @@ def test_subspaces_hold_the_energy_that_the_merge_asks_for(tmp_path: Path) -> No
         assert plan is not None
         assert plan.calibration is not None
         assert plan.calibration.settings["energy"] == measured
+    arm["calibration"] = {**arm["calibration"], "energy": 0.9}  # calibrate's default, but asked for
+    plan, _ = make_plan(load_config(config(tmp_path, **arm)), MergeOptions())
+    assert plan is not None
+    assert plan.calibration is not None
+    assert plan.calibration.settings["energy"] == 0.9
     arm["calibration"] = {**arm["calibration"], "energy": 0.6}
     asking = config(tmp_path, **arm, parameters={"energy": 0.9})
     _, problems = make_plan(load_config(asking), MergeOptions())

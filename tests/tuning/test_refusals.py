@@ -53,6 +53,11 @@ def changed(family: Path, place: str, value: Any) -> dict[str, Any]:
         ("models.0.parameters.weight", {"tune": []}, "tune is empty"),
         ("models.0.parameters.weight", 0.5, "nothing is to be tuned"),
         ("models.0.parameters.normalize", {"tune": [0.2, 0.7]}, "does not take 0.2 for normalize"),
+        (
+            "models.0.parameters.density",
+            {"tune": [0.2, 1.5]},
+            "takes for density, [0, 1]",
+        ),
         ("models.0.model", "./nowhere", "nowhere"),
         ("base_model", None, "base"),
         ("dtype", {"tune": [1, 2]}, "dtype: mergekit takes no number here"),

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -78,7 +79,7 @@ class MeasuredInput:
     """How many experts (or heads of a stacked norm) each read a share of their own."""
 
 
-class Observer:
+class Observer(ABC):
     """Accumulates one kind at one input, or at one expert's share of it."""
 
     def __init__(self, state: Mapping[str, TensorSpec], device: torch.device) -> None:
@@ -90,9 +91,9 @@ class Observer:
             for key, spec in state.items()
         }
 
+    @abstractmethod
     def update(self, x: Tensor) -> None:
         """Add the rows of ``x``: (tokens, in), floating point, on the observer's device."""
-        raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
         """Return what has accumulated: the tensors themselves, not copies."""
@@ -139,7 +140,7 @@ class Directory(Protocol):
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(ABC):
     """A kind of statistic. Derived classes are frozen dataclasses; their fields are settings."""
 
     name: ClassVar[str]
@@ -158,13 +159,13 @@ class Kind:
         """Return the kind with the settings under which what it stores adds up."""
         return self
 
+    @abstractmethod
     def state(self, width: int) -> dict[str, TensorSpec]:
         """Return what accumulates at an input of ``width`` channels, by its key."""
-        raise NotImplementedError
 
+    @abstractmethod
     def observer(self, width: int, device: torch.device) -> Observer:
         """Return an observer of an input of ``width`` channels that has seen nothing."""
-        raise NotImplementedError
 
     def measured(self, directory: Directory) -> bool:
         """Say whether ``directory`` holds this kind at all."""

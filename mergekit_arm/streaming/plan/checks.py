@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.merging.documents import accepted
 from mergekit_arm.merging.keys import dotted, unread_keys
+from mergekit_arm.methods.parameters import outside
 from mergekit_arm.models.contents import ADAPTER_CONFIG, Contents
 from mergekit_arm.models.references import absolute_reference, plain_path
 from mergekit_arm.streaming.calibration import Calibration
@@ -103,21 +104,28 @@ def choose_rates(config: StreamConfig, method: StepMethod, steps: int | None) ->
 
 
 def choose_calibration(config: StreamConfig, method: StepMethod) -> Calibration:
-    """Return how the steps measure: subspaces hold the energy that the merge will ask for."""
+    """Return how the steps measure: where it is not said, subspaces hold what the merge will read.
+
+    With ``arm``'s default energy that is one direction an input, and a tenth of the disk that
+    ``calibrate``'s own default takes, which has to serve every method.
+    """
     calibration = config.calibration or Calibration.model_validate({})
     if "energy" not in method.specs or calibration.task is not None:
         return calibration
-    wanted = leaves(config.parameters.get("energy", method.specs["energy"].default))
-    needed = max(float(one) for one in wanted if isinstance(one, (int, float)))
+    default = method.specs["energy"].default
+    written = leaves(config.parameters.get("energy", default))
+    wanted = max(float(one) for one in written if isinstance(one, (int, float)))
+    if "energy" not in calibration.written:
+        # Weights that no filter of the merge names read the method's default.
+        settings = {**calibration.settings, "energy": max(wanted, default)}
+        return calibration.model_copy(update={"settings": settings})
     measured = calibration.settings["energy"]
-    if measured >= needed:
-        return calibration
-    if "energy" in calibration.chosen()[0]:
+    if measured < wanted:
         raise InputError(
-            f"calibration.energy {measured:g} is less than the merge's energy {needed:g}: "
+            f"calibration.energy {measured:g} is less than the merge's energy {wanted:g}: "
             "raise it, or lower parameters.energy"
         )
-    return calibration.model_copy(update={"settings": {**calibration.settings, "energy": needed}})
+    return calibration
 
 
 def check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | None) -> None:
@@ -139,11 +147,11 @@ def check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | No
     for key, setting in config.parameters.items():
         for value in leaves(setting):
             try:
-                method.specs[key].validate(value)
+                problem = outside(method.specs[key], method.specs[key].validate(value))
             except ValidationError as error:
-                raise InputError(
-                    f"parameters: {key}: {value!r}: {error.errors()[0]['msg']}"
-                ) from error
+                problem = f"{value!r}: {error.errors()[0]['msg']}"
+            if problem:
+                raise InputError(f"parameters: {key}: {problem}")
 
 
 def adapter_notes(checkpoint: RunCheckpoint, config: StreamConfig) -> list[str]:

@@ -195,7 +195,7 @@ def make_plan(
         published=published,
         aligns=aligns and SUBSPACE.name in method.statistics,
         checkpoints=checkpoints,
-        fingerprint=check.run(_fingerprint, config, merge, base) or {},
+        fingerprint=check.run(_fingerprint, config, calibration, merge, base) or {},
         base=base,
         final_dtype=dtype,
         has_tokenizer=load_own_tokenizer(config.base_model, merge.trust_remote_code) is not None,
@@ -220,7 +220,9 @@ def _final_dtype(config: StreamConfig, merge: MergeOptions) -> str:
     return dtype
 
 
-def _fingerprint(config: StreamConfig, merge: MergeOptions, base: Contents) -> dict[str, str]:
+def _fingerprint(
+    config: StreamConfig, calibration: Calibration | None, merge: MergeOptions, base: Contents
+) -> dict[str, str]:
     """Return what a step depends on beside the checkpoints and their rates, which it records."""
     found = {"merge_method": config.merge_method}
     found["base_model's content"] = shortened(base.fingerprint)
@@ -230,10 +232,10 @@ def _fingerprint(config: StreamConfig, merge: MergeOptions, base: Contents) -> d
         value = getattr(config, key)
         if value:
             found[key] = json.dumps(value, sort_keys=True)
-    if config.calibration is not None:
-        found["calibration"] = json.dumps(config.calibration.chosen(), sort_keys=True)
-        found["calibration.refresh"] = str(config.calibration.refresh)
-        texts = zip(("calibration", "calibration.task"), config.calibration.passes(), strict=False)
+    if calibration is not None:
+        found["calibration"] = json.dumps(calibration.chosen(), sort_keys=True)
+        found["calibration.refresh"] = str(calibration.refresh)
+        texts = zip(("calibration", "calibration.task"), calibration.passes(), strict=False)
         found |= contents_of({name: one.get("dataset") for name, one in texts})
     return found | decisive_options(merge)
 
