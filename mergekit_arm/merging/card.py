@@ -11,7 +11,7 @@ import yaml
 
 from mergekit_arm.files import is_path
 
-_PATH = re.compile(r"""(?:(?<=^)|(?<=[\s='"(+:,]))(?:~|\.{1,2})?/[^\s'"|;&)+:,]+""")
+_PATH = re.compile(r"""(?:(?<=^)|(?<=[\s='"(+:,<>|&;`[{]))(?:~|\.{1,2})?/[^\s'"|;&)+:,]+""")
 
 
 def front_matter(models: Iterable[str]) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, Union, get_args, get_origin
 
 from mergekit.common import ModelReference
-from mergekit.config import ConditionalParameter
+from mergekit.config import ConditionalParameter, MergeConfiguration
 from pydantic import BaseModel
+
+from mergekit_arm.errors import InputError, did_you_mean
 
 Place = tuple[str | int, ...]
 """Keys and indices from the top: ``("models", 0, "parameters", "weight")``."""
@@ -43,6 +45,26 @@ def unread_keys(kind: Any, value: Any, place: Place) -> Iterator[tuple[Place, st
     elif isinstance(value, dict) and len(arguments) == 2:
         for key, inner in value.items():
             yield from unread_keys(arguments[1], inner, (*place, key))
+
+
+def refuse_unread(document: Any, passed_over: Container[str] = ()) -> None:
+    """Refuse the first key of a configuration that mergekit would pass over.
+
+    Args:
+        document: a merge configuration.
+        passed_over: keys that may stand anywhere below the top, where no field has them.
+
+    Raises:
+        InputError: the key, its place, and what may stand there.
+    """
+    for place, unread, known in unread_keys(MergeConfiguration, document, ()):
+        if place and unread in passed_over:
+            continue
+        where = dotted(place) or "configuration"
+        raise InputError(
+            f"{where}: mergekit knows no key {unread!r} here{did_you_mean(str(unread), known)}; "
+            f"there are: {', '.join(known)}"
+        )
 
 
 def _meant(kinds: tuple[Any, ...], value: Any) -> Any:

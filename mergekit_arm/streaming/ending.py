@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
-from mergekit_arm.errors import Failure
+from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.files import remove, write_text
 from mergekit_arm.judging.judge import Scores
 from mergekit_arm.merging.adapters import merge_adapter
 from mergekit_arm.merging.documents import to_yaml
 from mergekit_arm.merging.merge import forgetting, merge
 from mergekit_arm.merging.options import LORA_CACHE
-from mergekit_arm.models.contents import is_there
+from mergekit_arm.models.contents import describe, is_there
+from mergekit_arm.models.references import plain_path
 from mergekit_arm.streaming.layout import (
     AVERAGE,
     CARD,
@@ -24,7 +26,7 @@ from mergekit_arm.streaming.layout import (
 from mergekit_arm.streaming.plan.document import average_document, cast_document
 from mergekit_arm.streaming.report.card import stream_card
 from mergekit_arm.streaming.report.plot import draw_stream
-from mergekit_arm.streaming.state import AverageScores
+from mergekit_arm.streaming.state import AverageScores, MergedCheckpoint
 from mergekit_arm.streaming.step.workplace import Workplace
 
 
@@ -63,7 +65,12 @@ def _make_model(place: Workplace, chosen: int) -> None:
     made = f"{text}{options.out_shard_size} {options.safe_serialization}"
     if model.is_dir() and state.final == made:
         return
-    place.needed(chosen)
+    if not place.has(chosen):
+        raise InputError(
+            f"{place.out}: step {chosen} would become the model, and its float32 weights are gone; "
+            "evaluation.keep: last makes it of the last step; --keep all, from a stream's "
+            "beginning, keeps all of them"
+        )
     if state.final is not None and model.is_dir():
         place.say(f"{model} is replaced: it becomes step {chosen} in {place.plan.final_dtype}")
     merge_adapter(source, options)
@@ -79,7 +86,7 @@ def _average(place: Workplace) -> None:
     if state.average is not None and state.average.steps == len(state.steps):
         return
     state.average = AverageScores(steps=len(state.steps))
-    merged = [one.reference for record in state.steps for one in record.merged]
+    merged = [_lies_at(place, one) for record in state.steps for one in record.merged]
     try:
         state.average.scores = _score_average(place, list(dict.fromkeys(merged)))
     except Failure as error:  # it is there to be looked at: the stream does not depend on it
@@ -87,6 +94,16 @@ def _average(place: Workplace) -> None:
         place.say(f"the uniform average is not scored: {error.message}")
     finally:
         remove(place.out / AVERAGE)
+
+
+def _lies_at(place: Workplace, one: MergedCheckpoint) -> str:
+    """Return where a checkpoint lies: one that was taken from a run may still be there alone."""
+    run = place.plan.config.checkpoints
+    if is_there(one.reference) or not isinstance(run, str):
+        return one.reference
+    there = str(Path(plain_path(run)) / one.name)
+    same = is_there(there) and describe(there).fingerprint == one.content
+    return there if same else one.reference
 
 
 def _score_average(place: Workplace, references: list[str]) -> Scores:

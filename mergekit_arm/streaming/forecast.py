@@ -22,15 +22,19 @@ from mergekit_arm.files import size_of, try_writing
 from mergekit_arm.judging.judge import Judge
 from mergekit_arm.merging.options import complete_options
 from mergekit_arm.merging.room import Room, room_in
+from mergekit_arm.methods.arm import TASK
+from mergekit_arm.methods.base import STATS
 from mergekit_arm.models.loading import choose_device
 from mergekit_arm.models.references import plain_path
 from mergekit_arm.models.tensors import open_tensors
 from mergekit_arm.sections import section
-from mergekit_arm.statistics.read import open_statistics
+from mergekit_arm.statistics.format import WeightRecord
+from mergekit_arm.statistics.kinds.subspace import SUBSPACE
+from mergekit_arm.statistics.read import Statistics, open_statistics
 from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.layout import METRIC_LOG, MODEL, STATE_FILE, step_folder
 from mergekit_arm.streaming.options import Keep, StreamOptions
-from mergekit_arm.streaming.plan.checks import Checks
+from mergekit_arm.streaming.plan.checks import Checks, energy_read
 from mergekit_arm.streaming.plan.document import STEP_BYTES
 from mergekit_arm.streaming.plan.plan import StreamPlan, make_plan
 from mergekit_arm.streaming.state import State, read_state
@@ -124,14 +128,17 @@ def check_disk(needs: Room, out: Path) -> None:
 def disk_needed(plan: StreamPlan, keep: Keep) -> int:
     """Return the bytes of weights at the peak: kept models in float32, one in progress, the final.
 
-    An adapter's merged model counts once more. Statistics are left out.
+    An adapter's merged model counts once more; for the uniform average at the end those of all
+    adapters lie there at once. Statistics are left out.
     """
     evaluation = plan.config.evaluation
     models = 2 + (evaluation is not None and evaluation.keep == "best")
     if keep == "all" and plan.length is not None:
         models = max(models, plan.length)
     groups = plan.checkpoints or []
-    adapters = max((sum("+" in one.reference for one in group) for group in groups), default=0)
+    of_group = [sum("+" in one.reference for one in group) for group in groups]
+    averages = evaluation is not None and plan.config.compare.average
+    adapters = sum(of_group) if averages else max(of_group, default=0)
     final: torch.dtype = getattr(torch, plan.final_dtype)
     return plan.base.parameters * ((models + adapters) * STEP_BYTES + final.itemsize)
 
@@ -167,12 +174,13 @@ def _judge(plan: StreamPlan, merge: MergeOptions, out: Path, state: State | None
 def _check_calibration(plan: StreamPlan, merge: MergeOptions) -> None:
     if plan.calibration is None:
         return
-    if plan.published:
-        _check_published(plan)
-        if plan.calibration.refresh == "once":
-            return
+    _check_published(plan)
+    once = plan.calibration.refresh == "once"
+    passes = dict(zip((STATS, TASK), plan.calibration.passes(), strict=False))
     with section("calibration"):
-        for settings in plan.calibration.passes():
+        for key, settings in passes.items():
+            if once and key in plan.published:
+                continue
             given = {**settings, "model": plan.config.base_model, "out": ""}
             options = CalibrationOptions(trust_remote_code=merge.trust_remote_code, **given)
             check_calibration(options)
@@ -186,10 +194,24 @@ def _check_published(plan: StreamPlan) -> None:
     tensors = open_tensors(base.model.path, Path(base.model.path))
     for key, reference in plan.published.items():
         with section(f"parameters: {key}"):
-            matcher = open_statistics(reference).matcher
+            statistics = open_statistics(reference)
+            matcher = statistics.matcher
             known = [name for name in tensors.names if name in matcher.weights]
             for name in known[:: max(1, len(known) // 4)]:
                 matcher.find(name, tensors.get(name))
+            if key == STATS:
+                _check_energy(plan, statistics, [matcher.weights[name] for name in known])
+
+
+def _check_energy(plan: StreamPlan, statistics: Statistics, records: list[WeightRecord]) -> None:
+    """Look whether subspaces hold what the merge reads, where that is the same of every weight."""
+    written = plan.config.parameters.get("energy")
+    if "energy" not in plan.method.specs or plan.retains or isinstance(written, list | dict):
+        return
+    energy = energy_read(plan.config, plan.method)
+    for record in records:
+        if record.site is not None and SUBSPACE.measured(statistics):
+            SUBSPACE.columns(statistics, record, energy)
 
 
 def _check_evaluation(plan: StreamPlan, judge: Judge | None) -> None:

@@ -121,6 +121,8 @@ class State(_Record):
     skipped: list[Skipped] = []
     tried: list[Attempt] = []
     """Of the step that is being made."""
+    making: str = ""
+    """Which step that is, of which checkpoints, at which rates: ``tried`` is of nothing else."""
     average: AverageScores | None = None
     last: int | None = None
     """The number of the run's last checkpoint, once that is known of one that was followed."""

@@ -26,8 +26,9 @@ from mergekit_arm.streaming.forecast import forecast_stream, seconds_left
 from mergekit_arm.streaming.layout import INCOMING, LOCK_FILE, MODEL, left_behind
 from mergekit_arm.streaming.options import StreamOptions
 from mergekit_arm.streaming.plan.plan import PlannedStep
+from mergekit_arm.streaming.plan.prefix import begun
 from mergekit_arm.streaming.rescoring import score_again
-from mergekit_arm.streaming.state import Skipped, State, StepRecord, read_state
+from mergekit_arm.streaming.state import Skipped, StepRecord, read_state
 from mergekit_arm.streaming.step.step import take_step
 from mergekit_arm.streaming.step.workplace import Workplace
 from mergekit_arm.streaming.training.checkpoints import problem_of, reached
@@ -99,7 +100,7 @@ def stream(
             shutil.rmtree(left) if left.is_dir() else left.unlink()
         if read_state(place) != state:
             raise InputError(f"{place}: another process has just worked on it; run again")
-        state = state or State(fingerprint=plan.fingerprint)
+        state = begun(plan, state, place, say)
         work = Workplace(place, plan, known.merge, options.keep, state, known.judge, say, progress)
         watch = None
         if options.watch is not None:

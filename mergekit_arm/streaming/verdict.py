@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.judging.judge import Scores
@@ -35,6 +35,20 @@ class Evaluation(Section):
     keep: Literal["best", "last"] = "best"
     patience: int | None = Field(default=None, ge=1)
     backtrack: bool = False
+    _named: bool = PrivateAttr(default=True)
+
+    @property
+    def named(self) -> bool:
+        """Whether the file names its sets."""
+        return self._named
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _remember(cls, given: Any, check: ModelWrapValidatorHandler[Evaluation]) -> Evaluation:
+        checked = check(given)
+        if isinstance(given, Mapping):
+            checked._named = any(isinstance(value, Mapping) for value in given.values())
+        return checked
 
     @model_validator(mode="before")
     @classmethod
@@ -71,11 +85,6 @@ class Evaluation(Section):
             if one.at_most is None or "weight" in one.model_fields_set
         ]
         return found or list(self.sets)
-
-    @property
-    def named(self) -> bool:
-        """Whether the file names its sets."""
-        return not set(self.sets) <= {LOSS, METRIC}
 
     def standing(self, scores: Scores, base: Scores) -> tuple[bool, float] | None:
         """Return how good a model is beside the base, to be compared; None where it is not known.

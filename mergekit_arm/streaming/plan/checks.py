@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from mergekit.config import MergeConfiguration
 from pydantic import ValidationError
 
 from mergekit_arm.errors import InputError, did_you_mean
 from mergekit_arm.merging.documents import accepted
-from mergekit_arm.merging.keys import dotted, unread_keys
+from mergekit_arm.merging.keys import refuse_unread
+from mergekit_arm.methods.arm import TASK
 from mergekit_arm.methods.parameters import outside
 from mergekit_arm.models.contents import ADAPTER_CONFIG, Contents
 from mergekit_arm.models.references import absolute_reference, plain_path
@@ -110,14 +111,22 @@ def choose_calibration(config: StreamConfig, method: StepMethod) -> Calibration:
     ``calibrate``'s own default takes, which has to serve every method.
     """
     calibration = config.calibration or Calibration.model_validate({})
-    if "energy" not in method.specs or calibration.task is not None:
-        return calibration
-    default = method.specs["energy"].default
-    written = leaves(config.parameters.get("energy", default))
-    wanted = max(float(one) for one in written if isinstance(one, (int, float)))
+    of_task = config.parameters.get(TASK) is not None
+    if of_task and calibration.task is None and calibration.refresh != "once":
+        raise InputError(
+            f"calibration.refresh: later models are measured on the task's text too, and "
+            f"{TASK} is of the base alone: name both texts, calibration.general and "
+            "calibration.task"
+        )
+    if "energy" not in method.specs or calibration.task is not None or of_task:
+        return calibration  # what is retained is read whole
+    wanted = energy_read(config, method)
     if "energy" not in calibration.written:
         # Weights that no filter of the merge names read the method's default.
-        settings = {**calibration.settings, "energy": max(wanted, default)}
+        settings = {
+            **calibration.settings,
+            "energy": max(wanted, float(method.specs["energy"].default)),
+        }
         return calibration.model_copy(update={"settings": settings})
     measured = calibration.settings["energy"]
     if measured < wanted:
@@ -126,6 +135,18 @@ def choose_calibration(config: StreamConfig, method: StepMethod) -> Calibration:
             "raise it, or lower parameters.energy"
         )
     return calibration
+
+
+def energy_read(config: StreamConfig, method: StepMethod) -> float:
+    """Return the largest energy that a merge with ``method`` reads of a subspace.
+
+    What is written and is no energy is left out: ``check_parameters`` refuses it.
+    """
+    spec, found = method.specs["energy"], []
+    for value in leaves(config.parameters.get("energy", spec.default)):
+        with suppress(InputError):
+            found.append(float(spec.validate(value)))
+    return max(found, default=float(spec.default))
 
 
 def check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | None) -> None:
@@ -138,14 +159,14 @@ def check_parameters(config: StreamConfig, method: StepMethod, rates: Rates | No
         config, method, current=config.base_model, checkpoints=["checkpoint"], rates=first
     )
     accepted(document)
-    for place, unread, known in unread_keys(MergeConfiguration, document, ()):
-        where = dotted(place) or "configuration"
-        raise InputError(
-            f"{where}: mergekit knows no key {unread!r} here{did_you_mean(str(unread), known)}; "
-            f"there are: {', '.join(known)}"
-        )
+    refuse_unread(document)
     for key, setting in config.parameters.items():
-        for value in leaves(setting):
+        values = list(leaves(setting))
+        if not values:
+            raise InputError(
+                f"parameters: {key}: an empty list says nothing: write a value, or remove it"
+            )
+        for value in values:
             try:
                 problem = outside(method.specs[key], method.specs[key].validate(value))
             except ValidationError as error:

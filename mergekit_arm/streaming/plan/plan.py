@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from glob import glob
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
+from mergekit_arm.data.settings import parse_share
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.files import sampled_hash
 from mergekit_arm.merging.documents import FINAL_DTYPES, check_chat_template
@@ -22,6 +26,7 @@ from mergekit_arm.models.loading import choose_device
 from mergekit_arm.models.references import absolute_reference
 from mergekit_arm.models.tokenizer import load_own_tokenizer
 from mergekit_arm.statistics.kinds.subspace import SUBSPACE
+from mergekit_arm.statistics.read import open_statistics
 from mergekit_arm.streaming.calibration import Calibration
 from mergekit_arm.streaming.config import StreamConfig
 from mergekit_arm.streaming.plan.checks import (
@@ -120,8 +125,19 @@ class StreamPlan:
             checkpoints,
             rates,
             search,
-            measures and not (step == 1 and self.published),
+            measures and not (step == 1 and self._published_all),
         )
+
+    @property
+    def retains(self) -> bool:
+        """Whether steps read the task's text beside general text."""
+        return TASK in self.published or bool(self.calibration and self.calibration.task)
+
+    @property
+    def _published_all(self) -> bool:
+        """Whether nothing of the base is to be measured."""
+        passes = self.calibration.passes() if self.calibration else []
+        return all(key in self.published for key in (STATS, TASK)[: len(passes)])
 
     def steps(self, state: State | None = None) -> list[PlannedStep]:
         """Return the steps that ``state`` does not hold yet, by default all."""
@@ -195,7 +211,10 @@ def make_plan(
         published=published,
         aligns=aligns and SUBSPACE.name in method.statistics,
         checkpoints=checkpoints,
-        fingerprint=check.run(_fingerprint, config, calibration, merge, base) or {},
+        fingerprint={
+            **(check.run(_fingerprint, config, calibration, merge, base) or {}),
+            **_contents_of_statistics(published),
+        },
         base=base,
         final_dtype=dtype,
         has_tokenizer=load_own_tokenizer(config.base_model, merge.trust_remote_code) is not None,
@@ -240,11 +259,33 @@ def _fingerprint(
     return found | decisive_options(merge)
 
 
-def contents_of(datasets: Mapping[str, Any]) -> dict[str, str]:
+def contents_of(datasets: Mapping[str, str | tuple[str, ...] | None]) -> dict[str, str]:
     """Return what recognises data files here; of data elsewhere only the names are compared."""
-    files = {name: Path(one).expanduser() for name, one in datasets.items() if isinstance(one, str)}
-    return {
-        f"content of the {name} data": sampled_hash(file)[:16]
-        for name, file in files.items()
-        if file.is_file()
-    }
+    found = {}
+    for name, given in datasets.items():
+        texts = (given,) if isinstance(given, str) else given or ()
+        hashes = [one for text in texts for one in _hashes(parse_share(text).name)]
+        if hashes:
+            whole = hashes[0] if len(hashes) == 1 else sha256(" ".join(hashes).encode()).hexdigest()
+            found[f"content of the {name} data"] = whole[:16]
+    return found
+
+
+def _hashes(name: str) -> list[str]:
+    """Return a hash of each file that a data set's name means here, by their order."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return [sampled_hash(one) for one in sorted(path.rglob("*")) if one.is_file()]
+    if path.is_file():
+        return [sampled_hash(path)]
+    return [sampled_hash(Path(one)) for one in sorted(glob(str(path))) if Path(one).is_file()]
+
+
+def _contents_of_statistics(published: Mapping[str, str]) -> dict[str, str]:
+    """Return what recognises published statistics."""
+    found = {}
+    for key, reference in published.items():
+        with suppress(InputError):  # ``check_parameters`` refuses them
+            digest = open_statistics(reference).metadata.digest
+            found[f"content of parameters.{key}"] = (digest or "")[:16]
+    return found

@@ -7,14 +7,17 @@ judged, stopped and kept may change. What may not change is what the steps were 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mergekit_arm.errors import InputError
+from mergekit_arm.files import remove
 from mergekit_arm.models.contents import describe, shortened
 from mergekit_arm.outputs import difference
 from mergekit_arm.streaming.config import StreamConfig
+from mergekit_arm.streaming.layout import STEPS
 from mergekit_arm.streaming.rates import Schedule
 from mergekit_arm.streaming.state import MergedCheckpoint, Skipped, State, StepRecord
 from mergekit_arm.streaming.training.checkpoints import RunCheckpoint
@@ -29,16 +32,42 @@ def check_prefix(plan: StreamPlan, state: State) -> None:
     Raises:
         InputError: the first difference, and what to do.
     """
+    if not state.handled:
+        return  # nothing is merged: the stream begins again with what its file says now
     change, planned = difference(state.fingerprint, plan.fingerprint), plan.steps()
     old, new = dict[str, str](), dict[str, str]()
     for one in state.handled if planned and not change else ():  # --watch does not know them yet
         if one.position < len(planned):
             _add_facts(old, new, one, planned[one.position], plan.config)
+        elif state.skipped:  # it may be one of these that is gone, and those after it have moved
+            names, number = ", ".join(one.checkpoint for one in state.skipped), len(state.handled)
+            key = "how many checkpoints there are"
+            old[key], new[key] = f"{number} with what was skipped ({names})", str(len(planned))
         else:
             old[one.checkpoint], new[one.checkpoint] = "among the checkpoints", "gone from them"
     change = change or difference(old, new)
     if change:
         raise InputError(f"OUT holds another stream: {change}; put it back, or give another OUT")
+
+
+def begun(plan: StreamPlan, state: State | None, out: Path, say: Callable[[str], None]) -> State:
+    """Return the state from which a stream in ``out`` goes on.
+
+    One that has merged nothing may have become another since: it begins again, with the
+    measurement that is there already where that would be made alike.
+    """
+    if state is not None and (state.handled or state.fingerprint == plan.fingerprint):
+        return state
+    if state is not None:
+        change = difference(state.fingerprint, plan.fingerprint)
+        say(f"nothing was merged yet, and the stream begins again: {change}")
+        old, new = (
+            {key: value for key, value in one.items() if key not in ("parameters", "checkpoints")}
+            for one in (state.fingerprint, plan.fingerprint)
+        )
+        if old != new:
+            remove(out / STEPS)
+    return State(fingerprint=plan.fingerprint)
 
 
 def _add_facts(

@@ -78,7 +78,9 @@ def _comparison(evaluation: Evaluation | None, state: State, chosen: int) -> Ite
         for one in scored:
             if evaluation.better_of(one.scores, best.scores):
                 best = one
-        entries.append((f"best single checkpoint ({name_of(best.name)})", best.scores))
+        every = sum(len(record.merged) for record in state.steps)
+        among = "" if len(scored) == every else f" of the {len(scored)} that were scored"
+        entries.append((f"best single checkpoint{among} ({name_of(best.name)})", best.scores))
         entries.append((f"last checkpoint ({name_of(scored[-1].name)})", scored[-1].scores))
     average = state.average
     if average is not None and not average.missing:

@@ -6,6 +6,7 @@ record that :func:`take_step` returns.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from mergekit_arm.merging.adapters import merge_adapter
 from mergekit_arm.merging.documents import by_hand, to_yaml
 from mergekit_arm.merging.merge import forgetting, merge
 from mergekit_arm.models.contents import describe
-from mergekit_arm.streaming.layout import MODEL, PROVENANCE, STEP_CONFIG
+from mergekit_arm.streaming.layout import CHECKPOINT_STATISTICS, MODEL, PROVENANCE, STEP_CONFIG
 from mergekit_arm.streaming.plan.document import step_document
 from mergekit_arm.streaming.plan.plan import PlannedStep, one_or_all
 from mergekit_arm.streaming.rates import Rate, rate_text, scaled
@@ -151,10 +152,13 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
     state, folder, clock = place.state, place.folder(planned.step), _Clock()
     current = place.needed(state.before(planned.step))
     folder.mkdir(parents=True, exist_ok=True)
+    contents = [describe(one.reference).fingerprint for one in planned.checkpoints]
+    _forget_another(place, planned, contents)
     with clock.time("calibrate"):
         measured = measure_step(place, planned)
     with clock.time("evaluate"):
-        merged = [_describe(place, one) for one in planned.checkpoints]
+        described = zip(planned.checkpoints, contents, strict=True)
+        merged = [_describe(place, one, content) for one, content in described]
     step = _Step(place, planned, current, measured, _options_of(place, planned.step), clock)
     chosen, move = _choose(step), Move()
     if chosen is not None:
@@ -187,6 +191,18 @@ def take_step(place: Workplace, planned: PlannedStep) -> StepRecord:
     if measured.step is not None:
         write_text(folder / PROVENANCE, provenance(measured))
     return record
+
+
+def _forget_another(place: Workplace, planned: PlannedStep, contents: list[str]) -> None:
+    """Forget what a killed run made for this step of other checkpoints, or for other rates."""
+    state, folder = place.state, place.folder(planned.step)
+    making = json.dumps([planned.step, contents, planned.planned])
+    if state.making == making:
+        return
+    for made in (folder / MODEL, *folder.glob(f"{CHECKPOINT_STATISTICS}*")):
+        remove(made)
+    state.tried, state.making = [], making
+    state.save(place.out)
 
 
 def _choose(step: _Step) -> Attempt | None:
@@ -236,10 +252,9 @@ def _options_of(place: Workplace, step: int) -> MergeOptions:
     )
 
 
-def _describe(place: Workplace, one: RunCheckpoint) -> MergedCheckpoint:
+def _describe(place: Workplace, one: RunCheckpoint, content: str) -> MergedCheckpoint:
     """Return a checkpoint's record; scored once, however often the stream passes over it."""
     merge_adapter(one.reference, place.merge)
-    content = describe(one.reference).fingerprint
     scores: Scores = {}
     if place.plan.config.compare.checkpoints:
         earlier = [known for record in place.state.steps for known in record.merged]

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 import yaml
+from mergekit.options import MergeOptions
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mergekit_arm.errors import Failure, InputError
@@ -27,6 +28,7 @@ from mergekit_arm.models.references import plain_path
 from mergekit_arm.outputs import alone
 from mergekit_arm.streaming.config import StreamConfig, load_config
 from mergekit_arm.streaming.layout import INCOMING, LOCK_FILE, MODEL
+from mergekit_arm.streaming.plan.plan import make_plan
 from mergekit_arm.streaming.state import read_state
 from mergekit_arm.streaming.training.checkpoints import numbered_checkpoints, reached
 from mergekit_arm.streaming.training.watch import OVER, take
@@ -85,6 +87,9 @@ class StreamCallback(TrainerCallback):  # type: ignore[misc]  # transformers is 
             InputError: the configuration is wrong.
         """
         self._config = load_config(config, checkpoints="not known yet")
+        _, problems = make_plan(self._config, MergeOptions(), watched=True)
+        if problems:
+            raise InputError(problems[0])
         self.out = Path(plain_path(out))
         self._arguments = list(arguments)
         self._wait = wait

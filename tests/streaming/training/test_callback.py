@@ -28,6 +28,20 @@ from tests.support.ranks import free_port
 from tests.support.streams import config, weights, write_run, write_tokens
 
 
+@pytest.fixture(autouse=True)
+def base(tmp_path: Path) -> None:
+    """Save what every stream here starts from: it is looked at before training begins."""
+    tiny_llama(0).save_pretrained(tmp_path / "base")
+
+
+def test_a_plan_is_checked_before_training(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="linear"):
+        StreamCallback(config(tmp_path, merge_method="linear"), tmp_path / "out")
+    endless = {"schedule": "cosine", "peak": 1.0}
+    with pytest.raises(InputError, match="steps"):
+        StreamCallback(config(tmp_path, learning_rate=endless), tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_a_trainer_feeds_a_stream(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
