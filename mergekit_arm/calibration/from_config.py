@@ -1,7 +1,7 @@
 """What ``mergekit-arm calibrate --config`` measures: the statistics that a merge will read.
 
-A merge configuration names models, and statistics directories for them. Its section
-``calibration``, which mergekit passes over, says on what text each directory is measured::
+A merge configuration, or a search of one, names models, and statistics directories for them. Its
+section ``calibration``, which mergekit passes over, says on what text each is measured::
 
     calibration:
       default: {samples: 128}
@@ -92,10 +92,20 @@ def plan_calibrations(
     return planned
 
 
+def _settled(node: Any) -> Any:
+    """Return a configuration with the unknowns of a search at the first of their values."""
+    if isinstance(node, Mapping):
+        tried = node.get("tune")
+        if isinstance(tried, list) and tried:
+            return tried[0]
+        return {key: _settled(value) for key, value in node.items()}
+    return [_settled(value) for value in node] if isinstance(node, list) else node
+
+
 def _wanted(path: str | Path, document: Mapping[str, Any]) -> dict[str, _Wanted]:
     """Return the directories that the merge reads by their places, and the model of each."""
     try:
-        config = MergeConfiguration.model_validate(document)
+        config = MergeConfiguration.model_validate(_settled(document))
     except (ValidationError, RuntimeError) as error:
         raise InputError(
             f"{path}: mergekit does not accept it: {' '.join(str(error).split())[:200]}"

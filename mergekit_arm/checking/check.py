@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import click
@@ -18,6 +19,7 @@ from mergekit_arm.errors import InputError
 from mergekit_arm.merging.room import Room
 from mergekit_arm.streaming.forecast import forecast_stream
 from mergekit_arm.streaming.options import StreamOptions
+from mergekit_arm.tuning.candidates import document_of
 from mergekit_arm.tuning.options import TuneOptions
 from mergekit_arm.tuning.tune import plan_tuning
 
@@ -62,9 +64,11 @@ def check(
     made = frozenset(str(name) for name in names if name is not None)
     place = None if out is None else Path(out)
     found, rooms = list[Finding](), list[Room]()
+    circle = _circle(documents, made)
     for document in documents:
         findings = Findings(document)
         check_duplicates(document, findings)
+        _check_names(document, findings, made, circle)
         room = _check_document(document, findings, options, place, made)
         if room is not None:
             rooms.append(room)
@@ -72,6 +76,46 @@ def check(
     if len(documents) > 1 and len(names) < len(documents):
         raise InputError(f"{path}: give each of its {len(documents)} documents a name of its own")
     return Checked(found, rooms)
+
+
+def _uses(document: Document, made: frozenset[str]) -> Iterator[tuple[Place, str]]:
+    """Yield where a document's text is another's name, for which mergekit-multi puts a path."""
+    for place, value in document.leaves():
+        if value in made and place != (NAME,):
+            yield place, str(value)
+
+
+def _circle(documents: Sequence[Document], made: frozenset[str]) -> list[str]:
+    """Return the names of documents that need each other; empty where there are none."""
+    graph = {
+        str(one.value[NAME]): {name for at, name in _uses(one, made) if at[-1] in _OF_MODELS}
+        for one in documents
+        if isinstance(one.value, dict) and NAME in one.value
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        found: list[str] = error.args[1]
+        return found
+    return []
+
+
+def _check_names(
+    document: Document, findings: Findings, made: frozenset[str], circle: list[str]
+) -> None:
+    """Find documents that ``mergekit-multi`` cannot put in an order, or would spoil."""
+    for place, name in _uses(document, made):
+        if place[-1] not in _OF_MODELS:
+            findings.error(
+                place,
+                f"{name} is the name of a document too, and mergekit-multi would put that model's "
+                "path here: give the document another name",
+            )
+    if isinstance(document.value, dict) and str(document.value.get(NAME)) in circle:
+        findings.error(
+            (NAME,),
+            f"needs what needs it ({' → '.join(circle)}): mergekit-multi finds no order for these",
+        )
 
 
 def _check_document(
@@ -117,7 +161,13 @@ def _check_tuning(findings: Findings, options: MergeOptions, out: Path) -> Room 
         return None
     for note in plan.notes:
         findings.note(_named(document, note), note)
-    return None
+    room = None
+    first = {method: (method, values) for method, values in reversed(plan.quest.first)}
+    for point in first.values():  # each method's merge, as it is checked where nothing is unknown
+        filled = Findings(replace(document, value=document_of(plan.config.space, point)))
+        room = check_merge(filled, options, out, frozenset())
+        findings.add(filled.errors)
+    return room
 
 
 def _named(document: Document, message: str) -> Place:
@@ -126,7 +176,7 @@ def _named(document: Document, message: str) -> Place:
     The key that nobody knows, or as much of the place as the document has; of a model, its name.
     """
     words = re.findall(r"[\w.\[\]]+(?=: )", message.removeprefix("configuration: "))[:3]
-    if found := re.search(r"unknown key '(\w+)'(?: in ([\w.]+))?", message):
+    if found := re.search(r"(?:unknown|knows no) key '(\w+)'(?: in ([\w.]+))?", message):
         words += [found[2] or "", found[1]]
     place: Place = ()
     for part in re.findall(r"\w+", ".".join(words)):
@@ -137,6 +187,9 @@ def _named(document: Document, message: str) -> Place:
         return next((at for at, value in document.leaves() if value == model[1]), ())
     return place
 
+
+_OF_MODELS = ("model", "base_model", "source", "tokenizer_source")
+"""Keys under which a model may be named."""
 
 _CHECKS = {"checkpoints": _check_stream, "tuning": _check_tuning}
 """A top-level key that only one kind of configuration has → its check. Any other is a merge."""

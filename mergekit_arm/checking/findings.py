@@ -56,6 +56,10 @@ class Findings:
         """Add what is good to know."""
         self._add("note", place, message)
 
+    def add(self, others: Iterable[Finding]) -> None:
+        """Add findings of the same file."""
+        self.all += [one for one in others if one not in self.all]
+
     def known(self, message: str) -> bool:
         """Say whether an error says this already."""
         text = " ".join(message.split())

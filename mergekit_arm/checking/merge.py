@@ -107,7 +107,7 @@ def _method(value: Mapping[str, object], findings: Findings) -> MergeMethod | No
     try:
         return find_method(name)
     except InputError as error:
-        findings.error(("merge_method",), error.message.partition(": ")[2])
+        findings.error(("merge_method",), error.message.removeprefix("merge_method: "))
     return None
 
 

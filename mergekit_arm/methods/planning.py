@@ -64,7 +64,7 @@ def tensor_being_planned() -> PlannedTensor | None:
         return None
     gathered: Any = task.gather_tensors
     realigned = hasattr(gathered, "gather_tensors")
-    while not hasattr(gathered, "weight_info") and hasattr(gathered, "gather_tensors"):
+    while hasattr(gathered, "gather_tensors"):  # one that cuts vocabularies has a weight_info too
         gathered = gathered.gather_tensors
     if hasattr(gathered, "weight_info"):
         names = {model: gathered.weight_info[model].name for model in task.model_order}

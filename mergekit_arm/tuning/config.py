@@ -11,8 +11,9 @@ from pydantic import Field, ValidationError, field_validator
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.judging.sets import DTYPE, EvaluationSet, MetricSet, read_sets
+from mergekit_arm.merging.keys import refuse_unread
 from mergekit_arm.sections import Section, explain, read_checked
-from mergekit_arm.tuning.space import Space, find_space
+from mergekit_arm.tuning.space import SPACE_KEYS, Space, find_space
 from mergekit_arm.units import parse_duration
 
 SECTION = "tuning"
@@ -28,7 +29,7 @@ class TuningSettings(Section):
 
     objective: Literal["mean", "pareto"] = "mean"
     trials: int = Field(default=40, ge=1, le=1_000_000)
-    timeout: float | None = None
+    timeout: float | None = Field(default=None, gt=0)
     """Seconds after which no trial begins."""
     sampler: Sampler = "tpe"
     seed: int = Field(default=42, ge=0, lt=1 << 32)
@@ -88,8 +89,10 @@ def _read(document: dict[str, Any]) -> TuneConfig:
     if settings.objective == "pareto" and len(evaluation) < 2:
         raise InputError(f"{SECTION}.objective: pareto needs two evaluation sets or more")
     _check_test(evaluation, test)
+    space = find_space(document)
+    refuse_unread(document, passed_over=SPACE_KEYS)
     return TuneConfig(
-        find_space(document),
+        space,
         settings,
         evaluation,
         test,

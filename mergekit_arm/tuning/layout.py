@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mergekit_arm.errors import InputError
 from mergekit_arm.merging.options import LORA_CACHE
 from mergekit_arm.outputs import holds
 from mergekit_arm.tuning.search import LOCK_FILE, STUDY_FILE
@@ -27,6 +28,8 @@ def check_out(out: Path) -> bool:
     """Say whether ``out`` holds a search.
 
     Raises:
-        InputError: it is a file, or holds anything else.
+        InputError: it is a file, holds anything else, or has a name that no study can have.
     """
+    if "?" in str(out.absolute()):
+        raise InputError(f"{out}: the address of a study cannot hold a ?; give another OUT")
     return holds(out, "search", STATE_FILE, _BEGUN)

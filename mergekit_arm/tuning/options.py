@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit.options import MergeOptions
+from pydantic import ValidationError
 
+from mergekit_arm.errors import InputError
 from mergekit_arm.judging.sets import DTYPE
+from mergekit_arm.sections import explain
 from mergekit_arm.tuning.config import Sampler, TuningSettings
 
 
@@ -32,9 +35,16 @@ class TuneOptions:
     """Whether another search at OUT is replaced."""
 
     def settings(self, written: TuningSettings) -> TuningSettings:
-        """Return the file's settings with what was said beside it."""
+        """Return the file's settings with what was said beside it.
+
+        Raises:
+            InputError: what was said cannot be.
+        """
         names = ("trials", "timeout", "sampler", "seed", "dtype", "baseline")
         said: dict[str, Any] = {
             name: getattr(self, name) for name in names if getattr(self, name) is not None
         }
-        return TuningSettings.model_validate({**written.model_dump(), **said})
+        try:
+            return TuningSettings.model_validate({**written.model_dump(), **said})
+        except ValidationError as error:
+            raise InputError(f"--{explain(error, {})}") from error

@@ -33,7 +33,7 @@ from mergekit_arm.tuning.config import BASELINE_WEIGHTS, TuneConfig, TuningSetti
 from mergekit_arm.tuning.grid import grid
 from mergekit_arm.tuning.naming import model_names
 from mergekit_arm.tuning.search import Candidates
-from mergekit_arm.tuning.space import METHOD, Space, find_space
+from mergekit_arm.tuning.space import METHOD, TUNE, Space, find_space
 
 _STATISTICS = ("activation_stats", "task_stats")
 
@@ -197,8 +197,9 @@ def _values(node: Any, name: str) -> list[str]:
     found: list[str] = []
     if isinstance(node, Mapping):
         for key, value in node.items():
-            if key == name and isinstance(value, str):
-                found.append(value)
+            choices = value.get(TUNE) if isinstance(value, Mapping) else [value]
+            if key == name and isinstance(choices, list):
+                found += [one for one in choices if isinstance(one, str)]
             else:
                 found += _values(value, name)
     elif isinstance(node, list):
@@ -230,6 +231,9 @@ def _fingerprint(
             found[f"the tokens of {name}"] = judge.heldout(name).digest[:16]
     found |= decisive_options(merge)
     found |= {f"the weights of {model}": one.fingerprint for model, one in contents.items()}
+    for reference in (one for key in _STATISTICS for one in _values(config.space.document, key)):
+        digest = open_statistics(reference).metadata.digest
+        found[f"the statistics {reference}"] = (digest or "")[:16]
     return found
 
 

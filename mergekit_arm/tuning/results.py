@@ -86,8 +86,8 @@ class Finish:
             raise Failure(f"no trial has a result: {why}")
         baseline = best_of(found, "baseline", pareto=plan.pareto)
         both = [one for one in (baseline, best) if one is not None]
-        if (baseline.gain if baseline and baseline.gain else 0.0) > (best.gain or 0.0):
-            self.say(f"the baseline {_label(both[0])} was better than the best trial")
+        if baseline is not None and (baseline.gain or 0.0) > (best.gain or 0.0):
+            self.say(f"the baseline {_label(baseline)} was better than the best trial")
         if best.gain is not None and best.gain <= 0:
             self.say("no trial is better than the base: the best of them is written all the same")
         document = document_of_trial(plan, best)

@@ -116,10 +116,13 @@ class Search:
                     self.study.enqueue_trial(point)
 
     def take(self, budget: int) -> Taken | None:
-        """Begin a trial, unless ``budget`` trials are done or begun."""
+        """Begin a trial, unless ``budget`` trials are done or begun, or all points of a grid."""
         with self._lock:
             self._put_back()
-            if sum(_counts(trial) for trial in self._trials()) >= budget:
+            waiting = any(trial.state == TrialState.WAITING for trial in self._trials())
+            over = sum(_counts(trial) for trial in self._trials()) >= budget
+            # A grid's points are all enqueued, beside what was tried before there was this grid.
+            if not waiting if self._sampler == "grid" else over:
                 return None
             # A seed for each trial: other processes, and a resume, would draw the same otherwise.
             seed = self._seed + len(self._trials())
@@ -266,7 +269,7 @@ def _alive(owner: Any) -> bool:
         return False  # taken and written down under one lock
     host, pid, created = owner
     if host != platform.node():
-        return True  # not for this machine to tell
+        return False  # searches are shared on one machine, which has been started again since
     try:
         return bool(psutil.Process(pid).create_time() == created) and (
             psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

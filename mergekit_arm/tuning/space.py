@@ -26,7 +26,7 @@ Value = float | int | str | bool
 
 METHOD = "merge_method"
 TUNE = "tune"
-_KEYS = (TUNE, "choice", "log", "int", "name")
+SPACE_KEYS = (TUNE, "choice", "log", "int", "name")
 _INPUTS = ("models", "slices", "sources", "modules")
 """Keys under which a merge's inputs, and their parameters, are listed."""
 
@@ -196,10 +196,10 @@ def _parameter(place: Path) -> str | None:
 
 def _read(space: Mapping[str, Any], where: str) -> tuple[Domain, str | None]:
     for key in space:
-        if key not in _KEYS:
+        if key not in SPACE_KEYS:
             raise InputError(
-                f"{where}: unknown key {key!r}{did_you_mean(str(key), _KEYS)}; a space has "
-                f"{', '.join(_KEYS)}"
+                f"{where}: unknown key {key!r}{did_you_mean(str(key), SPACE_KEYS)}; a space has "
+                f"{', '.join(SPACE_KEYS)}"
             )
     values, name = space[TUNE], space.get("name")
     if name is not None and not (isinstance(name, str) and name):

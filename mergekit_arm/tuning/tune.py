@@ -32,6 +32,10 @@ from mergekit_arm.tuning.run import OnTrial, Run
 from mergekit_arm.tuning.search import STUDY_FILE
 from mergekit_arm.tuning.state import open_tune_state
 
+_MASKS = 42
+"""The seed of random masks, where ``--random-seed`` says none: whatever the sampler's may be, a
+search that goes on merges as it did before."""
+
 
 def tune(
     config: Mapping[str, Any] | str | Path,
@@ -107,7 +111,7 @@ def plan_tuning(
     copies = options.merge.copy_tokenizer and has_tokenizer(read.space.document, options.merge)
     merge = complete_options(options.merge, out).model_copy(
         update={
-            "random_seed": settings.seed if seed is None else seed,
+            "random_seed": _MASKS if seed is None else seed,
             "copy_tokenizer": copies,
         }
     )

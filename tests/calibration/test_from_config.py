@@ -77,6 +77,14 @@ def test_two_commands_are_the_whole_job(scene: Path) -> None:
     assert files(scene / "by-hand") == files(scene / "stats" / "a")
 
 
+def test_a_search_is_measured_for_like_a_merge(scene: Path) -> None:
+    found = document(merge_method={"tune": ["regmean", "aim_regmean"]})
+    found["models"][0]["parameters"]["weight"] = {"tune": [0.2, 1.0]}
+    found["parameters"] = {"omega": [0.4, {"tune": [0.0, 1.0]}]}
+    found["tuning"] = {"trials": 3}
+    assert plan(found)[0] == plan(document())[0]
+
+
 def test_what_is_there_is_left(scene: Path, measure: Callable[..., Path]) -> None:
     measure(scene / "a", scene / "stats" / "a")
     before = files(scene / "stats" / "a")

@@ -279,6 +279,11 @@ def test_several_documents(here: Path) -> None:
     found = checked(f"{first}---\n{second}\n")
     assert found.accepted, [str(one) for one in found.findings]
     assert any("is made by another document" in one.message for one in found.findings)
+    circle = first.replace("./b", "second") + f"---\nname: second\n{second}\n"
+    needed = [one for one in lines(circle) if "needs what needs it (first → second → first)" in one]
+    assert [one.partition(" error: ")[0] for one in needed] == ["merge.yml:14:", "merge.yml:16:"]
+    (spoilt,) = lines(f"{first}---\nname: linear\n{second}\n")
+    assert "merge_method: linear is the name of a document too" in spoilt
     wrong = checked(f"{first}---\n{second.replace('weight', 'wieght')}\n")
     (line,) = [one for one in wrong.findings if one.severity == "error"]
     assert (line.line, line.thing) == (18, "parameters.wieght")
@@ -340,6 +345,9 @@ def test_a_search_is_checked_as_a_search(here: Path) -> None:
         ("trials: 3", "trials: -3", 11, "greater than"),
         ("./tokens.jsonl", "./absent.jsonl", 13, "no such file"),
         ("- model: ./b", "- model: ./absent", 6, "./absent: no such directory"),
+        ("density: 0.5}", "density: 5}", 5, "5 is outside [0, 1]"),
+        ("weight: 0.4", "weight: [{filter: mpl, value: {tune: [0, 1]}}, {value: 0.4}]", 8, "mpl"),
+        ("base_model: ./base", "base_model: ./base\ndtpye: float32", 3, "no key 'dtpye'"),
     ],
 )
 def test_mistakes_in_a_search(here: Path, old: str, new: str, line: int, said: str) -> None:

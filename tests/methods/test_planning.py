@@ -30,7 +30,7 @@ from mergekit_arm.errors import InputError
 from mergekit_arm.methods.parameters import StatisticsReference
 from mergekit_arm.statistics.format import NEVER_USED
 from tests.support.edits import edit
-from tests.support.merges import config, relaxed, weights
+from tests.support.merges import config, relaxed, run, weights
 
 WHOLE = ((0, 2),)
 SWAPPED = ((1, 2), (0, 1))
@@ -240,6 +240,25 @@ def test_statistics_of_the_wrong_kind(
     if method == "aim":
         found["models"][0]["parameters"] = {"weight": 1.0}
     assert "was not measured" in refuse(found, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["arm", "aim", "regmean"])
+def test_vocabularies_that_are_cut_short_change_nothing_else(
+    method: str, family: Path, tmp_path: Path, measure: Callable[..., Path]
+) -> None:
+    """mergekit wraps the inputs of a plan once more for it, also where all have one length."""
+    found = arm(family, family / "stats") | {"merge_method": method}
+    own: dict[str, Any] = {} if method == "arm" else {"weight": 1.0}
+    if method == "regmean":
+        own["activation_stats"] = str(measure(family / "b", tmp_path / "stats"))
+    found["models"] = [{"model": str(family / "b"), "parameters": own}]
+    plain = run(mergekit_yaml, yaml.safe_dump(found), tmp_path / "plain")
+    cut = run(
+        mergekit_yaml, yaml.safe_dump(found), tmp_path / "cut", "--unsafe-truncate-embeddings"
+    )
+    one, other = weights(plain), weights(cut)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_aim_over_arm_checks_what_both_read(

@@ -43,6 +43,9 @@ def changed(family: Path, place: str, value: Any) -> dict[str, Any]:
         ("tuning.trails", 3, "tuning: unknown key 'trails' (did you mean 'trials'?)"),
         ("tuning.trials", 0, "tuning: trials: input should be greater than"),
         ("tuning.timeout", "soon", "'soon' is no duration"),
+        ("tuning.timeout", -5, "tuning: timeout: input should be greater than 0"),
+        ("tokenizer_sorce", "base", "no key 'tokenizer_sorce' here (did you mean 'tokenizer_so"),
+        ("models.0.wieght", 1, "models[0]: mergekit knows no key 'wieght' here"),
         ("tuning.objective", "pareto", "pareto needs two evaluation sets"),
         ("tuning.sampler", "bayes", "tuning: sampler: input should be"),
         ("tuning.evaluation.one.dataset", "./no.jsonl", "tuning.evaluation.one: "),
@@ -252,3 +255,19 @@ def test_the_command_prints_every_trial_and_the_end(family: Path, tmp_path: Path
                  "Test, on which nothing was searched", "best.yml"):  # fmt: skip
         assert said in done.output
     assert not (tmp_path / "out" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "out", "said"),
+    [
+        (TuneOptions(seed=1 << 40), "out", "--seed: input should be less than"),
+        (TuneOptions(model=False), "what?x=1", "cannot hold a ?; give another OUT"),
+    ],
+)
+def test_what_is_said_beside_the_file_is_checked(
+    family: Path, tmp_path: Path, options: TuneOptions, out: str, said: str
+) -> None:
+    with pytest.raises(InputError) as caught:
+        tune(config(family, {"trials": 1}), tmp_path / out, options)
+    assert said in caught.value.message
+    assert not (tmp_path / "what").exists()

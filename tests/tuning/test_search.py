@@ -132,3 +132,31 @@ def test_a_file_of_something_else_is_no_study(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no study"):
         open_storage(tmp_path)
     assert os.listdir(tmp_path) == ["study.db"]
+
+
+def test_a_grid_that_grows_is_tried_to_its_end(tmp_path: Path) -> None:
+    """However many trials there were before it."""
+    one = Candidates({"ties": {"w": Domain(0, 1)}})
+    for points in (4, 6):
+        search = Search(tmp_path, "tune", one, sampler="grid")
+        asked = grid(one, points)
+        search.enqueue(asked)
+        found = run_through(search, len(asked))
+    assert [values["w"] for _, values in found] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+
+
+def test_what_a_machine_of_another_name_had_begun_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container that is started again has another name, and nothing of the first lives on."""
+    search = Search(tmp_path, "tune", ONE)
+    with monkeypatch.context() as patch:
+        patch.setattr("platform.node", lambda: "pod-1")
+        first = search.take(1)
+    assert first is not None
+    again = Search(tmp_path, "tune", ONE)
+    second = again.take(1)
+    assert second is not None
+    assert second.values == first.values
+    again.tell(second, [0.0], {})
+    again.wait()

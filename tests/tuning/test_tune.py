@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,8 @@ def test_a_finished_search_returns_its_result_and_more_trials_go_on(
     whole = tune(config(family, unpruned(trials=3)), tmp_path / "whole", TuneOptions(model=False))
     assert [one.values for one in whole.trials] == [one.values for one in first.trials]
     assert [one.scores for one in whole.trials] == [one.scores for one in first.trials]
+    again = tune(document, out, TuneOptions(trials=6, seed=7))  # of the sampler alone
+    assert again.trials[:5] == longer.trials
     other = config(family, unpruned(trials=3))
     other["models"][1]["parameters"]["weight"] = 0.1
     with pytest.raises(InputError, match="holds another search: models was"):
@@ -213,3 +217,28 @@ def test_clearly_worse_trials_are_given_up(family: Path, tmp_path: Path) -> None
     assert len(whole) >= 5
     assert min(one.gain for one in pruned if one.gain is not None) < (result.best.gain or 0)
     assert result.best in whole
+
+
+def test_statistics_that_were_measured_anew_are_another_search(
+    family: Path, tmp_path: Path, measure: Callable[..., Path]
+) -> None:
+    """Trials on the one would be compared with trials on the other."""
+    stats = measure(family / "base", tmp_path / "stats")
+    document = config(family, unpruned(trials=1, baseline=False))
+    document |= {"merge_method": "aim", "parameters": {"activation_stats": str(stats)}}
+    tune(document, tmp_path / "out", TuneOptions(model=False))
+    shutil.rmtree(stats)
+    measure(family / "base", stats, samples=2)
+    with pytest.raises(InputError, match="holds another search: the statistics "):
+        tune(document, tmp_path / "out", TuneOptions(model=False))
+
+
+def test_a_baseline_that_was_not_tried_is_not_said_to_be_better(
+    family: Path, tmp_path: Path
+) -> None:
+    notes: list[str] = []
+    document = config(family, unpruned(trials=1, baseline=False))
+    document["models"][0]["parameters"]["weight"] = {"tune": [-3.0, -2.0]}
+    tune(document, tmp_path / "out", TuneOptions(model=False), say=notes.append)
+    assert any("no trial is better than the base" in note for note in notes)
+    assert not any("baseline" in note for note in notes)
