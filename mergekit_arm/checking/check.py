@@ -21,6 +21,7 @@ from mergekit_arm.streaming.forecast import forecast_stream
 from mergekit_arm.streaming.options import StreamOptions
 from mergekit_arm.tuning.candidates import document_of
 from mergekit_arm.tuning.options import TuneOptions
+from mergekit_arm.tuning.plan import TunePlan
 from mergekit_arm.tuning.tune import plan_tuning
 
 _NEW = ".mergekit-arm-check"
@@ -161,13 +162,25 @@ def _check_tuning(findings: Findings, options: MergeOptions, out: Path) -> Room 
         return None
     for note in plan.notes:
         findings.note(_named(document, note), note)
-    room = None
+    errors, room = check_trials(document, plan, options, out)
+    findings.add(errors)
+    return room
+
+
+def check_trials(
+    document: Document, plan: TunePlan, options: MergeOptions, out: Path
+) -> tuple[list[Finding], Room | None]:
+    """Return what is wrong with a search's first merge by each method, and what one takes.
+
+    As a merge is checked in which nothing is unknown: an unknown that no tensor reads is found.
+    """
+    errors, room = list[Finding](), None
     first = {method: (method, values) for method, values in reversed(plan.quest.first)}
-    for point in first.values():  # each method's merge, as it is checked where nothing is unknown
+    for point in first.values():
         filled = Findings(replace(document, value=document_of(plan.config.space, point)))
         room = check_merge(filled, options, out, frozenset())
-        findings.add(filled.errors)
-    return room
+        errors += [one for one in filled.errors if one not in errors]
+    return errors, room
 
 
 def _named(document: Document, message: str) -> Place:

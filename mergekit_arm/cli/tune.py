@@ -9,6 +9,7 @@ import click
 
 from mergekit_arm.cli.merge_options import MergeCommand, add_merge_options, merge_options
 from mergekit_arm.cli.output import json_option, print_json, print_tables
+from mergekit_arm.errors import InputError
 from mergekit_arm.units import parse_duration
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def command(config: str, out: str, dry_run: bool, as_json: bool, **values: Any) 
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from rich.console import Console
 
+    from mergekit_arm.checking.check import check_trials
+    from mergekit_arm.checking.document import read_documents
     from mergekit_arm.cli.progress import Display
     from mergekit_arm.cli.tables import tune as tables
     from mergekit_arm.tuning.forecast import forecast_tuning
@@ -82,10 +85,11 @@ def command(config: str, out: str, dry_run: bool, as_json: bool, **values: Any) 
         enable_progress_bars()
     merge.apply_global_options()
     options = TuneOptions(merge, **values)
-    console = Console(stderr=True)
+    console, place = Console(stderr=True), Path(out).absolute()
+    plan, planned = plan_tuning(config, place, options)
+    for error in check_trials(read_documents(config)[0], plan, merge, place)[0]:
+        raise InputError(str(error).replace(": error: ", ": ", 1))
     if dry_run:
-        place = Path(out).absolute()
-        plan, planned = plan_tuning(config, place, options)
         forecast = forecast_tuning(plan, place, planned, with_model=options.model)
         if as_json:
             print_json(tables.space_fields(plan, forecast))

@@ -11,9 +11,10 @@ import torch
 
 from mergekit_arm.errors import Failure, InputError
 from mergekit_arm.models.contents import describe
-from mergekit_arm.streaming import stream
+from mergekit_arm.streaming import StreamOptions, stream
 from mergekit_arm.streaming.config import load_config
 from mergekit_arm.streaming.forecast import forecast_stream
+from mergekit_arm.streaming.options import WatchOptions
 from mergekit_arm.streaming.state import State, read_state
 from mergekit_arm.streaming.step import step as step_module
 from tests.support.models import perturbed, tiny_llama
@@ -240,3 +241,17 @@ def test_the_state_says_what_is_being_made(folder: Path, monkeypatch: pytest.Mon
     assert state is not None
     assert len(state.tried) == 1
     assert describe(str(folder / "run" / "checkpoint-1")).fingerprint in state.making
+
+
+def test_the_average_finds_checkpoints_where_they_were_followed(folder: Path) -> None:
+    """A stream removes what it took of a run; the run may still have it."""
+    (folder / "run" / "stream.end").touch()
+    options = StreamOptions(watch=WatchOptions(poll=0.05))
+    result = stream(judged(folder), folder / "out", options)
+    listed = [str(folder / "run" / f"checkpoint-{number}") for number in (1, 2)]
+    whole = stream(judged(folder, checkpoints=listed), folder / "whole")
+    assert result.average == whole.average != {}
+    shutil.rmtree(folder / "run" / "checkpoint-1")
+    write_run(folder, (3,))
+    again = stream(judged(folder), folder / "out", options)
+    assert not again.average

@@ -271,3 +271,28 @@ def test_what_is_said_beside_the_file_is_checked(
         tune(config(family, {"trials": 1}), tmp_path / out, options)
     assert said in caught.value.message
     assert not (tmp_path / "what").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("models.1.parameters.density", 5, "density: 5 is outside [0, 1]"),
+        ("models.0.parameters.lambda", {"tune": [0.5, 1.0]}, "reads lambda once for all models"),
+        (
+            "models.0.parameters.weight",
+            [{"filter": "mpl", "value": {"tune": [0.0, 1.0]}}, {"value": 0.5}],
+            "mpl",
+        ),
+    ],
+)
+def test_an_unknown_that_nothing_reads(
+    family: Path, tmp_path: Path, place: str, value: Any, said: str
+) -> None:
+    """The command looks at its trials as ``check`` looks at a merge."""
+    file, out = tmp_path / "tune.yml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(changed(family, place, value)))
+    for more in ([], ["--dry-run"]):
+        done = CliRunner().invoke(cli, ["tune", str(file), str(out), *more])
+        assert done.exit_code == 2, done.output
+        assert said in done.output
+        assert not out.exists()
