@@ -18,7 +18,7 @@ from mergekit_arm.checking.merge import check_merge
 from mergekit_arm.errors import InputError
 from mergekit_arm.merging.room import Room
 from mergekit_arm.streaming.forecast import forecast_stream
-from mergekit_arm.streaming.options import StreamOptions
+from mergekit_arm.streaming.options import StreamOptions, WatchOptions
 from mergekit_arm.tuning.candidates import document_of
 from mergekit_arm.tuning.options import TuneOptions
 from mergekit_arm.tuning.plan import TunePlan
@@ -132,14 +132,21 @@ def _check_document(
     for key, special in _CHECKS.items():
         if key in document.value:
             return special(findings, options, out or Path(_NEW))
+    keys = document.value.keys()
+    if keys & _OF_STREAMS and not keys & {"models", "slices", "modules"}:
+        return _check_stream(findings, options, out or Path(_NEW))
     return check_merge(findings, options, out or Path(), made)
 
 
 def _check_stream(findings: Findings, options: MergeOptions, out: Path) -> Room | None:
     """Check a stream as its own dry run does."""
     document = findings.document
+    value, watch = document.value, None
+    if "checkpoints" not in value:
+        findings.note((), "no checkpoints: StreamCallback takes them from its training")
+        value, watch = {**value, "checkpoints": "of a training to come"}, WatchOptions()
     try:
-        report = forecast_stream(document.value, out, StreamOptions(options))
+        report = forecast_stream(value, out, StreamOptions(options, watch=watch))
     except InputError as error:
         findings.error(_named(document, error.message), error.message)
         return None
@@ -203,6 +210,9 @@ def _named(document: Document, message: str) -> Place:
 
 _OF_MODELS = ("model", "base_model", "source", "tokenizer_source")
 """Keys under which a model may be named."""
+
+_OF_STREAMS = {"evaluation", "learning_rate", "passes", "compare"}
+"""Top-level keys by which a stream is recognised whose checkpoints a training will name."""
 
 _CHECKS = {"checkpoints": _check_stream, "tuning": _check_tuning}
 """A top-level key that only one kind of configuration has → its check. Any other is a merge."""
