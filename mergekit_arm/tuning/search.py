@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import psutil
 from filelock import FileLock
@@ -125,7 +126,7 @@ class Search:
             if not waiting if self._sampler == "grid" else over:
                 return None
             # A seed for each trial: other processes, and a resume, would draw the same otherwise.
-            seed = self._seed + len(self._trials())
+            seed = _seed_of(self._seed, len(self._trials()))
             self.study.sampler = _sampler(self._sampler, seed, len(self._candidates.methods) > 1)
             trial = self.study.ask()
             trial.set_user_attr(_OWNER, _this_process())
@@ -243,6 +244,11 @@ def _sampler(name: Sampler, seed: int, conditional: bool) -> BaseSampler:
             # Trials of different methods have different unknowns: each group has its own model.
             return TPESampler(seed=seed, multivariate=True, group=conditional, constant_liar=True)
         return RandomSampler(seed=seed)  # a grid's points are all enqueued
+
+
+def _seed_of(search: int, trial: int) -> int:
+    """Return a trial's seed: those of two searches have nothing in common, be theirs neighbours."""
+    return int(np.random.SeedSequence([search, trial]).generate_state(1)[0])
 
 
 def _pruner(pruning: bool) -> BasePruner:

@@ -41,7 +41,8 @@ examples of an answer's nats per token, lower is better; *exact* is the share of
 every token is the likeliest after the right ones; *written* the share of answers written right by
 greedy decoding, where that was done; *general* the loss on docstrings of the standard library,
 which says what was forgotten. Every setting was chosen by the loss on the validation split, with
-as many tries for each method; all numbers are of the test split. In brackets: the middle 95 % of a
+as many tries for each merge (a best single checkpoint is one of eight, and AIM had a second grid);
+all numbers are of the test split. In brackets: the middle 95 % of a
 paired bootstrap over examples; a dot follows a difference that may be none. *HV gain* is the
 hypervolume that a merge adds to the base and its specialists (`hypervolume.py` says in what space).
 """
@@ -59,12 +60,21 @@ def page(folder: Path = RESULTS) -> str:
                 parts.append(f"## {title}\n\n{_regime(size, lines)}\n")
                 if (folder / f"{study}-{size.name}.png").is_file():
                     parts.append(f"![{title}](results/{study}-{size.name}.png)\n")
-                parts.append(summary(study, groups))
+                parts += [summary(study, some) for some in alike(groups)]
                 parts += [_table(study, name, group) for name, group in groups.items()]
                 for part in PARTS:
                     if settings := grouped(lines.values(), part):
                         parts.append(swept(f"{title}, {part}", settings))
     return "\n".join(parts)
+
+
+def alike(groups: dict[str, Group]) -> list[dict[str, Group]]:
+    """Return the runs by how many tasks each is about: means over pairs and triples say nothing."""
+    counts = sorted({len(tasks_of(name)) for name in groups})
+    return [
+        {name: group for name, group in groups.items() if len(tasks_of(name)) == count}
+        for count in counts
+    ]
 
 
 def front_page(folder: Path = RESULTS) -> str:
@@ -122,7 +132,9 @@ def summary(study: str, groups: Mapping[str, Group]) -> str:
             same = label == references[0] or not more
             cells += ["", ""] if same else [spread(more), count]
         rows.append(cells)
-    return _markdown(head, rows, "Means over runs ± their standard deviation.")
+    many = max(len(tasks_of(name)) for name in groups)
+    of = f" of {many} tasks" if many > 1 else ""
+    return _markdown(head, rows, f"Means over runs{of} ± their standard deviation.")
 
 
 def swept(title: str, groups: Mapping[str, Group]) -> str:

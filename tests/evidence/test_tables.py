@@ -145,7 +145,7 @@ def test_the_front_page_says_what_the_lines_say_of_specialists() -> None:
     # "RegMean is better than tuned task arithmetic"
     assert mean("regmean") < -0.05
     assert mean("regmean", quantity="general") < -0.05
-    # "even with second moments guessed from task vectors instead of data"
+    # "even with the directions of second moments guessed from task vectors"
     assert mean("regmean, no data") < -0.03
     # "with retain: 1 forgets next to nothing"
     assert mean(retaining) < -0.05
