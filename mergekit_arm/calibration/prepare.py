@@ -21,6 +21,7 @@ from mergekit_arm.calibration.records import data_record, fingerprint, settings_
 from mergekit_arm.calibration.running.progress import SavedProgress
 from mergekit_arm.calibration.running.session import Reports, Session
 from mergekit_arm.calibration.sums.sites import chosen_kinds
+from mergekit_arm.data.blocks import Corpus
 from mergekit_arm.errors import InputError, first_line
 from mergekit_arm.files import try_writing
 from mergekit_arm.models.checkpoint import fetch_checkpoint, open_checkpoint
@@ -95,6 +96,7 @@ def prepare(
         )
     reports.stage("Reading the data", 0, 0)
     corpus, tokenizer = read_data(options, source, reports.say)
+    _check_sample(options, corpus)
     reports.stage("Loading the model", 0, 0)
     fetch_checkpoint(source)
     checkpoint = open_checkpoint(source)
@@ -112,6 +114,8 @@ def prepare(
     facts = fingerprint(data, settings, coverage.content_hash())
     facts["batch size"] = str(options.batch_size or "automatic")
     facts["low memory"] = "on" if options.low_memory else "off"
+    if options.low_memory:  # layers that are finished hold what is stored of them, and no more
+        facts["keep sketch"] = "on" if options.keep_sketch else "off"
     job.agree(facts)
     progress = SavedProgress(
         _progress_folder(options),
@@ -178,6 +182,21 @@ def _check_options(options: CalibrationOptions, job: Job, say: Callable[[str], N
     parse_duration(options.save_every)
     if options.activation_budget != "auto":
         parse_size(options.activation_budget)
+
+
+def _check_sample(options: CalibrationOptions, corpus: Corpus) -> None:
+    """Refuse to leave every token out of the sample that some statistics see.
+
+    Raises:
+        InputError: no sequence is longer than what ``skip_first`` leaves out.
+    """
+    longest = max(map(len, corpus.blocks), default=0)
+    sampled = [kind.name for kind in chosen_kinds(options) if kind.sampled]
+    if sampled and longest <= options.skip_first:
+        raise InputError(
+            f"--skip-first {options.skip_first} leaves no token for {', '.join(sampled)}: the "
+            f"longest sequence has {longest}; skip fewer"
+        )
 
 
 def _try_destination(out: Path, force: bool, *, write: bool) -> None:

@@ -143,7 +143,11 @@ def _check_stream(findings: Findings, options: MergeOptions, out: Path) -> Room 
     document = findings.document
     value, watch = document.value, None
     if "checkpoints" not in value:
-        findings.note((), "no checkpoints: StreamCallback takes them from its training")
+        findings.error(
+            (),
+            "there are no checkpoints: name a run's directory, or list models; a StreamCallback, "
+            "which takes them from its training, checks the rest itself",
+        )
         value, watch = {**value, "checkpoints": "of a training to come"}, WatchOptions()
     try:
         report = forecast_stream(value, out, StreamOptions(options, watch=watch))
@@ -169,25 +173,22 @@ def _check_tuning(findings: Findings, options: MergeOptions, out: Path) -> Room 
         return None
     for note in plan.notes:
         findings.note(_named(document, note), note)
-    errors, room = check_trials(document, plan, options, out)
-    findings.add(errors)
-    return room
+    findings.add(check_trials(document, plan, options))
+    return None
 
 
-def check_trials(
-    document: Document, plan: TunePlan, options: MergeOptions, out: Path
-) -> tuple[list[Finding], Room | None]:
-    """Return what is wrong with a search's first merge by each method, and what one takes.
+def check_trials(document: Document, plan: TunePlan, options: MergeOptions) -> list[Finding]:
+    """Return what is wrong with a search's first merge by each method.
 
     As a merge is checked in which nothing is unknown: an unknown that no tensor reads is found.
     """
-    errors, room = list[Finding](), None
+    errors = list[Finding]()
     first = {method: (method, values) for method, values in reversed(plan.quest.first)}
     for point in first.values():
         filled = Findings(replace(document, value=document_of(plan.config.space, point)))
-        room = check_merge(filled, options, out, frozenset())
+        check_merge(filled, options, None, frozenset())
         errors += [one for one in filled.errors if one not in errors]
-    return errors, room
+    return errors
 
 
 def _named(document: Document, message: str) -> Place:

@@ -28,19 +28,19 @@ from mergekit_arm.methods import find_method
 
 
 def check_merge(
-    findings: Findings, options: MergeOptions, out: Path, made: frozenset[str]
+    findings: Findings, options: MergeOptions, out: Path | None, made: frozenset[str]
 ) -> Room | None:
     """Check the merge configuration of ``findings``.
 
     Args:
         findings: of a document that holds a mapping; receives what is found.
         options: those of mergekit's options that decide what it accepts.
-        out: where the merged model is to lie.
+        out: where the merged model is to lie; None: room for it is not looked at.
         made: names of models that other documents of the file make (``mergekit-multi``); such a
             model is not there yet, and a merge of it is looked at as far as its text goes.
 
     Returns:
-        What the merge takes; None where it cannot be planned.
+        What the merge takes; None where it cannot be planned, or room is not looked at.
     """
     document = findings.document
     check_keys(document.value, findings)
@@ -76,7 +76,7 @@ def _check_planned(
     models: Mapping[ModelReference, Model],
     findings: Findings,
     options: MergeOptions,
-    out: Path,
+    out: Path | None,
 ) -> Room | None:
     planned = plan(config, options, findings)
     if planned is None:
@@ -93,7 +93,7 @@ def _check_planned(
     check_vocabulary(
         config, models, planned.tensors, findings, trust_remote_code=options.trust_remote_code
     )
-    if findings.errors:
+    if findings.errors or out is None:
         return None
     room = estimate(config, models, planned.tensors, out, options)
     check_room(room, out, findings)

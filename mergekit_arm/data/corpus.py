@@ -88,6 +88,10 @@ def _mix(shares: list[Share], parts: list[Corpus]) -> Corpus:
     for share, part in zip(shares, parts, strict=True):
         fewer = "" if len(part.blocks) == part.requested else f", not {part.requested}"
         notes.append(f"{share.name}: {len(part.blocks)} sequences{fewer}, {'; '.join(part.notes)}")
+    rows = row_tensor(row for part in parts for row in part.rows.tolist())
+    twice = sum(len(part.rows) for part in parts) - len(rows)
+    if twice:
+        notes.append(f"{twice:,} rows stand in more than one of these data sets, and count in each")
     return Corpus(
         [block for block, _ in blocks],
         _distinct(part.column for part in parts) or "",
@@ -95,7 +99,7 @@ def _mix(shares: list[Share], parts: list[Corpus]) -> Corpus:
         sum(part.requested for part in parts),
         next((part.template_hash for part in parts if part.template_hash), None),
         ready_ids=all(part.ready_ids for part in parts),
-        rows=row_tensor(row for part in parts for row in part.rows.tolist()),
+        rows=rows,
         extras=[extra for _, extra in blocks] if any(part.extras for part in parts) else [],
         mixture=tuple(
             MixtureRecord(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from mergekit_arm.errors import InputError
@@ -19,6 +21,14 @@ BUILDERS = {
 """What ``datasets`` calls the reader of a kind of file."""
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+
+_TRAIN, _VALIDATION = ("train", "training"), ("validation", "valid", "dev", "val")
+_SPLITS = {*_TRAIN, *_VALIDATION, "test", "testing", "eval", "evaluation"}
+"""Words in a path by which ``datasets`` takes a file for a part of a split."""
+_SAVED = ("dataset_dict.json", "state.json")
+"""Files at the top of a directory that ``datasets`` has saved."""
+_ABOUT = ("dataset_infos.json", "dataset_info.json")
+"""Files that tell about data, and hold none."""
 
 LARGE = 1_000_000_000  # bytes
 """From this size on files are read as a stream, so that not all of them is converted first."""
@@ -36,6 +46,12 @@ class DataFiles:
     def patterns(self) -> list[str]:
         """The paths as ``datasets`` wants them: it takes every name for a pattern."""
         return [glob.escape(str(path.absolute())) for path in self.paths]
+
+    @property
+    def identity(self) -> str:
+        """A word that is another one as soon as a file is replaced or written to."""
+        found = [(one.st_size, one.st_ino, one.st_ctime_ns) for one in map(Path.stat, self.paths)]
+        return f"files-{sha256(repr(found).encode()).hexdigest()[:16]}"
 
     @property
     def large(self) -> bool:
@@ -61,7 +77,8 @@ def data_files(name: str) -> DataFiles | None:
     """Return the files that ``name`` means, or None where it may be a name on the Hub.
 
     A file, or a pattern such as ``./data/*.jsonl`` where no file has that very name. A directory
-    is the files in it if they are all text; ``datasets`` knows best what other directories hold.
+    is all files in it, but for one that is laid out in splits or was saved by ``datasets``, which
+    knows best what that holds.
 
     Raises:
         InputError: no such file, of a kind that cannot be read, empty, or of several kinds.
@@ -84,12 +101,38 @@ def data_files(name: str) -> DataFiles | None:
 
 
 def _of_directory(name: str, path: Path) -> DataFiles | None:
-    found = sorted(one for one in path.rglob("*") if _kind(one) and one.is_file())
-    kinds = {_kind(one) for one in found}
+    model = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+    saved = any((path / one).is_file() for one in _SAVED)
+    if model or saved or _is_described(path / "README.md"):
+        return None
+    inside = {one: str(one.relative_to(path)) for one in sorted(path.rglob("*")) if one.is_file()}
+    found = [
+        one
+        for one, where in inside.items()
+        if _kind(one) and one.name not in _ABOUT and not where.startswith((".", "__"))
+    ]
     # datasets would read text line by line, and takes brackets in a directory's name for a pattern.
-    if kinds == {"text"} or (kinds and glob.has_magic(str(path))):
+    if {_kind(one) for one in found} == {"text"} or (found and glob.has_magic(str(path))):
         return _of_one_kind(name, found)
-    return None
+    splits = [one for one in found if _SPLITS & set(re.split(r"[-._ 0-9/\\]", inside[one]))]
+    if len(splits) == len(found):
+        return None
+    if splits:
+        # datasets would read those alone, as whatever split they look like.
+        other = next(one for one in found if one not in splits)
+        raise InputError(
+            f"--dataset {name}: {inside[splits[0]]} is named like a split, and {inside[other]} is "
+            f"in none: name the files that are meant, such as {name}/*{other.suffix}"
+        )
+    return _of_one_kind(name, found)
+
+
+def _is_described(card: Path) -> bool:
+    """Say whether a data set's card names its files."""
+    if not card.is_file():
+        return False
+    text = card.read_text(encoding="utf-8", errors="replace")
+    return text.startswith("---") and "\nconfigs:" in text
 
 
 def _of_one_kind(name: str, paths: Iterable[Path]) -> DataFiles:

@@ -43,6 +43,9 @@ def load_rows(
         with _reading(f"data set {name!r}"), _without_bars():
             loaded = datasets.load_dataset(
                 files.builder,
+                # The library keeps what it has converted by path and time of change, which
+                # another file may share; a name of its own for each keeps them apart.
+                name=files.identity,
                 data_files=files.patterns,
                 streaming=files.large and not whole,
                 **by_paragraph,

@@ -108,7 +108,8 @@ def model_type(architecture: str) -> str:
     """
     found = [n for n, known in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if known == architecture]
     # Several model types may share a class; the one that it is named after comes first.
-    found.sort(key=lambda one: one.replace("_", "") + "forcausallm" != architecture.lower())
+    name = architecture.lower().removesuffix("forcausallm").removesuffix("lmheadmodel")
+    found.sort(key=lambda one: one.replace("_", "") != name)
     if found:
         return str(found[0])
     raise InputError(f"{architecture} is no language model that llama.cpp quantises")

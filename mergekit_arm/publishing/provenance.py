@@ -8,6 +8,7 @@ they were measured, and the digests by which they are recognised.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -25,6 +26,7 @@ from mergekit_arm.files import write_text
 from mergekit_arm.methods.base import STATS
 from mergekit_arm.methods.levels import levels
 from mergekit_arm.statistics.format import METADATA_FILE
+from mergekit_arm.statistics.locate import is_provenance
 from mergekit_arm.statistics.read import open_statistics
 
 LOG = logging.getLogger(__name__)
@@ -107,6 +109,8 @@ def _leaving_provenance(run_merge: Callable[..., None]) -> Callable[..., None]:
         run_merge(merge_config, out_path, options, *rest, **more)
         if document is not None:
             _leave(Path(out_path), document)
+        else:
+            _remove_stale(Path(out_path))
 
     run.leaves_provenance = True  # type: ignore[attr-defined]  # tells that it is ours
     return run
@@ -133,6 +137,14 @@ def _leave(out: Path, document: dict[str, Any]) -> None:
             write_text(card, f"{text}\n\n{section(document)}")
     except OSError as error:
         LOG.warning("%s: what statistics it was merged with could not be written: %s", out, error)
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove what an earlier merge into ``out`` was made with, which this one was not."""
+    file = out / METADATA_FILE
+    with contextlib.suppress(OSError, ValueError):
+        if is_provenance(json.loads(file.read_text(encoding="utf-8"))):
+            file.unlink()
 
 
 def _described(reference: str) -> dict[str, Any]:

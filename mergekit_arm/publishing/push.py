@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -105,18 +105,23 @@ def push(upload: Upload, *, private: bool = False, force: bool = False) -> str:
         if there and not force:
             raise InputError(
                 f"{name} exists and holds {', '.join(there[:3])}{', …' if there[3:] else ''}; add "
-                "--force to replace what has the same name, or choose another name"
+                "--force to replace statistics and what has the same name, or choose another name"
             )
         address = api.create_repo(name, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             card = Path(folder) / CARD
             card.write_text(upload.card, encoding="utf-8")
+            files = {CARD: card, **upload.files}
+            # An index that stays, or a part that no index names any more, would be read.
+            old = [one for one in there if _belongs(Path(one)) and one not in files]
             api.create_commit(
                 name,
-                [CommitOperationAdd(one, str(file)) for one, file in
-                 {CARD: card, **upload.files}.items()],
+                [
+                    *(CommitOperationAdd(one, str(file)) for one, file in files.items()),
+                    *(CommitOperationDelete(one) for one in old),
+                ],
                 commit_message="Upload activation statistics",
-            )  # fmt: skip
+            )
     except OfflineModeIsEnabled as error:
         raise InputError("HF_HUB_OFFLINE is set: unset it to publish") from error
     except LocalTokenNotFoundError as error:

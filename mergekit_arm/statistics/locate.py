@@ -85,6 +85,12 @@ def read_metadata(reference: str, path: Path) -> Metadata:
                 f"activation_stats {reference}: format {number} is newer than this "
                 f"mergekit-arm reads ({FORMAT_VERSION}): pip install -U mergekit-arm"
             )
+        if is_provenance(document):
+            named = ", ".join(str(one.get("reference")) for one in document["statistics"])
+            raise InputError(
+                f"activation_stats {reference}: this is a merged model; the statistics that it was "
+                f"merged with are {visible(named)}"
+            )
         metadata = Metadata.model_validate(document, strict=True)
     except (OSError, ValueError, RecursionError) as error:
         detail = (
@@ -102,6 +108,17 @@ def read_metadata(reference: str, path: Path) -> Metadata:
             f"measure it again, or remove its field {DIGEST} if it was edited on purpose"
         )
     return metadata
+
+
+def is_provenance(document: Any) -> bool:
+    """Say whether this is what a merged model says of the statistics it was merged with."""
+    return (
+        isinstance(document, dict)
+        and {"merge_method", "statistics"} <= document.keys()
+        and "sites" not in document
+        and isinstance(document["statistics"], list)
+        and all(isinstance(one, dict) for one in document["statistics"])
+    )
 
 
 def _parse(file: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from mergekit_arm.errors import InputError
 from mergekit_arm.files import publish, remove
 from mergekit_arm.statistics.digest import document_digest, tensor_digest
 from mergekit_arm.statistics.format import METADATA_FILE, Metadata
+from mergekit_arm.statistics.locate import TENSOR_FILE
 
 PROBES = "probes"
 ROWS = "rows"
@@ -24,8 +25,8 @@ ROWS = "rows"
 def check_destination(out: Path, force: bool) -> None:
     """Refuse a destination that ``write_statistics`` would refuse; call it before long work.
 
-    Even ``force`` replaces only an empty directory or one that holds statistics: a mistyped
-    path must not cost anybody a model.
+    Even ``force`` replaces only an empty directory or one that holds statistics and nothing else:
+    a mistyped path must not cost anybody a model.
     """
     if not out.exists():
         return
@@ -40,6 +41,19 @@ def check_destination(out: Path, force: bool) -> None:
         )
     if not force:
         raise InputError(f"{out} exists; add --force to replace it, or choose another name")
+    foreign = sorted(one.name for one in out.iterdir() if not _is_ours(one))
+    if foreign:
+        raise InputError(
+            f"{out} holds {foreign[0]} beside its statistics, and --force would remove that: move "
+            "it, or choose another name"
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    """Say whether a file is a part of statistics, or hidden as what the Hub's client leaves is."""
+    named = path.name in (METADATA_FILE, "README.md", f"{TENSOR_FILE}.index.json")
+    parts = path.name.startswith(Path(TENSOR_FILE).stem) and path.suffix == ".safetensors"
+    return path.name.startswith(".") or (not path.is_dir() and (named or parts))
 
 
 def write_statistics(

@@ -170,11 +170,23 @@ def test_existing_directories(family: Path, tmp_path: Path, measure: Callable[..
         measure(family / "base", tmp_path / "stats")
     measure(family / "base", tmp_path / "stats", force=True)
     assert (tmp_path / "stats" / "activation_stats.json").read_bytes() == first
+    (tmp_path / "stats" / "others").mkdir()
+    with pytest.raises(InputError, match=r"holds others beside its statistics, and --force would"):
+        measure(family / "base", tmp_path / "stats", force=True)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_text("precious")
     with pytest.raises(InputError, match="holds no statistics"):
         measure(family / "base", tmp_path / "model", force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "stats"]
+
+
+def test_a_sample_without_a_token_is_refused(
+    family: Path, tmp_path: Path, measure: Callable[..., Path]
+) -> None:
+    """Subspaces of nothing would let arm take a plain step."""
+    with pytest.raises(InputError, match=r"--skip-first \d+ leaves no token for subspace"):
+        measure(family / "base", tmp_path / "stats", skip_first=10_000)
+    measure(family / "base", tmp_path / "stats", skip_first=10_000, statistics=("importance",))
 
 
 def test_quantised_models_are_refused(family: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,32 @@ def test_a_pattern_where_no_file_has_the_name(tmp_path: Path) -> None:
     (tmp_path / "part-x.txt").write_text("x")
     with pytest.raises(InputError, match=r"several kinds \(json, text\)"):
         load_rows(str(tmp_path / "part-*"), None, None)
+
+
+def test_a_directory_is_all_files_in_it(tmp_path: Path) -> None:
+    """Whatever ``datasets`` would take for splits, or for the one kind that counts."""
+    for name in ("code", "chat"):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines([name]))
+    (tmp_path / "README.md").write_text("# Mine\n")
+    (tmp_path / ".hidden.jsonl").write_bytes(lines(["hidden"]))
+    assert sorted(texts_of(tmp_path)) == ["chat", "code"]
+    (tmp_path / "test_prompts.jsonl").write_bytes(lines(["test"]))
+    with pytest.raises(InputError, match=r"test_prompts\.jsonl is named like a split, and chat"):
+        load_rows(str(tmp_path), None, None)
+    assert len(texts_of(tmp_path / "*.jsonl")) == 3
+    (tmp_path / "test_prompts.jsonl").unlink()
+    (tmp_path / "notes.txt").write_text("one\n\ntwo")
+    with pytest.raises(InputError, match=r"several kinds \(json, text\)"):
+        load_rows(str(tmp_path), None, None)
+
+
+def test_a_file_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+    """Also where it has the former one's name and time, as archives and copies set them."""
+    path = tmp_path / "a.jsonl"
+    for text in ("one", "two"):
+        path.write_bytes(lines([text]))
+        os.utime(path, (1e9, 1e9))
+        assert texts_of(path) == [text]
 
 
 def test_a_directory_of_text_is_read_as_the_file_is(tmp_path: Path) -> None:

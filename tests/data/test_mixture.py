@@ -71,6 +71,13 @@ def test_two_data_sets_are_mixed(tmp_path: Path) -> None:
     assert corpus.content_hash() == again.content_hash()
 
 
+def test_rows_that_stand_in_two_data_sets_are_said(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.jsonl", ["a" * 8, "b" * 8])
+    two = write(tmp_path / "two.jsonl", ["b" * 8, "c" * 8])
+    said = "1 rows stand in more than one of these data sets, and count in each"
+    assert said in read(one, two, samples=4).notes
+
+
 def test_a_mixture_of_texts_and_of_token_ids(tmp_path: Path) -> None:
     one = write(tmp_path / "one.jsonl", ["a" * 8] * 30)
     two = tmp_path / "two.jsonl"

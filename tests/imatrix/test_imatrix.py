@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from mergekit_arm.cli.export_imatrix import command as export_command
 from mergekit_arm.cli.import_imatrix import command as import_command
 from mergekit_arm.errors import InputError
-from mergekit_arm.imatrix.exporting import export_imatrix
+from mergekit_arm.imatrix.exporting import export_imatrix, model_type
 from mergekit_arm.imatrix.files import read_imatrix
 from mergekit_arm.imatrix.importing import import_imatrix
 from mergekit_arm.imatrix.names import LlamaNames
@@ -374,3 +374,13 @@ def test_without_gguf(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     done = imported(file, family / "base", tmp_path / "stats")
     assert (done.exit_code, "mergekit-arm[imatrix]" in done.output) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "known"),
+    [("GPT2LMHeadModel", "gpt2"), ("LlamaForCausalLM", "llama"), ("Qwen2ForCausalLM", "qwen2")],
+)
+def test_a_class_that_several_model_types_share_is_the_one_it_is_named_after(
+    architecture: str, known: str
+) -> None:
+    assert model_type(architecture) == known

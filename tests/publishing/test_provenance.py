@@ -16,6 +16,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from mergekit_arm.errors import InputError
 from mergekit_arm.publishing.provenance import HEADING, attach, named
+from mergekit_arm.statistics.read import open_statistics
 from mergekit_arm.statistics.write import check_destination
 from tests.support.fake_hub import card_problem
 from tests.support.merges import config, run
@@ -72,6 +73,15 @@ def test_without_statistics_or_a_card_there_is_nothing(family: Path, tmp_path: P
     assert {one.name for one in out.iterdir()} == {"config.json", "model.safetensors"}
 
 
+def test_it_goes_with_the_merge_that_it_was_of(family: Path, tmp_path: Path) -> None:
+    run(mergekit_yaml, yaml.safe_dump(config(family)), tmp_path)
+    plain = config(family, merge_method="task_arithmetic", parameters={})
+    out = run(mergekit_yaml, yaml.safe_dump(plain), tmp_path)
+    assert not (out / FILE).exists()
+    (out / FILE).write_text('{"mine": 1}')
+    assert (run(mergekit_yaml, yaml.safe_dump(plain), tmp_path) / FILE).exists()
+
+
 def test_every_stage_of_a_multi_merge(family: Path, tmp_path: Path) -> None:
     text = yaml.safe_dump({**config(family), "name": "first"}) + "---\n" + yaml.safe_dump(
         config(family, models=[{"model": "first", "parameters": {"weight": 1.0}}])
@@ -102,3 +112,5 @@ def test_a_merged_model_is_never_taken_for_statistics(family: Path, tmp_path: Pa
     out = run(mergekit_yaml, yaml.safe_dump(config(family)), tmp_path)
     with pytest.raises(InputError, match="holds no statistics"):
         check_destination(out, force=True)
+    with pytest.raises(InputError, match="this is a merged model; the statistics that it was"):
+        open_statistics(str(out))

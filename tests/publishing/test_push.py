@@ -78,6 +78,17 @@ def test_the_second_time_needs_force(hub: FakeHub, stats: Path) -> None:
     assert len(hub.commits) == 2
 
 
+def test_parts_of_former_statistics_go(hub: FakeHub, stats: Path) -> None:
+    """An index that stayed would be read first, and name other tensors."""
+    assert push(stats, NAME).exit_code == 0
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.txt"):
+        hub.repositories[NAME][name] = b"of before"
+    assert push(stats, NAME, "--force").exit_code == 0
+    left = hub.repositories[NAME].keys() - {".gitattributes", "notes.txt"}
+    assert left == {one.name for one in stats.iterdir()}
+    assert "notes.txt" in hub.repositories[NAME]
+
+
 def test_a_dry_run_asks_nobody(hub: FakeHub, stats: Path) -> None:
     done = push(stats, NAME, "--dry-run")
     assert done.exit_code == 0

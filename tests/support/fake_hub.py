@@ -174,6 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.hub.commits.append(value["summary"])
             elif entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "deletedFile":
+                files.pop(value["path"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
         self.answer(

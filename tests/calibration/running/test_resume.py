@@ -132,6 +132,17 @@ def test_only_the_last_interval_is_lost(
     assert done[0] == (1 + 2 + 2 + 2) * 32 // layers  # the fourth batch again, and none before it
 
 
+def test_layers_that_are_done_have_sketches_or_have_none(
+    family: Path, token_file: Path, tmp_path: Path
+) -> None:
+    """What is stored of a finished layer is all that is left of it."""
+    with pytest.raises(Killed):
+        calibrate(options(family, tmp_path / "s", token_file, low_memory=True), kill_at(6))
+    kept = options(family, tmp_path / "s", token_file, low_memory=True, keep_sketch=True)
+    with pytest.raises(InputError, match="keep sketch was off and is now on"):
+        calibrate(kept)
+
+
 def test_a_long_interval_saves_nothing_in_between(
     family: Path, token_file: Path, tmp_path: Path
 ) -> None:
