@@ -22,9 +22,12 @@ BUILDERS = {
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 
-_TRAIN, _VALIDATION = ("train", "training"), ("validation", "valid", "dev", "val")
-_SPLITS = {*_TRAIN, *_VALIDATION, "test", "testing", "eval", "evaluation"}
-"""Words in a path by which ``datasets`` takes a file for a part of a split."""
+_SPLIT = re.compile(
+    r"(?:^|[-._ 0-9/\\])"
+    r"(?:train|training|validation|valid|dev|val|test|testing|eval|evaluation)"
+    r"(?:[-._ 0-9/\\]|$)"
+)
+"""A word in a path by which ``datasets`` takes a file for a part of a split."""
 _SAVED = ("dataset_dict.json", "state.json")
 """Files at the top of a directory that ``datasets`` has saved."""
 _ABOUT = ("dataset_infos.json", "dataset_info.json")
@@ -114,7 +117,7 @@ def _of_directory(name: str, path: Path) -> DataFiles | None:
     # datasets would read text line by line, and takes brackets in a directory's name for a pattern.
     if {_kind(one) for one in found} == {"text"} or (found and glob.has_magic(str(path))):
         return _of_one_kind(name, found)
-    splits = [one for one in found if _SPLITS & set(re.split(r"[-._ 0-9/\\]", inside[one]))]
+    splits = [one for one in found if _SPLIT.search(inside[one])]
     if len(splits) == len(found):
         return None
     if splits:
