@@ -166,14 +166,14 @@ def _check_tuning(findings: Findings, options: MergeOptions, out: Path) -> Room 
     """Check a search as its own command does before the first merge."""
     document = findings.document
     try:
-        plan, _ = plan_tuning(document.value, out, TuneOptions(options))
+        plan, merge = plan_tuning(document.value, out, TuneOptions(options))
     except click.ClickException as error:
         message = error.message.removeprefix("configuration: ")
         findings.error(_named(document, message), message)
         return None
     for note in plan.notes:
         findings.note(_named(document, note), note)
-    findings.add(check_trials(document, plan, options))
+    findings.add(check_trials(document, plan, merge))
     return None
 
 

@@ -87,7 +87,7 @@ def command(config: str, out: str, dry_run: bool, as_json: bool, **values: Any) 
     options = TuneOptions(merge, **values)
     console, place = Console(stderr=True), Path(out).absolute()
     plan, planned = plan_tuning(config, place, options)
-    for error in check_trials(read_documents(config)[0], plan, merge):
+    for error in check_trials(read_documents(config)[0], plan, planned):
         raise InputError(str(error).replace(": error: ", ": ", 1))
     if dry_run:
         forecast = forecast_tuning(plan, place, planned, with_model=options.model)
