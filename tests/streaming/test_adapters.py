@@ -18,7 +18,7 @@ from mergekit_arm.errors import InputError
 from mergekit_arm.merging.adapters import merge_adapter
 from mergekit_arm.streaming import StreamOptions, stream
 from mergekit_arm.streaming.config import load_config
-from mergekit_arm.streaming.forecast import forecast_stream
+from mergekit_arm.streaming.forecast import disk_needed, forecast_stream
 from mergekit_arm.streaming.plan.plan import make_plan
 from tests.support.models import tiny_llama
 from tests.support.streams import add_tokenizer, config, weights, write_tokens
@@ -154,3 +154,19 @@ def test_text_is_measured_on_a_model_with_an_adapter(tmp_path: Path, place: str)
     result = stream(document, out)
     assert result.steps[0].calibration_tokens == 4 * 24
     assert (result.model / "tokenizer.json").is_file()
+
+
+def test_the_average_of_adapters_is_in_the_estimate(run: Path, tmp_path: Path) -> None:
+    """At a stream's end those of all checkpoints lie merged beside each other."""
+    heldout = str(write_tokens(tmp_path / "heldout.jsonl", 4, rows=2))
+    listed = [f"{run}/base+{run}/run/checkpoint-{number}" for number in (3, 6)]
+    document = config(run, checkpoints=listed, evaluation={"dataset": heldout, "keep": "last"})
+    needed = []
+    for averages in (True, False):
+        changed = {**document, "compare": {"average": averages}}
+        plan, problems = make_plan(load_config(changed), MergeOptions())
+        assert not problems
+        assert plan is not None
+        needed.append(disk_needed(plan, "last"))
+        model = plan.base.parameters * 4
+    assert needed[0] - needed[1] == model
