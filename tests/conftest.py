@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from mergekit.io.tasks import LoaderCache
 
 from mergekit_arm.calibration.calibrate import CalibrationOptions, calibrate
@@ -20,6 +21,14 @@ from tests.support.models import VOCABULARY, perturbed, tiny_llama
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _THREADS = max(1, (os.cpu_count() or 1) // _WORKERS)
 torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))))
+
+
+# A change is judged by the same examples each time, however slow the machine is; others are drawn
+# with --hypothesis-profile default.
+settings.register_profile(
+    "fixed", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("fixed")
 
 
 LONGEST_FIRST = (
