@@ -28,8 +28,6 @@ _SPLIT = re.compile(
     r"(?:[-._ 0-9/\\]|$)"
 )
 """A word in a path by which ``datasets`` takes a file for a part of a split."""
-_SAVED = ("dataset_dict.json", "state.json")
-"""Files at the top of a directory that ``datasets`` has saved."""
 _ABOUT = ("dataset_infos.json", "dataset_info.json")
 """Files that tell about data, and hold none."""
 
@@ -84,7 +82,8 @@ def data_files(name: str) -> DataFiles | None:
     knows best what that holds.
 
     Raises:
-        InputError: no such file, of a kind that cannot be read, empty, or of several kinds.
+        InputError: no such file, of a kind that cannot be read, empty, or of several kinds; a
+            model; or a directory of which only a part is laid out in splits.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -104,9 +103,9 @@ def data_files(name: str) -> DataFiles | None:
 
 
 def _of_directory(name: str, path: Path) -> DataFiles | None:
-    model = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
-    saved = any((path / one).is_file() for one in _SAVED)
-    if model or saved or _is_described(path / "README.md"):
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        raise InputError(f"--dataset {name}: this is a model; name the text to measure it on")
+    if is_saved(path) or _is_described(path / "README.md"):
         return None
     inside = {one: str(one.relative_to(path)) for one in sorted(path.rglob("*")) if one.is_file()}
     found = [
@@ -128,6 +127,11 @@ def _of_directory(name: str, path: Path) -> DataFiles | None:
             f"in none: name the files that are meant, such as {name}/*{other.suffix}"
         )
     return _of_one_kind(name, found)
+
+
+def is_saved(path: Path) -> bool:
+    """Say whether ``datasets`` has saved this directory, which it then reads itself."""
+    return (path / "dataset_dict.json").exists() or (path / "state.json").exists()
 
 
 def _is_described(card: Path) -> bool:

@@ -9,7 +9,7 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergekit_arm.data.files import are_large, data_files
+from mergekit_arm.data.files import are_large, data_files, is_saved
 from mergekit_arm.data.settings import DEFAULT_DATASET
 from mergekit_arm.errors import InputError, did_you_mean, first_line
 
@@ -66,10 +66,8 @@ def _of_directory(
 ) -> tuple[Dataset | IterableDataset, str | None]:
     import datasets  # as above
 
-    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        raise InputError(f"--dataset {name}: this is a model; name the text to measure it on")
     with _reading(f"data set {name!r}"), _without_bars():
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        if is_saved(path):
             return _chosen(name, datasets.load_from_disk(str(path)), split)
         streamed = not whole and are_large(one for one in path.rglob("*") if one.is_file())
         loaded = datasets.load_dataset(str(path), subset, split=split, streaming=streamed)

@@ -104,10 +104,12 @@ class _Walk:
             return self._finishing.sites(self._over["parts"])
         try:
             self._chain.run(self._leader, self._lead)
-        except (RuntimeError, NotImplementedError) as error:
+        except (
+            RuntimeError
+        ) as error:  # NotImplementedError, torch's own of a weight on meta, is one
             if "meta" not in str(error):
                 raise
-            # What torch says of a weight that was used without its module being called.
+            # It was used without its module being called, which would have read it.
             raise NotWalkable(f"it uses weights outside its layers: {first_line(error)}") from error
         self._measure_behind()
         parts = len(self._chain) + 2
